@@ -1,0 +1,1 @@
+"""Training of the codec: configuration, data, losses, the step and its checkpoints. Inference never imports it."""

@@ -1,0 +1,27 @@
+"""What every test shares: one thread, no network, a fixed seed and the photographs where a checkout has them."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """A folder with `train/` and `val/` photographs; tests that need real photographs skip without it."""
+    folder = Path(os.environ.get("LATENTCODEC_PHOTOS", Path(__file__).parents[2] / "shared/data/photos"))
+    if not folder.is_dir():
+        pytest.skip(f"no photographs at {folder}; point LATENTCODEC_PHOTOS at a folder with train/ and val/")
+    return folder
