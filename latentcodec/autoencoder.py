@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -109,7 +109,9 @@ def build(config: Mapping[str, Any]) -> AutoencoderKL:
     Missing keys take diffusers' defaults. Raises ValueError naming a key that AutoencoderKL does not have or a
     value that fits no AutoencoderKL.
     """
-    unknown = set(config) - set(AutoencoderKL._get_init_keys(AutoencoderKL)) - {"_class_name", "_diffusers_version"}
+    unknown = (
+        set(config) - set(AutoencoderKL._get_init_keys(AutoencoderKL)) - {"_class_name", "_diffusers_version"}
+    )
     if unknown:
         raise ValueError(f"AutoencoderKL has no configuration key {', '.join(sorted(unknown))}")
     _check(config)
@@ -155,8 +157,7 @@ def optimize_vae(vae: AutoencoderKL) -> AutoencoderKL:
 def _run(network: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), keeping only its input for the backward pass where gradient checkpointing is on."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
-        checkpoint: Callable[..., Tensor] = network._gradient_checkpointing_func
-        return checkpoint(layer, x)
+        return cast(Callable[..., Tensor], network._gradient_checkpointing_func)(layer, x)
     return layer(x)
 
 
@@ -179,7 +180,9 @@ def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
 def _attention_per_stage(config: Mapping[str, Any], key: str, known: Mapping[str, bool]) -> list[bool]:
     for block_type in config[key]:
         if block_type not in known:
-            raise ValueError(f"{key}: {block_type!r} is not a block of AutoencoderKL; it has {', '.join(known)}")
+            raise ValueError(
+                f"{key}: {block_type!r} is not a block of AutoencoderKL; it has {', '.join(known)}"
+            )
     if len(config[key]) != len(config["block_out_channels"]):
         raise ValueError(
             f"{key} has {len(config[key])} entries, block_out_channels has {len(config['block_out_channels'])}: "

@@ -9,7 +9,8 @@ Shapes: B batch, C channels, H W rows and columns, n = H * W attention tokens.
 
 from __future__ import annotations
 
-import torch
+from itertools import pairwise
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -105,10 +106,11 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.attentions = nn.ModuleList(Attention(out_channels, groups) for _ in range(layers if attention else 0))
+        self.attentions = nn.ModuleList(
+            Attention(out_channels, groups) for _ in range(layers if attention else 0)
+        )
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(before, after, groups, activation)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            ResnetBlock2D(before, after, groups, activation) for before, after in pairwise(widths)
         )
 
     def refine(self, x: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def config(channels=(16, 32), layers=1, latent=4, groups=8, down=None, up=None, 
     )
 
 
-FLUX = dict(latent=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611)
+FLUX = dict(
+    latent=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
+)
 CONFIGS = {
     "sd": config(channels=(16, 32, 32, 32), layers=2),
     "sdxl": config(channels=(16, 32, 32, 32), layers=2, scaling_factor=0.13025),
@@ -85,9 +87,11 @@ def test_gradients_equal_diffusers(name, checkpointing):
     x = torch.rand(1, 3, 16, 24)
     for vae in (reference, ours):
         vae(x).sample.square().mean().backward()
-    for (name, expected), (_, actual) in zip(reference.named_parameters(), ours.named_parameters(), strict=True):
+    for (name, expected), (_, actual) in zip(
+        reference.named_parameters(), ours.named_parameters(), strict=True
+    ):
         if expected.grad is not None:
-            scale = expected.grad.abs().max() + 1e-8
+            scale = expected.grad.abs().max() + 1e-6  # the bias of to_k has a gradient of exactly zero
             assert (actual.grad - expected.grad).abs().max() <= 1e-4 * scale, name
 
 
@@ -96,7 +100,9 @@ def test_state_dict_keys_and_shapes_equal_diffusers(name):
     """Also in the same order, which is what optimizer states and safetensors files are written in."""
     expected = AutoencoderKL(**CONFIGS[name]).state_dict()
     actual = build(CONFIGS[name]).state_dict()
-    assert [(key, value.shape) for key, value in actual.items()] == [(k, v.shape) for k, v in expected.items()]
+    assert [(key, value.shape) for key, value in actual.items()] == [
+        (k, v.shape) for k, v in expected.items()
+    ]
 
 
 def test_state_dict_keys_are_frozen():
@@ -171,8 +177,13 @@ def test_an_impossible_config_names_its_key(change, words):
 
 def test_what_is_no_autoencoder_is_refused():
     with pytest.raises(TypeError, match="UNet2DModel"):
-        adopt(UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                          up_block_types=("UpBlock2D",) * 2))
+        adopt(
+            UNet2DModel(
+                block_out_channels=(32, 32),
+                down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2,
+            )
+        )
 
 
 def test_a_changed_vae_is_refused():

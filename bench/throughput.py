@@ -1,0 +1,521 @@
+"""How fast encode and decode are and how much memory they take: ours against diffusers' own class, in turn.
+
+    python bench/throughput.py --codec CODEC --out FOLDER [--sizes 256 512 --batches 1 4 --dtypes bfloat16]
+
+CODEC is whatever `LatentCodec.from_pretrained` takes, or a JSON file with the configuration of an
+AutoencoderKL, which then gets random weights: time and memory do not depend on their values. Prints a table,
+writes a JSON file and an HTML page with plots, and ends stdout with one line of JSON: the same data without
+single rounds.
+
+All sides hold the same weights and get the same call, `vae.encode(x).latent_dist.mode()` or
+`vae.decode(z).sample`. They are timed in turn, A B C A B C, after a warm-up of each, and a ratio is the median
+over the rounds of the ratio within a round, because the rate of a shared machine drifts. A matrix product
+takes its turn too: its best rate is the machine's peak, and the model's operations at that rate the floor.
+
+Shapes: B batch, C channels, H W pixels, f downsampling factor, c latent channels.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from latentcodec.autoencoder import build, downsampling_factor, optimize_vae
+from latentcodec.codec import LatentCodec
+from latentcodec.report import (
+    INK,
+    SERIES,
+    Page,
+    hardware,
+    machine_facts,
+    number,
+    plot_style,
+    print_last_line,
+    print_table,
+    stem,
+    write,
+)
+
+SIDES = {
+    "ours": "optimize_vae(codec.vae)",
+    "diffusers": "diffusers' own class as it comes: contiguous weights",
+    "diffusers best": "the same with channels_last weights",
+    "diffusers compiled": "channels_last and torch.compile of encoder and decoder, with freezing",
+}
+COLOURS = dict(zip(SIDES, SERIES, strict=False))
+DIRECTIONS = ("encode", "decode")
+PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate
+CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be timed: `batch` square images of `size` pixels a side."""
+
+    direction: str
+    dtype: str
+    size: int
+    batch: int
+
+    @property
+    def megapixels(self) -> float:
+        return self.batch * self.size**2 / 1e6
+
+
+@dataclass
+class Measurement:
+    """What one side did in one case."""
+
+    seconds: list[float] = field(default_factory=list)
+    """One for every round; empty where the device had too little memory."""
+    max_error: float = NAN
+    """Largest absolute difference to diffusers in float32 with the same weights."""
+    peak_bytes: float = NAN
+    """Memory above the loaded model."""
+
+
+Results = dict[Case, dict[str, Measurement]]
+"""By case and side."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process needs to load any side; it is sent to the processes that measure memory."""
+
+    source: str
+    device: str
+
+    def codec(self, dtype: str) -> LatentCodec:
+        """Raises `ValueError` or `OSError` naming what cannot be loaded."""
+        model: str | AutoencoderKL = self.source
+        if self.source.endswith(".json"):
+            try:
+                config = json.loads(Path(self.source).read_text())
+            except ValueError as error:
+                raise ValueError(f"{self.source}: not a JSON file ({error})") from error
+            torch.manual_seed(0)  # every process draws the same weights
+            model = build(config)
+        return LatentCodec.from_pretrained(model, device=self.device, dtype=getattr(torch, dtype))
+
+    def vae(self, side: str, dtype: str) -> AutoencoderKL:
+        """A model in evaluation; all sides and dtypes start from the same float32 weights."""
+        if side == "ours":
+            return optimize_vae(self.codec(dtype).vae)
+        ours = self.codec("float32").vae
+        vae = AutoencoderKL.from_config(ours.config)
+        vae.load_state_dict(ours.state_dict())
+        vae.to(self.device, getattr(torch, dtype)).eval()
+        if side != "diffusers":
+            vae.to(memory_format=torch.channels_last)
+        if side == "diffusers compiled":
+            torch._dynamo.config.recompile_limit = 64  # a graph for each shape, however many there are
+            for part in ("encoder", "decoder"):
+                compiled = torch.compile(getattr(vae, part), dynamic=False, options={"freezing": True})
+                setattr(vae, part, compiled)
+        return vae
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--codec", required=True, help="folder, hub id, bundled name, or .json configuration")
+    add("--out", type=Path, required=True, help="folder for the JSON and the HTML file")
+    add("--sizes", type=int, nargs="+", default=[256, 512], help="pixels a side (%(default)s)")
+    add("--batches", type=int, nargs="+", default=[1, 4], help="images a call (%(default)s)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtypes", choices=dtypes, nargs="+", default=["float32", "bfloat16"], help="(%(default)s)")
+    add("--repeats", type=int, default=5, help="rounds; in each every side once (%(default)s)")
+    add("--compile", action="store_true", help="also diffusers under torch.compile; takes minutes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    setup = Setup(options.codec, options.device)
+    try:
+        codec = check(setup, options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"throughput.py: {error}") from error
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every side
+    results, peaks = measure_all(setup, codec, options)
+    measure_memory(setup, results)
+    data = summary(codec, results, peaks, options)
+    print_table(*table(data["results"]))
+    files = write(build_page(data), data, options.out, stem([options.codec], data["hardware"], "throughput"))
+    print("\n".join(["", *files.values()]))
+    short = [{key: value for key, value in r.items() if key != "rounds_ms"} for r in data["results"]]
+    print_last_line(data | {"results": short, "files": files})
+
+
+def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
+    """The codec in float32. Raises `ValueError` or `OSError` naming the argument that cannot be used."""
+    codec = setup.codec("float32")
+    for size in options.sizes:
+        if size < 1 or size % codec.downsampling_factor:
+            raise ValueError(f"--sizes {size}: not a multiple of the codec's {codec.downsampling_factor}")
+    if min(options.batches) < 1 or options.repeats < 1:
+        raise ValueError("--batches and --repeats: at least 1")
+    return codec
+
+
+# --- time and error
+
+
+def measure_all(
+    setup: Setup, codec: LatentCodec, options: argparse.Namespace
+) -> tuple[Results, dict[str, float]]:
+    """Every case on every side, and the machine's peak in operations per second by dtype."""
+    sides = [side for side in SIDES if options.compile or side != "diffusers compiled"]
+    models = {dtype: {side: setup.vae(side, dtype) for side in sides} for dtype in options.dtypes}
+    reference = models["float32"]["diffusers"] if "float32" in models else setup.vae("diffusers", "float32")
+    cases = [Case(*case) for case in product(DIRECTIONS, options.dtypes, options.sizes, options.batches)]
+    results: Results = {}
+    peaks = dict.fromkeys(options.dtypes, 0.0)
+    for case in (progress := tqdm(cases, unit="case")):
+        progress.set_description(f"{case.direction} {case.dtype} {case.batch} x {case.size} px")
+        value = smooth_pictures(case.batch, codec.image_channels, case.size).to(options.device)
+        if case.direction == "decode":
+            value = call(reference, "encode", value)
+        results[case], rate = measure(case, models[case.dtype], reference, value, options.repeats)
+        peaks[case.dtype] = max(peaks[case.dtype], rate)
+    return results, peaks
+
+
+def measure(
+    case: Case, models: dict[str, AutoencoderKL], reference: AutoencoderKL, value: Tensor, repeats: int
+) -> tuple[dict[str, Measurement], float]:
+    """All sides in turn, and the best rate of the matrix product that had its turn with them."""
+    expected = call(reference, case.direction, value)
+    value = value.to(getattr(torch, case.dtype))
+    measured = {side: Measurement() for side in models}
+    able = []
+    for side, vae in models.items():
+        try:
+            output = call(vae, case.direction, value)
+        except torch.OutOfMemoryError:
+            continue
+        measured[side].max_error = (output.float() - expected).abs().max().item()
+        able.append(side)
+    matrix = torch.randn(2 * [PEAK_SIDE[value.device.type]], device=value.device).to(value)
+    matrix @ matrix
+    products = []
+    for _ in range(repeats):
+        for side in able:
+            run = partial(call, models[side], case.direction, value)
+            measured[side].seconds.append(seconds(run, value.device))
+        products.append(seconds(lambda: matrix @ matrix, value.device))
+    return measured, 2 * len(matrix) ** 3 / min(products)
+
+
+def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    """The time of one run with all the work it gives to the device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def call(vae: AutoencoderKL, direction: str, value: Tensor) -> Tensor:
+    """What a pipeline does: images to the posterior's mode, or latents to images."""
+    return vae.encode(value).latent_dist.mode() if direction == "encode" else vae.decode(value).sample
+
+
+def smooth_pictures(batch: int, channels: int, size: int) -> Tensor:
+    """[B, C, size, size] in [-1, 1]: soft blots, whose latents lie nearer those of photographs than noise."""
+    blots = torch.rand(batch, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(blots, size=(size, size), mode="bilinear") * 2 - 1
+
+
+# --- memory
+
+
+def measure_memory(setup: Setup, results: Results) -> None:
+    """Fill in `peak_bytes`, each side and dtype in a fresh process, so that no side profits from another.
+
+    Compiled models are left out: the memory of the compiler could not be told from theirs.
+    """
+    wanted: dict[tuple[str, str], list[Case]] = {}
+    for case in sorted(results, key=lambda case: case.megapixels):
+        for side in results[case].keys() - {"diffusers compiled"}:
+            wanted.setdefault((side, case.dtype), []).append(case)
+    for (side, _), cases in tqdm(sorted(wanted.items()), desc="memory", unit="process"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                peaks = process.submit(peak_bytes, setup, side, cases).result()
+            except BrokenProcessPool:  # the kernel ended it for want of memory
+                continue
+        for case, peak in zip(cases, peaks, strict=True):
+            results[case][side].peak_bytes = peak
+
+
+def peak_bytes(setup: Setup, side: str, cases: Sequence[Case]) -> list[float]:
+    """The peak of every case above the loaded model, in this process; nan where it cannot be known.
+
+    The model is loaded and run once on small images, so that weights and libraries are in memory; what a side
+    keeps between calls from then on counts.
+    """
+    device = torch.device(setup.device)
+    if device.type == "cpu" and not os.access(CLEAR_REFS, os.W_OK):
+        return [NAN] * len(cases)
+    vae = setup.vae(side, cases[0].dtype)
+    f = downsampling_factor(vae.config)
+    shapes = {"encode": (vae.config.in_channels, 1), "decode": (vae.config.latent_channels, f)}
+
+    def peak(case: Case, size: int, batch: int, start: int) -> float:
+        channels, cell = shapes[case.direction]
+        value = torch.rand(batch, channels, size // cell, size // cell, device=device, dtype=vae.dtype)
+        forget_peak(device)
+        try:
+            call(vae, case.direction, value)
+        except torch.OutOfMemoryError:
+            return NAN
+        return memory_in_use(device, peak=True) - start
+
+    for case in cases:
+        peak(case, 8 * f, 1, start=0)
+    forget_peak(device)
+    start = memory_in_use(device)
+    return [peak(case, case.size, case.batch, start) for case in cases]
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak begin anew, from what is really in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide that a call needs it
+    CLEAR_REFS.write_text("5")
+
+
+def memory_in_use(device: torch.device, peak: bool = False) -> int:
+    """Bytes in use now, or at most since `forget_peak`: allocated on a GPU, resident in memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
+
+
+# --- the numbers
+
+
+def operations(config: Mapping[str, Any], case: Case) -> int:
+    """Operations of the model's convolutions and matrix products: 2 for a multiplication and its addition."""
+    cells = case.size // downsampling_factor(config)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+        if case.direction == "encode":
+            value = torch.empty(case.batch, config["in_channels"], case.size, case.size)
+        else:
+            value = torch.empty(case.batch, config["latent_channels"], cells, cells)
+    with FlopCounterMode(display=False) as counter:
+        call(vae, case.direction, value)
+    return counter.get_total_flops()
+
+
+def summary(
+    codec: LatentCodec, results: Results, peaks: dict[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    records = []
+    for case, measured in results.items():
+        floor = operations(codec.vae.config, case) / peaks[case.dtype]
+        records += [record(case, side, measured, floor) for side in measured]
+    return {
+        "bench": "throughput",
+        "date": date.today().isoformat(),
+        "hardware": hardware(torch.device(options.device)),
+        "codec": options.codec,
+        "weights": "random" if options.codec.endswith(".json") else "the codec's",
+        "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",
+        "parameters": sum(parameter.numel() for parameter in codec.vae.parameters()),
+        "rounds": options.repeats,
+        "peak_tflops": {dtype: peak / 1e12 for dtype, peak in peaks.items()},
+        "sides": {side: SIDES[side] for side in next(iter(results.values()))},
+        "results": records,
+    }
+
+
+def record(case: Case, side: str, measured: dict[str, Measurement], floor: float) -> dict[str, Any]:
+    own, ours = measured[side], measured["ours"]
+    seconds = median(own.seconds or [float("nan")])
+    ratios = [theirs / mine for theirs, mine in zip(own.seconds, ours.seconds, strict=False)]
+    return {
+        **asdict(case),
+        "side": side,
+        "ms": 1e3 * seconds,
+        "images_per_s": case.batch / seconds,
+        "megapixels_per_s": case.megapixels / seconds,
+        "peak_mib": own.peak_bytes / 2**20,
+        "max_error": own.max_error,
+        "time_over_ours": median(ratios or [float("nan")]),
+        "floor_ms": 1e3 * floor,
+        "floor_megapixels_per_s": case.megapixels / floor,
+        "rounds_ms": [1e3 * value for value in own.seconds],
+    }
+
+
+def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "",
+        "dtype",
+        "pixels",
+        "side",
+        "ms",
+        "img/s",
+        "Mpx/s",
+        "of peak",
+        "peak MiB",
+        "max error",
+        "ours is",
+    ]
+    rows, previous = [], None
+    for r in records:
+        case = [r["direction"], r["dtype"], f"{r['batch']} x {r['size']}\u00b2"]
+        cells = case if case != previous else ["", "", ""]  # said once for all sides
+        cells = [*cells, r["side"], number(r["ms"], 1), number(r["images_per_s"], 2)]
+        cells += [number(r["megapixels_per_s"], 3), number(100 * r["floor_ms"] / r["ms"], 0) + " %"]
+        cells += [number(r["peak_mib"], 0), f"{r['max_error']:.1e}", number(r["time_over_ours"], 2) + "x"]
+        rows.append(cells)
+        previous = case
+    return header, rows
+
+
+# --- the page
+
+
+def build_page(data: dict[str, Any]) -> Page:
+    page = Page(
+        "Speed and memory of encode and decode",
+        f"{data['codec']} ({data['latent']}, {data['parameters'] / 1e6:.1f} M parameters, {data['weights']} "
+        f"weights) on {data['hardware']['device']}: ours against diffusers' own AutoencoderKL with the same "
+        "weights, the same input and the same calls, timed in turn.",
+    )
+    page.headline(headline(data["results"]))
+    page.section("Speed", "Megapixels a second compare images of all sizes; longer is faster.")
+    page.plot(
+        plot_bars(data, "megapixels_per_s", "megapixels / s"),
+        "Bars are medians over the rounds. The dashed line across a group is the ceiling: the machine's best "
+        "rate in a matrix product, if nothing but convolutions and matrix products took time.",
+    )
+    page.section("Memory", "What a call needs beside the weights; shorter is better.")
+    page.plot(
+        plot_bars(data, "peak_mib", "MiB above the loaded model"),
+        "Each side and dtype in a fresh process: the peak of the process' resident memory, on a GPU of the "
+        "allocated memory, less what was in use after the model was loaded and run on a small image. No bar: "
+        "not measured, because the system does not tell, or because the side is compiled and the compiler's "
+        "memory could not be told from its own.",
+    )
+    page.section(
+        "Round by round", "Why the sides take turns: a shared machine is not equally fast all the time."
+    )
+    page.plot(
+        plot_rounds(data),
+        "Every round of the largest case. Where the curves move together the machine changed its pace; the "
+        "ratio within a round does not see it.",
+    )
+    page.section("All cases", "One row for each side of each case; a time is the median over the rounds.")
+    page.table(
+        *table(data["results"]),
+        caption="ours is: the time of that row over ours, the median of the ratios within the rounds; above "
+        "1 ours is faster. of peak: the time the model's convolutions and matrix products would take at the "
+        "best rate a matrix product of that dtype reached in this run, over the time taken; more than 100 % "
+        "needs fewer operations. max error: largest difference to diffusers in float32 with the same weights, "
+        "over all values of the output. peak MiB: memory above the loaded model.",
+    )
+    page.section("How it was measured", "The configuration of both sides and of the machine.")
+    rates = ", ".join(f"{rate:.3g} in {dtype}" for dtype, rate in data["peak_tflops"].items())
+    rounds = f"{data['rounds']}, after one warm-up of every side"
+    facts = {"rounds": rounds, "peak rate, TFLOP/s": rates, **machine_facts(data["hardware"])}
+    page.facts(data["sides"] | facts | {"date": data["date"]})
+    return page
+
+
+def headline(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Ours against the fastest other side, in the largest case of the smallest batch."""
+    cards = []
+    for direction, dtype in dict.fromkeys((r["direction"], r["dtype"]) for r in records):
+        group = [r for r in records if (r["direction"], r["dtype"]) == (direction, dtype)]
+        size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: (s[0], -s[1]))
+        others = [r for r in group if (r["size"], r["batch"]) == (size, batch) and r["side"] != "ours"]
+        ratio = min(r["time_over_ours"] for r in others)
+        case = f"{direction}, {dtype}, {batch} x {size}\u00b2"
+        cards.append((f"{ratio:.2f}x", f"{case}: speed over the fastest diffusers"))
+    return cards
+
+
+def plot_bars(data: dict[str, Any], key: str, label: str) -> Figure:
+    """A panel for each dtype and direction; a group for each size and batch, a bar for each side."""
+    dtypes, sides = list(data["peak_tflops"]), list(data["sides"])
+    shapes = sorted({(r["size"], r["batch"]) for r in data["results"]}, reverse=True)
+    step = len(sides) + 1  # bars of a group and a gap
+    with plot_style():
+        figure = Figure(
+            figsize=(9.6, 0.4 + (0.7 + 0.19 * len(shapes) * step) * len(dtypes)), layout="constrained"
+        )
+        panels = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True)
+        for r in data["results"]:
+            panel = panels[dtypes.index(r["dtype"])][DIRECTIONS.index(r["direction"])]
+            bottom = shapes.index((r["size"], r["batch"])) * step
+            place = bottom + len(sides) - 1 - sides.index(r["side"])
+            panel.barh(place, r[key], height=0.86, color=COLOURS[r["side"]])
+            if key == "megapixels_per_s":
+                ends = place - 0.5, place + 0.5
+                panel.vlines(r["floor_megapixels_per_s"], *ends, color=INK, linestyle="--", linewidth=1)
+        middles = [group * step + (len(sides) - 1) / 2 for group in range(len(shapes))]
+        panels[0][0].set_yticks(middles, [f"{batch} x {size}\u00b2" for size, batch in shapes])
+        for dtype, row in zip(dtypes, panels, strict=True):
+            for direction, panel in zip(DIRECTIONS, row, strict=True):
+                panel.set(title=f"{direction}, {dtype}", xlabel=label)
+                panel.grid(visible=False, axis="y")
+        handles = [Patch(color=COLOURS[side], label=side) for side in sides]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    return figure
+
+
+def plot_rounds(data: dict[str, Any]) -> Figure:
+    """Milliseconds of every round in the case of most pixels, in the last dtype."""
+    dtype = list(data["peak_tflops"])[-1]
+    with plot_style():
+        figure = Figure(figsize=(9.6, 3), layout="constrained")
+        for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
+            group = [r for r in data["results"] if (r["direction"], r["dtype"]) == (direction, dtype)]
+            size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: s[0] ** 2 * s[1])
+            for r in (r for r in group if (r["size"], r["batch"]) == (size, batch)):
+                rounds = range(1, len(r["rounds_ms"]) + 1)
+                panel.plot(rounds, r["rounds_ms"], color=COLOURS[r["side"]], marker="o", label=r["side"])
+            panel.set(title=f"{direction}, {dtype}, {batch} x {size}\u00b2", xlabel="round", ylabel="ms")
+            panel.set_ylim(bottom=0)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The whole configuration of a run, and how it is read: defaults, then the YAML file, then the command line.
+
+Each section is a dataclass beside the code it configures; this file only puts them together. An unknown key or a
+value of the wrong type ends the program with its name before any data or model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jsonargparse import ArgumentParser, Namespace
+
+from latentcodec.training.data import DataConfig
+from latentcodec.training.discriminator import DiscriminatorConfig
+from latentcodec.training.losses import LossConfig
+from latentcodec.training.model import ModelConfig
+from latentcodec.training.regularizers import RegularizerConfig
+from latentcodec.training.trainer import TrainConfig
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    output_dir: str
+    """Folder of the run: codec/, metrics.jsonl, samples/, checkpoints/, config.yaml. The same command resumes it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
+
+    Ends the program with a message that names the key if one is unknown or has a wrong value.
+    """
+    parser = ArgumentParser(prog="train/train.py", description="Train a latent codec.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_class_arguments(Config)
+    settings: Namespace = parser.parse_args(arguments)
+    settings.pop("config")
+    try:
+        values = parser.instantiate_classes(settings)
+    except ValueError as error:  # two keys that contradict each other
+        parser.error(str(error))
+    return Config(**values)

@@ -1,0 +1,97 @@
+"""A polite end for a training run: what asks it to stop, and how it leaves.
+
+SIGTERM, SIGINT and SIGUSR1 (SLURM's usual warning before preemption), and the death of the launcher, only
+note a request; the loop reads it once a step, saves a checkpoint and leaves with exit code 128 + signal:
+
+    SIGTERM 143 | SIGINT (Ctrl-C) 130 | SIGUSR1 138 | the launcher died 143
+
+A second Ctrl-C, later than a second after the first, ends the process at once; so does SIGKILL. Nothing that
+was committed is lost then.
+
+What launchers make of a signal that is sent to them alone (torch 2.15, accelerate 1.15, both tried):
+
+- `torchrun` passes SIGTERM and SIGINT on, waits 30 s (`--shutdown-timeout`) before it kills, and ends with
+  code 1 whatever the workers returned. SIGUSR1 is passed on only with
+  `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1`; otherwise it kills torchrun.
+- `accelerate launch` with several processes is torchrun inside, and takes that option from the environment:
+  `PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1`. With one process it passes nothing on and dies.
+
+Where a launcher dies, the run notices at its next step that it has been orphaned, saves and leaves. So every
+signal to every launcher ends in a checkpoint, and only the launcher's own exit code varies.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_SECONDS = 30  # what torchrun and SLURM leave between SIGTERM and SIGKILL
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # set by torchrun, accelerate launch
+
+
+class StopRequest:
+    """Notes, while entered, that somebody asked this process to stop.
+
+    Processes hear of a signal at different steps: reduce `received` by its maximum over all of them before
+    acting on it. Only the main thread can enter.
+    """
+
+    def __init__(self) -> None:
+        self._launcher = _launcher()
+        self._received = 0
+        self._received_at = 0.0
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def received(self) -> int:
+        """The number of the first signal received, SIGTERM if the launcher has died, else 0."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return self._received or (signal.SIGTERM if orphaned else 0)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if not self._received:
+            self._received, self._received_at = number, time.monotonic()
+        # Not within the second: one Ctrl-C can arrive twice, by way of the launcher and from the terminal.
+        elif number == signal.SIGINT and time.monotonic() > self._received_at + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def exit_code(received: int) -> int:
+    """The exit code of a run that was stopped by a signal, as a shell would report its death."""
+    return 128 + received
+
+
+def shield_data_worker(worker_id: int) -> None:
+    """Let a data worker outlive signals to the whole process group: a DataLoader's `worker_init_fn`.
+
+    torchrun, SLURM and a terminal signal the workers along with the run, which needs them for the batches up
+    to its checkpoint and stops them itself. SIGTERM still ends a worker that hangs, after GRACE_SECONDS.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+
+
+def _launcher() -> int | None:
+    """The process id of the launcher above this process: None without one, 0 if it has died already.
+
+    Without a launcher nobody is watched: `nohup python train.py &` is meant to outlive its shell.
+    """
+    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+        return None
+    init = Path("/proc/1/cmdline")
+    # Orphans fall to process 1. In a container it may be the launcher itself, which is a Python program.
+    if os.getppid() == 1 and not (init.exists() and b"python" in init.read_bytes()):
+        return 0
+    return os.getppid()

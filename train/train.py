@@ -1,0 +1,48 @@
+"""Train a latent codec.
+
+    accelerate launch train/train.py --config train/configs/NAME.yaml --output_dir runs/NAME --data.path FOLDER
+    torchrun --nproc_per_node 8 train/train.py ...            # the same on several GPUs
+
+Without --data.path it trains on drawn pictures, so it runs anywhere. The same command again resumes. It leaves
+runs/NAME/codec/ (a plain diffusers AutoencoderKL folder), metrics.jsonl, samples/ and checkpoints/.
+`--help` lists every setting. Ends with code 0 when the run is complete, 128 + signal after a signal (143 SIGTERM,
+130 Ctrl-C, 138 SIGUSR1) with a checkpoint of the last step, 2 for a wrong setting, 1 for any other error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from latentcodec.training.config import parse
+from latentcodec.training.signals import StopRequest, exit_code
+from latentcodec.training.trainer import Trainer
+
+
+def main() -> int:
+    config = parse()
+    with StopRequest() as stop:
+        trainer = Trainer(config)
+        trainer.resume()
+        every = config.train
+        for micro_batches in trainer.steps(stop):
+            report = trainer.train_step(micro_batches)
+            trainer.journal.log(trainer.step, report, trainer.batches.waited_seconds)
+            if trainer.due(every.validate_every):
+                trainer.validate()
+            if trainer.due(every.checkpoint_every):
+                trainer.checkpoint()
+                trainer.save_codec()
+        trainer.checkpoint()
+        trainer.save_codec(trainer.validate())
+        trainer.journal.end()
+    return exit_code(trainer.stopped_by) if trainer.stopped_by else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what a user can mend; anything else is our fault and shows its traceback
+        sys.exit(f"error: {error}")
