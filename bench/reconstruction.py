@@ -95,7 +95,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--klt_images", type=Path, help="photographs the KLT is fitted on; default: those of --images")
     add("--lpips_net", choices=SMALLEST_SIDE, default="vgg", help="network of LPIPS (%(default)s)")
     add("--lpips_weights", type=Path, help="its weights as safetensors; default: torchvision's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
     return parser.parse_args(argv)
 

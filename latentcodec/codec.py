@@ -8,7 +8,9 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from latentcodec.autoencoder import adopt, downsampling_factor
 from latentcodec.pixels import crop, pad_to_multiple
-from latentcodec.single_file import load_single_file
+from latentcodec.single_file import check_config, load_single_file
 
 BUNDLED = Path(__file__).parent / "weights"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CONFIG = "config.json"
 
 
 def bundled_names() -> list[str]:
@@ -48,11 +52,14 @@ class LatentCodec:
     ) -> LatentCodec:
         """A codec from a folder, a hub id, one .safetensors file, a bundled name or an AutoencoderKL object.
 
-        A folder that holds a whole pipeline is understood; its `vae` is taken. Weights are read from safetensors
-        only. Raises ValueError naming `source` and what was looked for if nothing usable is found.
+        A folder or hub id of a whole pipeline is understood; its `vae` is taken. Weights are read from safetensors
+        only, as float32 unless `dtype` says otherwise. An object is taken over in place, in the `dtype` it has.
+
+        Raises ValueError naming `source`, what was looked for and the reason if nothing usable is found, and
+        TypeError for an object of another class.
         """
-        vae = source if isinstance(source, AutoencoderKL) else _load(str(source), subfolder)
-        return cls(vae.to(device=device, dtype=dtype))
+        vae = _load(str(source), subfolder) if isinstance(source, str | Path) else adopt(source)
+        return cls(_moved(vae, device, dtype))
 
     @property
     def downsampling_factor(self) -> int:
@@ -100,9 +107,9 @@ class LatentCodec:
         """[B, C, H, W] in [-1, 1] -> [B, c, ceil(H / f), ceil(W / f)] float32 of zero mean and unit variance.
 
         The posterior's mode, or with `sample` a draw from it. The right and the bottom edge are repeated up to the
-        next multiple of f. Raises ValueError for another shape.
+        next multiple of f. Raises ValueError for another shape or for integers.
         """
-        self._require(x, self.image_channels, "an image batch [B, C, H, W]")
+        _require(x, self.image_channels, "an image batch [B, C, H, W] in [-1, 1]")
         x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
         posterior = self.vae.encode(x).latent_dist
         raw = posterior.sample(generator=generator) if sample else posterior.mode()
@@ -115,7 +122,7 @@ class LatentCodec:
         Not clamped: `save_image` and the metrics do that. Raises ValueError for another shape, or for a `size` that
         does not belong to these latents.
         """
-        self._require(z, self.latent_channels, "a latent batch [B, c, h, w]")
+        _require(z, self.latent_channels, "a latent batch [B, c, h, w]")
         f = self.downsampling_factor
         if size is not None and (-(-size[0] // f), -(-size[1] // f)) != tuple(z.shape[-2:]):
             raise ValueError(
@@ -128,33 +135,48 @@ class LatentCodec:
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.
 
-        Raises ValueError if the pipeline has no VAE, or if its denoiser was made for other latents.
+        The VAE moves to the device and the dtype of the one it replaces. Raises ValueError if the pipeline has no
+        VAE, if its denoiser was made for other latents, or if its VAE is already offloaded.
         """
-        if getattr(pipe, "vae", None) is None:
+        old = getattr(pipe, "vae", None)
+        if old is None:
             raise ValueError(f"{type(pipe).__name__} has no component 'vae' to replace")
-        old = pipe.vae.config
+        if hasattr(old, "_hf_hook"):  # its weights may be anywhere, and ours would be left without the hook
+            raise ValueError(
+                f"the VAE of this {type(pipe).__name__} is offloaded: plug in first, then offload"
+            )
+        if not {"latent_channels", "block_out_channels"} <= old.config.keys():
+            raise ValueError(f"{type(pipe).__name__} works on the latents of a {type(old).__name__}")
         for key, ours, theirs in (
-            ("latent_channels", self.latent_channels, old.latent_channels),
-            ("downsampling factor", self.downsampling_factor, downsampling_factor(old)),
+            ("latent channels", self.latent_channels, old.config.latent_channels),
+            ("pixels a latent cell", self.downsampling_factor, downsampling_factor(old.config)),
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"this codec has {key} {ours}, the pipeline's VAE has {theirs}: its denoiser was trained on other "
+                    f"this codec has {ours} {key}, the pipeline's VAE has {theirs}: its denoiser was trained on other "
                     "latents"
                 )
-        pipe.register_modules(vae=self.vae.to(pipe.vae.device, pipe.vae.dtype))
+        pipe.register_modules(vae=_moved(self.vae, old.device, old.dtype))
         return pipe
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write a plain AutoencoderKL folder, config.json and safetensors, with a model card README.md.
 
         `card` is the card's text (Markdown); without it, one that states the shapes and how to load the folder.
+        All files are written in full before any takes its name, so an interrupted save leaves what was there. Other
+        files in `folder` stay.
         """
         folder = Path(folder)
-        self.vae.save_pretrained(folder)
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner may read
-        (folder / "README.md").write_text(card or self.model_card())
+        incomplete = folder / ".incomplete"
+        shutil.rmtree(incomplete, ignore_errors=True)  # of a save that was killed
+        incomplete.mkdir(parents=True)
+        try:
+            self.vae.save_pretrained(incomplete)
+            text = self.model_card() if card is None else card
+            (incomplete / "README.md").write_text(text, encoding="utf-8")
+            _move_files(incomplete, folder)
+        finally:
+            shutil.rmtree(incomplete, ignore_errors=True)
 
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
@@ -168,10 +190,6 @@ class LatentCodec:
             widths=", ".join(map(str, config.block_out_channels)),
             details=f"{details.strip()}\n\n" if details else "",
         )
-
-    def _require(self, x: Tensor, channels: int, what: str) -> None:
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"expected {what} with {channels} channels, got shape {list(x.shape)}")
 
 
 _CARD = """---
@@ -198,37 +216,89 @@ save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
 """
 
 
+def _require(x: Tensor, channels: int, what: str) -> None:
+    if x.ndim != 4 or x.shape[1] != channels or not x.numel() or not x.is_floating_point():
+        raise ValueError(f"expected {what} with {channels} channels, got {x.dtype} of shape {list(x.shape)}")
+
+
+def _moved(vae: AutoencoderKL, device: str | torch.device | None, dtype: torch.dtype | None) -> AutoencoderKL:
+    """`vae`, in place, on `device` and in `dtype` where these are given and differ (diffusers warns of each cast)."""
+    if device is not None:
+        vae.to(device)
+    if dtype not in (None, vae.dtype):
+        vae.to(dtype)
+    return vae
+
+
+def _move_files(incomplete: Path, folder: Path) -> None:
+    """Make the files durable, and only then rename them; config.json last, without which a folder is no model."""
+    files = sorted(incomplete.iterdir(), key=lambda file: file.name == CONFIG)
+    for file in files:
+        shutil.copymode(incomplete / CONFIG, file)  # safetensors' own mode ignores the umask
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    for file in files:
+        file.replace(folder / file.name)
+
+
 def _load(source: str, subfolder: str | None) -> AutoencoderKL:
-    path = BUNDLED / source if source in bundled_names() else Path(source)
+    path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
     if path.is_file():
         return load_single_file(path)
-    if path.is_dir():
-        if subfolder is None and (path / "model_index.json").exists():
-            subfolder = "vae"
-        _require_folder(path if subfolder is None else path / subfolder)
-    elif source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source and path.is_dir():
+        is_pipeline = subfolder is None and (path / "model_index.json").is_file()
+        return _from_folder(path / ("vae" if is_pipeline else subfolder or ""))
+    if not HUB_ID.fullmatch(source):
+        names = ", ".join(bundled_names()) or "none yet"
         raise ValueError(
-            f"{source!r} is no folder, no file, no hub id and none of {', '.join(bundled_names())}"
+            f"{source!r} is no file and no folder here, no hub id (owner/model) and no bundled codec ({names})"
         )
-    try:
-        return AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load an AutoencoderKL from {source!r}: {reason}") from None
+    return _from_hub(source, (None, "vae") if subfolder is None else (subfolder,))
 
 
-def _require_folder(folder: Path) -> None:
-    """Say what is missing in a local folder before diffusers goes looking for it on the hub."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no AutoencoderKL folder: it holds no config.json")
-    try:
-        name = json.loads(file.read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file} is not a JSON object") from None
-    if name not in (None, "AutoencoderKL"):
-        raise ValueError(f"{file} describes a {name}, not an AutoencoderKL")
+def _from_folder(folder: Path) -> AutoencoderKL:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no AutoencoderKL folder: it holds no {CONFIG}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"
         )
+    return _from_diffusers(str(folder), None)
+
+
+def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
+    """The AutoencoderKL in the first of `subfolders` that has a configuration."""
+    for subfolder in subfolders:
+        try:
+            AutoencoderKL.load_config(name, subfolder=subfolder)
+        except OSError as error:
+            reason = error.__context__ or error  # diffusers takes a hub out of reach for a missing file
+        else:
+            return _from_diffusers(name, subfolder)
+    raise ValueError(
+        f"{name!r} is no file and no folder here, and cannot be had from the hub: {_brief(reason)}"
+    )
+
+
+def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
+    """What diffusers loads from a folder or hub id, after the checks that it leaves out."""
+    name = f"{place}/{subfolder}" if subfolder else place
+    try:
+        config = AutoencoderKL.load_config(place, subfolder=subfolder)
+        check_config(config, f"{name}/{CONFIG}")
+        vae, report = AutoencoderKL.from_pretrained(
+            place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_brief(error)}") from None
+    for what in ("missing_keys", "unexpected_keys"):  # diffusers goes on with random weights, and only warns
+        if keys := report[what]:
+            raise ValueError(
+                f"the weights in {name} are not those of its {CONFIG}: {len(keys)} {what.replace('_', ' ')}, the "
+                f"first is {min(keys)!r}"
+            )
+    return vae
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

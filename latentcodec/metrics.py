@@ -79,7 +79,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004: a gaussian
     window of 11 taps and sigma 1.5, K1 = 0.01, K2 = 0.03, each colour channel by itself. Only windows inside
-    the image count, as in torchmetrics, so the outer 5 pixels are not centres.
+    the image count, as there and in scikit-image; torchmetrics adds windows over the mirrored border.
     Raises `ValueError` for images smaller than the window.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:

@@ -1,7 +1,9 @@
-"""One .safetensors file -> AutoencoderKL, without a config: what the file does not say is read off its shapes.
+"""One .safetensors file -> AutoencoderKL. What no config.json beside the file says is read off the shapes.
 
-Both spellings are understood: diffusers' keys, and those of the original latent-diffusion repositories (also with
-the `first_stage_model.` or `vae.` prefix of a whole checkpoint), which diffusers' own converter renames.
+Three spellings are understood: diffusers' keys, its former names of the attention layers, and the keys of the
+original latent-diffusion repositories, which diffusers' own converter renames; the last also within a whole
+checkpoint. Where neither shapes nor neighbours tell (how the latents are scaled, how many groups the norms have) and
+the public checkpoints do not agree, the file is refused: a wrong guess would load and give wrong numbers.
 
 Shapes: c latent channels.
 """
@@ -9,47 +11,106 @@ Shapes: c latent channels.
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentcodec.autoencoder import build
 
-PREFIXES = ("first_stage_model.", "vae.")
+PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
+LDM_KEY = "encoder.down.0.block.0.conv1.weight"
+DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.conv1.weight"
+
+# What early diffusers called the layers of the attention; many published files still have these names.
+FORMER_NAME = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
+PRESENT_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# What a whole checkpoint holds beside its VAE tells how the latents are scaled and shifted; the numbers are those of
+# the public configurations of SDXL, SD3 and FLUX.1.
+NEIGHBOURS = {
+    "conditioner.embedders.1.": {"scaling_factor": 0.13025},
+    "model.diffusion_model.joint_blocks.": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "model.diffusion_model.double_blocks.": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+}
+STABLE_DIFFUSION = {"scaling_factor": 0.18215}  # 4 channels and no such neighbour, as diffusers assumes too
 
 
 def load_single_file(path: Path) -> AutoencoderKL:
-    """The AutoencoderKL in `path`. A `config.json` beside the file is used if there is one.
+    """The AutoencoderKL in `path`, float32. A `config.json` beside the file is used if it describes one.
 
-    Otherwise widths, layers, channels and optional layers are read off the shapes; what shapes do not tell
-    (norm_num_groups 32 or, for narrow models, 8; scaling factor 0.18215 for 4 channels without a config) takes the
-    values of the public checkpoints. Raises ValueError naming the file if it is no safetensors file or no VAE.
+    Otherwise widths, layers, channels and optional layers are read off the shapes, and the scaling factor is that of
+    the public checkpoint which the file looks like; one that holds nothing but a VAE of 4 channels is taken for
+    Stable Diffusion's. Raises ValueError naming the file if it cannot be read, holds no AutoencoderKL or leaves open
+    what it needs to be told by a config.json.
     """
-    state = _read(path)
-    sibling = path.parent / "config.json"
-    config = json.loads(sibling.read_text()) if sibling.is_file() else None
-    if "encoder.down.0.block.0.conv1.weight" in state:
-        config = config or _config_from_ldm(state)
-        state = convert_ldm_vae_checkpoint(state, config)
-    elif "encoder.down_blocks.0.resnets.0.conv1.weight" not in state:
-        raise ValueError(
-            f"{path} holds no AutoencoderKL: no key of its encoder is among its {len(state)} tensors"
-        )
-    vae = build(config or _config_from_diffusers(state))
+    state, keys = _read(path)
+    config = _config_beside(path)
     try:
-        vae.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the AutoencoderKL it seems to hold: {error}") from None
-    return vae.to(next(iter(state.values())).dtype)
+        if LDM_KEY in state:
+            config = config or _config_from_ldm(state, keys)
+            state = convert_ldm_vae_checkpoint(state, config)
+        else:
+            state = {_present_name(key): value for key, value in state.items()}
+            config = config or _config_from_diffusers(state, keys)
+        vae = build(config)
+    except KeyError as error:
+        raise ValueError(f"{path} holds only a part of an AutoencoderKL: {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _require_equal_shapes(path, dict(vae.state_dict()), state)
+    vae.load_state_dict(state)
+    return vae
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def check_config(config: Any, origin: str) -> dict[str, Any]:
+    """What the constructor of AutoencoderKL takes, out of the content of a config.json.
+
+    Raises ValueError naming `origin` and the key if the configuration is another model's or has a value of a type
+    or size that no AutoencoderKL can have. Whether the stages agree with each other is left to the constructor.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin} is not a JSON object")
+    if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{origin} describes a {name}, not an AutoencoderKL")
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    hints = get_type_hints(AutoencoderKL.__init__) | {"sample_size": int | tuple[int]}
+    for key, value in arguments.items():
+        if key not in hints:
+            raise ValueError(f"{origin}: AutoencoderKL has no configuration key {key!r}")
+        if not _fits(value, hints[key]):
+            raise ValueError(f"{origin}: {key} cannot be {value!r}")
+    if arguments.get("scaling_factor") == 0:
+        raise ValueError(f"{origin}: scaling_factor cannot be 0")
+    for key in ("latents_mean", "latents_std"):
+        given, channels = arguments.get(key), arguments.get("latent_channels")
+        if given is not None and len(given) != channels:
+            raise ValueError(f"{origin}: {key} has {len(given)} numbers, latent_channels is {channels}")
+    return arguments
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is what the annotation of a constructor argument asks for."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:  # diffusers writes tuple[int] for any number of them
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is int:  # counts, all of them
+        return type(value) is int and value > 0
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the VAE without their prefix, and the keys of all tensors in the file."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; pickled weights are not loaded, they can run code"
@@ -57,19 +118,50 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-        state = load_file(path)
+            for prefix in PREFIXES:
+                if prefix + LDM_KEY in keys or prefix + DIFFUSERS_KEY in keys:
+                    ours = [key for key in keys if key.startswith(prefix)]
+                    return {key.removeprefix(prefix): file.get_tensor(key) for key in ours}, keys
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-    for prefix in PREFIXES:
-        if any(key.startswith(prefix) for key in keys):
-            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return state
+    raise ValueError(f"{path} holds no AutoencoderKL: none of its {len(keys)} tensors is of its encoder")
 
 
-def _config_from_diffusers(state: dict[str, Tensor]) -> dict[str, Any]:
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """The config.json in the folder of `path`; None if there is none, or one of another kind of model."""
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+        return None  # folders of downloads hold the config.json of whatever was downloaded last
+    return check_config(config, str(file))
+
+
+def _present_name(key: str) -> str:
+    """The key as diffusers spells it today."""
+    return FORMER_NAME.sub(lambda match: f"{match[1]}{PRESENT_NAME[match[2]]}.", key)
+
+
+def _require_equal_shapes(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    shapes, found = ({key: list(value.shape) for key, value in part.items()} for part in (expected, state))
+    differing = [key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{path} does not fit its configuration: {len(differing)} of {len(shapes)} tensors differ, the first is "
+            f"{key!r}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
+        )
+
+
+def _config_from_diffusers(state: Mapping[str, Tensor], keys: list[str]) -> dict[str, Any]:
     stages = _count(state, r"encoder\.down_blocks\.(\d+)\.")
     return _config(
         state,
+        keys,
         widths=[state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(stages)],
         layers=_count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         attention=[f"encoder.down_blocks.{i}.attentions.0.to_q.weight" in state for i in range(stages)],
@@ -77,10 +169,11 @@ def _config_from_diffusers(state: dict[str, Tensor]) -> dict[str, Any]:
     )
 
 
-def _config_from_ldm(state: dict[str, Tensor]) -> dict[str, Any]:
+def _config_from_ldm(state: Mapping[str, Tensor], keys: list[str]) -> dict[str, Any]:
     stages = _count(state, r"encoder\.down\.(\d+)\.")
     return _config(
         state,
+        keys,
         widths=[state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(stages)],
         layers=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         attention=[f"encoder.down.{i}.attn.0.q.weight" in state for i in range(stages)],
@@ -89,23 +182,50 @@ def _config_from_ldm(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _config(
-    state: dict[str, Tensor], widths: list[int], layers: int, attention: list[bool], middle: bool
+    state: Mapping[str, Tensor],
+    keys: list[str],
+    widths: list[int],
+    layers: int,
+    attention: list[bool],
+    middle: bool,
 ) -> dict[str, Any]:
+    latent_channels = state["decoder.conv_in.weight"].shape[1]
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
+        "latent_channels": latent_channels,
         "block_out_channels": widths,
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
         "layers_per_block": layers,
-        "norm_num_groups": 32 if all(width % 32 == 0 and width >= 128 for width in widths) else 8,
+        "norm_num_groups": _norm_num_groups(widths),
         "mid_block_add_attention": middle,
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
+        **_scale(latent_channels, keys),
     }
 
 
-def _count(state: dict[str, Tensor], pattern: str) -> int:
+def _norm_num_groups(widths: list[int]) -> int:
+    if any(width < 128 or width % 32 for width in widths):
+        raise ValueError(
+            f"the weights do not tell norm_num_groups for widths {widths}; put the model's config.json beside the file"
+        )
+    return 32
+
+
+def _scale(latent_channels: int, keys: list[str]) -> dict[str, float]:
+    for neighbour, scale in NEIGHBOURS.items():
+        if any(key.startswith(neighbour) for key in keys):
+            return scale
+    if latent_channels != 4:
+        raise ValueError(
+            f"the weights do not tell how these {latent_channels} latent channels are scaled; put the model's "
+            "config.json beside the file"
+        )
+    return STABLE_DIFFUSION
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers stand at the group of `pattern` among the keys."""
     return len({match[1] for key in state if (match := re.match(pattern, key))})

@@ -36,6 +36,8 @@ def test_images_smaller_than_the_crop_are_scaled_up_to_it(size):
         assert crop.shape == (3, 48, 48)
     crop = random_crop(ramp(24, 24), (48, 48), 0.5, False, [0.0] * 4)
     assert (crop[0, 0, 40] - crop[0, 0, 10]).item() == pytest.approx(0.0005 * 30, rel=1e-3)
+    stretched = random_crop(ramp(24, 300), (48, 48), 0.5, False, [0.9999] * 4)
+    assert (stretched[0, 0, 40] - stretched[0, 0, 10]).item() == pytest.approx(0.0005 * 30, rel=1e-3)
 
 
 def test_an_image_is_never_scaled_below_the_crop():
@@ -59,10 +61,13 @@ def test_a_bucketed_epoch_shows_every_image_in_blocks_of_one_shape():
     buckets = np.array([0] * 13 + [1] * 5 + [2] * 8)
     order = BucketedOrder(np.arange(26) + 100, buckets, 128, seed=0, block=4)
     assert len(order) == 4 * (4 + 2 + 2)
+    sequences = set()
     for epoch in range(3):
         positions = range(epoch * len(order), (epoch + 1) * len(order))
         images = np.array([next(order.images_from(position)) for position in positions])
         assert set(images) == set(range(100, 126))
         shapes = [bucket_sizes(128).index(order.crop_size(position)) for position in positions]
         assert shapes == buckets[images - 100].tolist()
+        sequences.add(tuple(shapes))
         assert all(len(set(shapes[start : start + 4])) == 1 for start in range(0, len(order), 4))
+    assert len(sequences) == 3, "every epoch mixes the shapes anew"

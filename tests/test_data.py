@@ -78,6 +78,12 @@ def test_seed_changes_order_and_crops(tmp_path):
     assert not torch.equal(first[0]["pixels"], second[0]["pixels"])
 
 
+def test_an_image_is_cropped_anew_every_time(tmp_path):
+    batches = read(config_of(write_photos(tmp_path / "photos", 1)), steps=3)
+    crops = torch.cat([batch["pixels"] for batch in batches])
+    assert len(crops.unique(dim=0)) == 12
+
+
 def test_batches_are_what_the_trainer_expects(tmp_path):
     batch = read(config_of(write_photos(tmp_path / "photos", 5)), steps=1)[0]
     assert batch["pixels"].shape == (4, 3, 16, 16)
@@ -262,13 +268,13 @@ def test_impossible_settings_are_refused_by_name(settings, message):
 def test_only_the_wait_for_data_is_counted():
     def slow():
         for _ in range(3):
-            time.sleep(0.05)
+            time.sleep(0.02)
             yield {"pixels": torch.zeros(1), "position": torch.zeros(1), "rejected": []}
 
     batches = Batches(slow())
     for _ in batches:
-        time.sleep(0.1)  # the trainer at work
-    assert 0.15 <= batches.waited_seconds < 0.3
+        time.sleep(0.3)  # the trainer at work
+    assert 0.06 <= batches.waited_seconds < 0.5
 
 
 ORPHAN_SCRIPT = """

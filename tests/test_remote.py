@@ -21,6 +21,13 @@ def test_a_stream_shows_every_image_once_an_epoch_whatever_ranks_and_workers(tmp
     assert seen != sorted(seen)
 
 
+def test_every_epoch_of_a_stream_has_its_own_order(tmp_path):
+    config = config_of(write_shards(tmp_path / "shards", 24, 4), streaming=True, shuffle_buffer=5)
+    seen = [number for batch in read(config, steps=12) for number in numbers_in(batch)]
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
+    assert seen[:24] != seen[24:]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumes_exactly_with_the_same_ranks_and_workers(tmp_path, workers):
     path = write_shards(tmp_path / "shards", 22, 4, bad=(3, 8, 9))

@@ -1,5 +1,7 @@
 """Where images come from: every container gives the same images, and every mistake an error that names it."""
 
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -63,8 +65,23 @@ def test_tar_shards_choose_images_by_the_part_after_the_dot(tmp_path):
         f"{tmp_path}/{name}" for name in ("a.tar:x.left.png", "a.tar:x.right.png", "b.tar:deep/y.JPG")
     ]
     assert len(open_source(tmp_path / "a.tar", column="right.png")) == 1
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        folder = tarfile.TarInfo("folder.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert len(open_source(tmp_path)) == 3
     with pytest.raises(ValueError, match=r"no image named \*\.webp"):
         open_source(tmp_path, column="webp")
+
+
+def test_size_is_that_of_the_image_as_it_is_read(tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    source = open_source(tmp_path)
+    assert [source.size(index) for index in range(8)] == [source.read(index).shape[1:] for index in range(8)]
+    assert [source.size(index)[0] for index in range(8)] == [20] * 4 + [30] * 4
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

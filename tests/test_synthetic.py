@@ -92,3 +92,19 @@ def test_drawing_is_fast_enough_to_feed_a_trainer(pictures):
     for index in range(100, 140):
         draw(0, index)
     assert 40 / (time.process_time() - begun) > 40, "pictures for each second of one core"
+
+
+def test_textures_range_from_fine_to_coarse_at_unit_contrast():
+    textures = synthetic._textures()
+    assert np.allclose(textures.std(axis=(1, 2)), 1, atol=1e-4)
+    roughness = [np.diff(texture, axis=1).std() for texture in textures[::4]]
+    assert roughness == sorted(roughness, reverse=True)
+    assert roughness[0] > 2 * roughness[-1]
+
+
+def test_leaf_sizes_follow_the_inverse_cube_law():
+    """Density r^-3 means that the share of leaves above r falls like r^-2."""
+    radius = synthetic._power_law(np.random.default_rng(0), 40_000, smallest=2.0, largest=500.0)
+    assert 2 <= radius.min() < radius.max() <= 500
+    for factor in (2, 4, 8):
+        assert np.mean(radius > 2 * factor) == pytest.approx(factor**-2, rel=0.1)

@@ -20,20 +20,28 @@ from latentcodec.training.trainer import Trainer
 
 def main() -> int:
     config = parse()
+    every = config.train
     with StopRequest() as stop:
         trainer = Trainer(config)
         trainer.resume()
-        every = config.train
+        if trainer.finished:
+            trainer.journal.say(
+                f"{config.output_dir} is finished; a larger train.max_steps would train it on"
+            )
+            return 0
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
-            trainer.journal.log(trainer.step, report, trainer.batches.waited_seconds)
+            if report is None:  # a number was not finite: nothing has changed
+                continue
+            trainer.journal.log(trainer.step, trainer.progress, report)
             if trainer.due(every.validate_every):
                 trainer.validate()
             if trainer.due(every.checkpoint_every):
-                trainer.checkpoint()
                 trainer.save_codec()
+                trainer.checkpoint()
         trainer.checkpoint()
-        trainer.save_codec(trainer.validate())
+        if not trainer.stopped_by:
+            trainer.finish()
         trainer.journal.end()
     return exit_code(trainer.stopped_by) if trainer.stopped_by else 0
 
@@ -44,5 +52,5 @@ if __name__ == "__main__":
     except (
         ValueError,
         OSError,
-    ) as error:  # what a user can mend; anything else is our fault and shows its traceback
+    ) as error:  # what a user can mend; all else is our fault and shows its traceback
         sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ The losses themselves are in `discriminator.py`. Before `start_step` nothing her
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -23,17 +24,27 @@ from latentcodec.training.discriminator import (
     discriminator_losses,
     generator_loss,
 )
+from latentcodec.training.optimization import load_optimizer
 
 
 class Adversary:
     """A PatchGAN and its AdamW, trained beside the codec."""
 
-    def __init__(self, config: DiscriminatorConfig, image_channels: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: DiscriminatorConfig, image_channels: int, smallest_crop: int, accelerator: Accelerator
+    ) -> None:
+        """Raises ValueError where it could not look at the smallest crop (pixels a side)."""
         self.config, self.accelerator = config, accelerator
-        plain = PatchGAN(image_channels, config.channels, config.layers).to(accelerator.device)
-        optimizer = torch.optim.AdamW(plain.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
-        self.model, self.optimizer = accelerator.prepare(plain, optimizer)
-        self.plain = plain
+        self.plain = PatchGAN(image_channels, config.channels, config.layers).to(accelerator.device)
+        if smallest_crop < self.plain.smallest_side:
+            raise ValueError(
+                f"discriminator.layers {config.layers} needs images of {self.plain.smallest_side} pixels a side, and "
+                f"training shows it some of {smallest_crop}; lower it, or raise data.resolution"
+            )
+        self.optimizer = torch.optim.AdamW(
+            self.plain.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True
+        )
+        self.model = accelerator.prepare(self.plain)
         self.health = DiscriminatorHealth()
         # The weight follows from the gradients of the whole step before, so that N processes equal one.
         self.adaptive = 1.0
@@ -41,10 +52,10 @@ class Adversary:
 
     @classmethod
     def of(
-        cls, config: DiscriminatorConfig, image_channels: int, accelerator: Accelerator
+        cls, config: DiscriminatorConfig, image_channels: int, smallest_crop: int, accelerator: Accelerator
     ) -> Adversary | None:
         """None where the adversarial loss is off."""
-        return cls(config, image_channels, accelerator) if config.weight else None
+        return cls(config, image_channels, smallest_crop, accelerator) if config.weight else None
 
     def active(self, step: int) -> bool:
         """Whether it plays at all at this optimizer step."""
@@ -55,39 +66,56 @@ class Adversary:
         with self.accelerator.autocast():
             return generator_loss(self.plain, y).mean()
 
-    def weight(self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> float:
+    def weight(
+        self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, accumulation: int
+    ) -> float:
         """The factor of the generator's loss in this step; notes the gradients that give the next step's."""
         if not self.config.adaptive:
             return self.config.weight
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()  # else fp16 would lose small gradients
         pair = [
-            torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+            torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] / (scale * accumulation)
             for loss in (reconstruction, adversarial)
         ]
-        self._gradients = [old + new for old, new in zip(self._gradients, pair, strict=True)] or pair
+        noted = self._gradients or [torch.zeros_like(last_layer)] * 2
+        self._gradients = [old + new for old, new in zip(noted, pair, strict=True)]
         return self.config.weight * self.adaptive
 
     def backward(self, x: Tensor, y: Tensor, accumulation: int, last: bool) -> dict[str, Tensor]:
         """The discriminator's own loss on one micro-batch, and its backward; means, without gradient."""
-        with torch.enable_grad() if last else self.accelerator.no_sync(self.model):
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
             losses = {k: v.mean() for k, v in discriminator_losses(self.model, x, y).items()}
             self.accelerator.backward(losses["d_loss"] / accumulation)
         return {name: value.detach() for name, value in losses.items()}
 
-    def step(self, report: dict[str, float]) -> None:
-        """Move the discriminator, take the next adaptive weight, and sound the alarm if the game is lost."""
+    def gradient_norm(self) -> Tensor:
+        """Scalar: the norm of the discriminator's gradient."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.plain.parameters() if p.grad is not None])
+
+    def step(self, report: dict[str, float]) -> dict[str, float]:
+        """Move the discriminator, take the next adaptive weight, and sound the alarm if the game is lost.
+
+        `report` has the step's means over all processes; returns what there is to add.
+        """
+        said = {"adversarial_weight": self.config.weight * (self.adaptive if self.config.adaptive else 1.0)}
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self._gradients:
             reconstruction, adversarial = self.accelerator.reduce(self._gradients, reduction="mean")
-            self.adaptive = adaptive_weight([reconstruction], [adversarial]).item()
-            self._gradients = []
-        report["adversarial_weight"] = self.config.weight * (self.adaptive if self.config.adaptive else 1.0)
+            if adversarial.isfinite().all():  # in fp16 it may overflow alone; then the last weight stays
+                self.adaptive = adaptive_weight([reconstruction], [adversarial]).item()
         self.health = self.health.updated(
             report["d_accuracy"], report["d_logit_real"], report["d_logit_fake"]
         )
         alarm = collapse_alarm(self.config, self.health)
         if alarm and self.health.steps % self.config.alarm_after_steps == 0:
             warnings.warn(alarm, stacklevel=2)
+        return said
+
+    def forget(self) -> None:
+        """Drop the gradients of a step, taken or skipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._gradients = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """The discriminator's weights."""
@@ -100,6 +128,6 @@ class Adversary:
     def load(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint."""
         self.plain.load_state_dict(saved.tensors("discriminator"))
-        self.optimizer.load_state_dict(saved.object("discriminator_optimizer"))
+        load_optimizer(self.optimizer, saved.object("discriminator_optimizer"))
         self.adaptive = saved.state["adversary"]["adaptive"]
         self.health = DiscriminatorHealth(**saved.state["adversary"]["health"])

@@ -13,10 +13,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from latentcodec.training.data import DataConfig
 from latentcodec.training.discriminator import DiscriminatorConfig
+from latentcodec.training.finish import FinishConfig
 from latentcodec.training.losses import LossConfig
 from latentcodec.training.model import ModelConfig
+from latentcodec.training.optimization import TrainConfig
 from latentcodec.training.regularizers import RegularizerConfig
-from latentcodec.training.trainer import TrainConfig
 
 
 @dataclass
@@ -31,6 +32,18 @@ class Config:
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    finish: FinishConfig = field(default_factory=FinishConfig)
+
+    def __post_init__(self) -> None:
+        if self.finish.whiten and self.model.keeps_latents:
+            raise ValueError(
+                "finish.whiten would change the latents that model.teacher, or model.part decoder, keeps"
+            )
+        if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
+            raise ValueError(
+                "discriminator.adaptive compares gradients in the decoder, which model.part encoder does not train; "
+                "switch it off"
+            )
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -44,7 +57,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     settings: Namespace = parser.parse_args(arguments)
     settings.pop("config")
     try:
-        values = parser.instantiate_classes(settings)
+        return Config(**parser.instantiate_classes(settings))
     except ValueError as error:  # two keys that contradict each other
         parser.error(str(error))
-    return Config(**values)

@@ -176,7 +176,7 @@ def held_out(images: TrainingImages) -> HeldOut:
         result.images.append(centre_crop(image, images.config.val_resolution))
         result.names.append(images.val_source.name(index))
     if result.rejected and not result.images:
-        raise ValueError(f"none of the validation images can be read, the first of them: {result.rejected[0]}")
+        raise ValueError(f"none of the validation images can be read, the first: {result.rejected[0]}")
     return result
 
 

@@ -32,7 +32,9 @@ from latentcodec.klt import KLT
 
 CONSTANT = 64.0  # K: the signals have unit variance, so they move a group's deviation by less than a tenth of a percent
 POSTERIOR_STD = 0.01  # of the first posterior, in units of the latents' own deviation
-RIDGE = 1e-5  # of the least squares, relative to the mean energy of the regressors
+# Of the least squares, relative to the mean energy of the regressors. As large as it can be without a loss (0.2 dB):
+# a solution of small weights still holds when the first training steps move the features below it.
+RIDGE = 1e-2
 
 
 def zero_residuals(vae: AutoencoderKL) -> None:
@@ -45,13 +47,17 @@ def zero_residuals(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def linear_start(vae: AutoencoderKL, images: Sequence[Tensor]) -> None:
+def linear_start(vae: AutoencoderKL, images: Sequence[Tensor], latents: Tensor | None = None) -> None:
     """Fill the weights of `vae`, built by us, with the linear codec fitted to `images`, each [C, H, W] in [-1, 1].
 
     Afterwards `vae` encodes to the KLT's coefficients, with unit variance, and decodes them by the best linear
-    decoder its up-convolutions allow stage by stage. Images are taken as they are and must be of one size, a
-    multiple of f. Raises ValueError naming the configuration keys if the groups are too narrow for the signals.
+    decoder its up-convolutions allow stage by stage. Or, given the `latents` [N, c, h, w] that a teacher has for
+    these images, it encodes to the best linear prediction of those and decodes those. Images are taken as they are
+    and must be of one size, a multiple of f. Raises ValueError naming the configuration keys if the groups are too
+    narrow for the signals, or if there is only one stage, which leaves nothing to transform.
     """
+    if len(vae.config.block_out_channels) < 2:
+        raise ValueError("model.init 'linear' needs two widths or more in model.block_out_channels")
     zero_residuals(vae)
     x = torch.stack(list(images))
     f = downsampling_factor(vae.config)
@@ -68,7 +74,9 @@ def linear_start(vae: AutoencoderKL, images: Sequence[Tensor]) -> None:
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
     _start_encoder(vae.encoder, klts, vae.config.latent_channels)
-    _start_decoder(vae.decoder, klts[:-1], latent.encode(x), x)
+    if latents is not None:
+        _predict_latents(vae.encoder, latent.encode(x), latents)
+    _start_decoder(vae.decoder, klts[:-1], latent.encode(x) if latents is None else latents, x)
 
 
 def _start_encoder(encoder: Encoder, klts: list[KLT], latent_channels: int) -> None:
@@ -89,6 +97,16 @@ def _start_encoder(encoder: Encoder, klts: list[KLT], latent_channels: int) -> N
     for signal, (plus, minus) in enumerate(pairs):
         encoder.conv_out.weight[signal, plus, 1, 1] = 1
         encoder.conv_out.weight[signal, minus, 1, 1] = -1
+
+
+def _predict_latents(encoder: Encoder, signals: Tensor, latents: Tensor) -> None:
+    """Let the last convolution predict `latents` from the KLT's coefficients, both [N, c, h, w]."""
+    c = latents.shape[1]
+    weight, bias = _least_squares(signals, latents)
+    plus, minus = torch.tensor(_paired_channels(encoder.conv_norm_out, c)).T
+    encoder.conv_out.weight[:c, plus], encoder.conv_out.weight[:c, minus] = weight, -weight
+    _bias(encoder.conv_out)[:c] = bias
+    _bias(encoder.conv_out)[c:] += 2 * latents.std((0, 2, 3)).log()
 
 
 def _start_down_convolution(

@@ -1,13 +1,16 @@
 """What a run leaves behind for people: metrics.jsonl, config.yaml, sample grids, lists of what was left out.
 
 Only the main process writes. metrics.jsonl has one JSON object a step (and one a validation, with "psnr"); after a
-resume it goes on behind the step that the run was resumed from, as if it had never stopped.
+resume it goes on behind the step that the run was resumed from, as if it had never stopped. Keys with "second" or
+"minute" in them tell the time; all others are the same in every repetition of the run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from latentcodec.pixels import image_grid, save_image, to_uint8
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
+    from latentcodec.training.teacher import Drift
     from latentcodec.training.trainer import Trainer
 
 
@@ -30,20 +34,22 @@ class Journal:
 
     def __init__(self, output: Path, accelerator: Accelerator, config: Config) -> None:
         self.output, self.accelerator, self.config = output, accelerator, config
-        self.metrics = output / "metrics.jsonl"
+        self.metrics, self.result = output / "metrics.jsonl", output / "result.json"
         self.last_psnr: float | None = None
         self.listed: set[str] = set()
         self.bar: tqdm[Any] | None = None
 
-    def begin(self, step: int) -> None:
-        """Open the diary at `step`: forget what was written after the checkpoint that the run resumes from."""
+    def begin(self, step: int, draw: int, complete: bool) -> None:
+        """Open the diary at `step` and `draw`: forget what was written after the checkpoint that the run resumes from.
+
+        Of a `complete` run, whose finish will be done again, also what the finish wrote.
+        """
         if not self.accelerator.is_main_process:
             return
         self.output.mkdir(parents=True, exist_ok=True)
         _write(self.output / "config.yaml", yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False))
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
-        _write(self.metrics, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        _keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
+        _keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
         rejected = self.output / "rejected.txt"
         self.listed = set(rejected.read_text().splitlines()) if rejected.exists() else set()
         if self.config.train.trackers:
@@ -56,13 +62,13 @@ class Journal:
             self.accelerator.init_trackers("latentcodec", config=flat)
         self.bar = tqdm(total=self.config.train.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if step:
-            self.bar.write(f"resumed {self.output} at step {step}")
+            self.say(f"resumed {self.output} at step {step}")
 
-    def log(self, step: int, report: dict[str, float], waited_seconds: float) -> None:
-        """One step: a line in metrics.jsonl, the trackers and the progress bar."""
+    def log(self, step: int, progress: float, report: dict[str, float]) -> None:
+        """One step: a line in metrics.jsonl, the trackers and the progress bar; `progress` in (0, 1] of the run."""
         if self.bar is None:
             return
-        self._append({"step": step, **report, "waited_seconds": waited_seconds})
+        self._append({"step": step, **report})
         self.accelerator.log(report, step=step)
         shown = {
             "loss": f"{report['total']:.4g}",
@@ -71,18 +77,26 @@ class Journal:
         }
         if self.last_psnr is not None:
             shown["val dB"] = f"{self.last_psnr:.2f}"
+        self.bar.total = round(
+            step / progress
+        )  # where the clock ends the run, as many steps as it will allow
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def validated(self, step: int, seconds: float, evaluation: Evaluation) -> None:
         """The scores of the held-out images."""
-        scores = {"psnr": evaluation.mean("psnr"), "ssim": evaluation.mean("ssim")}
+        scores = _scores(evaluation)
         self.last_psnr = scores["psnr"]
-        self._append({"step": step, "minutes": seconds / 60, **scores, "images": len(evaluation.images)})
+        self._append({"step": step, "minutes": seconds / 60, **scores})
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
-        self._say(
-            f"step {step}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} on {len(evaluation.images)} images"
+        self.say(
+            f"step {step}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} on {scores['images']} images"
         )
+
+    def drifted(self, step: int, drift: Drift) -> None:
+        """How far the latents are from the teacher's, over the training crops."""
+        self._append({"step": step, **drift.record()})
+        self.say(f"step {step}: latents {drift.rms:.4f} deviations from the teacher's")
 
     def samples(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """samples/step-N.png: a column an image; the original, the reconstruction, and four times their difference."""
@@ -93,33 +107,54 @@ class Journal:
             for row, picture in zip(rows, (x, y, ((y - x) * 4).clamp(-1, 1)), strict=True):
                 row.append(picture)
         grid = image_grid([picture for row in rows for picture in row], columns=len(pairs))
-        if grid.shape[0] in (1, 3, 4):
-            save_image(grid, self.output / "samples" / f"step-{step:08d}.png")
+        if grid.shape[0] not in (1, 3, 4):
+            return  # no picture has two channels, or five
+        save_image(grid, self.output / "samples" / f"step-{step:08d}.png")
+        shown = {"samples": to_uint8(grid).permute(1, 2, 0).numpy()[None]}  # [1, H, W, C]
         for tracker in self.accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                tracker.log_images({"samples": to_uint8(grid).permute(1, 2, 0).numpy()[None]}, step=step)
+            if tracker.name == "tensorboard":
+                tracker.log_images(shown, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images(shown, step=step)
 
     def rejected(self, lines: list[str]) -> None:
         """rejected.txt: each image that could not be read, once, with the reason."""
-        for line in lines:
+        if not self.accelerator.is_main_process:
+            return
+        for line in (text.replace("\n", " ") for text in lines):
             if line not in self.listed:
                 self.listed.add(line)
                 with (self.output / "rejected.txt").open("a") as file:
-                    file.write(line.replace("\n", " ") + "\n")
-                self._say(f"left out ({len(self.listed)} so far, all in rejected.txt): {line}")
+                    file.write(line + "\n")
+                self.say(f"left out ({len(self.listed)} so far, all in rejected.txt): {line}")
 
-    def skipped(self, step: int, draw: int, positions: list[int]) -> None:
-        """skipped.jsonl: a batch whose loss or gradient was not finite."""
-        if self.accelerator.is_main_process:
-            with (self.output / "skipped.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "draw": draw, "positions": positions}) + "\n")
-        self._say(
-            f"step {step}: a loss or gradient was not finite; nothing was changed, the batch is in skipped.jsonl"
-        )
+    def skipped(self, step: int, draw: int, names: list[str]) -> None:
+        """skipped.jsonl: a batch's positions in the stream, and the names of its numbers that were not finite."""
+        if not self.accelerator.is_main_process:
+            return
+        positions = range(draw * self._batch, (draw + 1) * self._batch)
+        line = {"step": step, "draw": draw, "not_finite": names, "positions": [*positions]}
+        with (self.output / "skipped.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.say(f"step {step}: {names[0]} is not finite; nothing was changed, the batch is in skipped.jsonl")
 
     def rolled_back(self, step: int, to: int) -> None:
-        """Say that weights were taken from a checkpoint again."""
-        self._say(f"step {step}: three steps in a row were not finite; back to the checkpoint of step {to}")
+        """Forget the steps after the checkpoint whose weights are taken again, and say so."""
+        if self.accelerator.is_main_process:
+            _keep(self.metrics, lambda line: line["step"] <= to)
+            self.say(
+                f"step {step}: three steps in a row were not finite; back to the checkpoint of step {to}"
+            )
+
+    def finish(self, step: int, seconds: float, evaluation: Evaluation | None) -> None:
+        """result.json: the last file of a complete run, which says that there is nothing left to do."""
+        if self.accelerator.is_main_process:
+            scores = {} if evaluation is None else _scores(evaluation)
+            _write(self.result, _json({"step": step, "minutes": seconds / 60, **scores}) + "\n")
+
+    def finished_step(self) -> int | None:
+        """The step at which the run was finished; None if it was not."""
+        return json.loads(self.result.read_text())["step"] if self.result.exists() else None
 
     def end(self) -> None:
         """Close the trackers and the bar."""
@@ -129,12 +164,11 @@ class Journal:
 
     def card(self, trainer: Trainer, evaluation: Evaluation | None) -> str:
         """The model card's account of the training."""
-        train, data = self.config.train, self.config.data
-        crops = train.batch_size * train.accumulation * self.accelerator.num_processes
+        data = self.config.data
         lines = [
             "## Training",
             "",
-            f"- {trainer.step} steps of {crops} crops of "
+            f"- {trainer.step} steps of {self._batch} crops of "
             f"{data.resolution} x {data.resolution}, {trainer.seconds / 60:.0f} minutes, on: "
             + (data.path or "the built-in drawn pictures"),
             "- all settings: `config.yaml` beside the run's `metrics.jsonl`",
@@ -146,13 +180,42 @@ class Journal:
             )
         return "\n".join(lines)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line of text, above the progress bar."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(_json(record) + "\n")
+
+    @property
+    def _batch(self) -> int:
+        """Images of an optimizer step, of all processes."""
+        return self.config.train.batch_size * self.config.train.accumulation * self.accelerator.num_processes
+
+
+def _scores(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "psnr": evaluation.mean("psnr"),
+        "ssim": evaluation.mean("ssim"),
+        "images": len(evaluation.images),
+    }
+
+
+def _json(record: dict[str, Any]) -> str:
+    """One line; JSON has no infinity, which a perfect PSNR is."""
+    return json.dumps(
+        {k: None if v in (math.inf, -math.inf) else v for k, v in record.items()}, allow_nan=False
+    )
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep only the wanted lines of a file of JSON lines; it may not exist."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
+        _write(path, "".join(line for line in whole if wanted(json.loads(line))))
 
 
 def _plain(value: Any) -> Any:

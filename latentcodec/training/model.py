@@ -1,5 +1,7 @@
 """The model that is trained: an AutoencoderKL, new or fine-tuned, and the one forward pass of training around it.
 
+What a change of channels does to pretrained weights is in `adapt.py`, what a teacher asks for in `teacher.py`.
+
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
 
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 from latentcodec.autoencoder import build, downsampling_factor
 from latentcodec.codec import LatentCodec
+from latentcodec.training.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.initialization import linear_start, zero_residuals
 from latentcodec.training.losses import sample_posterior, split_moments
+from latentcodec.training.teacher import Teacher
 
 
 @dataclass
@@ -46,8 +50,21 @@ class ModelConfig:
     keys above do not."""
     subfolder: str | None = None
     """Subfolder of from_pretrained, such as vae."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Change the channels of from_pretrained."""
     part: Literal["all", "decoder", "encoder"] = "all"
-    """What is trained. With decoder, the latents stay exactly as they are."""
+    """What is trained. With decoder, the latents of from_pretrained stay exactly as they are, and so do the numbers
+    that normalise them."""
+    teacher: str | None = None
+    """Train into the latent space of this codec: folder, hub id, .safetensors file or bundled name. For a new model
+    that is distillation; with from_pretrained, whose name may be given here too, the latents are anchored."""
+    teacher_subfolder: str | None = None
+    """Subfolder of teacher, such as vae."""
+    teacher_weight: float = 1.0
+    """Factor of the anchor: the mean squared distance of the latents from the teacher's, in units of their
+    deviation, beside the likelihood in nats per pixel-channel. 1 distils, 0.01 to 0.1 holds gently."""
+    teacher_latents: bool = False
+    """Train the decoder on the teacher's latents instead of the student's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time for a fraction of the memory."""
 
@@ -58,21 +75,58 @@ class ModelConfig:
                     f"model.block_out_channels: {width} is not divisible by model.norm_num_groups "
                     f"{self.norm_num_groups}"
                 )
+        if self.adapt != AdaptConfig() and self.from_pretrained is None:
+            raise ValueError("model.adapt changes a pretrained codec; give model.from_pretrained")
+        if self.part == "decoder" and self.adapt.latent_channels is not None:
+            raise ValueError("model.part decoder keeps the latents, model.adapt.latent_channels changes them")
+        if self.part == "decoder" and self.teacher is not None:
+            raise ValueError("model.part decoder trains no encoder that could follow model.teacher")
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the latents are those of another codec, whose normalisation holds for this one too."""
+        return self.teacher is not None or (self.part == "decoder" and self.from_pretrained is not None)
 
 
-def new_vae(config: ModelConfig, crops: Callable[[], Sequence[Tensor]]) -> AutoencoderKL:
-    """The AutoencoderKL that training starts from, float32 on the CPU.
+def load_parent(config: ModelConfig) -> AutoencoderKL | None:
+    """The codec to fine-tune, float32 on the CPU; None for a new one. Raises ValueError naming what is wrong."""
+    if config.from_pretrained is None:
+        return None
+    vae = LatentCodec.from_pretrained(config.from_pretrained, config.subfolder).vae.float()
+    if vae.config.in_channels != vae.config.out_channels:
+        raise ValueError(
+            f"model.from_pretrained {config.from_pretrained} takes images of {vae.config.in_channels} channels and "
+            f"gives {vae.config.out_channels}: it cannot be trained to reconstruct"
+        )
+    return vae
 
-    `crops` gives training crops [C, H, W] of one size for the linear start; it is called only for that.
-    Raises ValueError naming the key that cannot be.
+
+def image_channels(config: ModelConfig, parent: AutoencoderKL | None) -> int:
+    """C, of the images that will be trained on."""
+    if parent is None:
+        return config.image_channels
+    return config.adapt.image_channels or int(parent.config.in_channels)
+
+
+def new_vae(
+    config: ModelConfig,
+    parent: AutoencoderKL | None,
+    teacher: Teacher | None,
+    crops: Callable[[], Sequence[Tensor]],
+) -> AutoencoderKL:
+    """The AutoencoderKL that training starts from, float32 on the CPU: `parent`, in place, or a new one.
+
+    `crops` gives training crops [C, H, W] of one size; it is called only where weights depend on them (the linear
+    start, a change of latent channels). Raises ValueError naming the key that cannot be.
     """
-    if config.from_pretrained is not None:
-        vae = LatentCodec.from_pretrained(config.from_pretrained, config.subfolder).vae.float()
-    else:
-        vae = build(_architecture(config))
+    vae = build(_architecture(config)) if parent is None else _adapted(parent, config.adapt, crops)
+    if teacher is not None:
+        teacher.hand_over(vae)
+    if parent is None:
         zero_residuals(vae)
-        if config.init == "linear":
-            linear_start(vae, crops())
+    if parent is None and config.init == "linear":
+        images = crops()
+        linear_start(vae, images, None if teacher is None else teacher.latents(images))
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     vae.encoder.requires_grad_(config.part != "decoder")
@@ -80,6 +134,14 @@ def new_vae(config: ModelConfig, crops: Callable[[], Sequence[Tensor]]) -> Autoe
     for conv, part in ((vae.quant_conv, "decoder"), (vae.post_quant_conv, "encoder")):
         if conv is not None:
             conv.requires_grad_(config.part != part)
+    return vae
+
+
+def _adapted(vae: AutoencoderKL, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> AutoencoderKL:
+    if adapt.image_channels is not None:
+        change_image_channels(vae, adapt.image_channels)
+    if adapt.latent_channels is not None:
+        change_latent_channels(vae, adapt.latent_channels, crops)
     return vae
 
 

@@ -6,22 +6,109 @@ Nothing here keeps a schedule's state: the learning rate of a step follows from 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+REFERENCE_FAN_IN = 288  # of a 3x3 convolution from 32 channels, which gets the learning rate as it is
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: weights of convolutions and projections decay, all others do not."""
+
+@dataclass
+class TrainConfig:
+    """How long, how fast, how often."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the run."""
+    max_minutes: float | None = None
+    """End after this much training time even if max_steps is not reached; the schedule follows the nearer end. A
+    run that stops by the clock cannot be repeated bit by bit."""
+    batch_size: int = 16
+    """Crops per process and micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    seed: int = 0
+    """Of everything random: weights, order, crops, noise."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging factors."""
+    weight_decay: float = 1e-4
+    """AdamW's decay, of convolution and projection weights only."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: float = 0.02
+    """Share of the run over which the learning rate rises from 0."""
+    clip_norm: float = 1.0
+    """Largest gradient norm, of the objective in nats per pixel-channel."""
+    ema_decay: float = 0.999
+    """Decay per step of the averaged weights, the ones that are validated and saved."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast of the network over float32 weights. None: as `accelerate launch` was told."""
+    channels_last: bool = True
+    """Memory layout of weights and images; faster on tensor cores and CPUs with bf16 units."""
+    validate_every: int = 250
+    """Steps between two validations (with a sample grid); 0: only at the end."""
+    checkpoint_every: int = 250
+    """Steps between two checkpoints; each also refreshes codec/."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    statistics_images: int = 512
+    """Crops over which mean and deviation of the latents are measured for codec/."""
+    trackers: list[str] | None = None
+    """Accelerate's trackers to report to, such as tensorboard or wandb; metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` naming a key whose value makes no sense."""
+        for key in (
+            "max_steps",
+            "batch_size",
+            "accumulation",
+            "checkpoint_every",
+            "keep_last",
+            "statistics_images",
+        ):
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{key} must be at least 1, not {getattr(self, key)}")
+        for key in ("lr", "clip_norm", "max_minutes"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise ValueError(f"train.{key} must be above 0, not {getattr(self, key)}")
+        for key in ("weight_decay", "validate_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"train.{key} must not be negative, not {getattr(self, key)}")
+        for key in ("ema_decay", "warmup"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"train.{key} must be at least 0 and below 1, not {getattr(self, key)}")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters by fan-in; "scale" is what a group's learning rate is multiplied with.
+
+    AdamW moves every weight by about the learning rate, so a layer's output moves with its fan-in. Dividing by the
+    fan-in (Yang et al. 2022, arXiv:2203.03466, table 3) lets one learning rate fit narrow and wide layers, and a
+    codec of any width. Weights of convolutions and projections decay; norms and biases neither decay nor scale.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    by_fan_in: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter in trainable:
+        by_fan_in[parameter[0].numel() if parameter.ndim >= 2 else 0].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "scale": min(1.0, REFERENCE_FAN_IN / fan_in) if fan_in else 1.0,
+            "weight_decay": weight_decay if fan_in else 0.0,
+        }
+        for fan_in, parameters in sorted(by_fan_in.items())
     ]
-    return [group for group in groups if group["params"]]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take the averages from a checkpoint; settings such as betas and the decay stay those of this run's config."""
+    optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def learning_rate(peak: float, schedule: Schedule, progress: float, warmup: float) -> float:

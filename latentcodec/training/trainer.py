@@ -1,8 +1,7 @@
 """The training step and everything a run must remember between two of them.
 
-`train/train.py` reads the loop aloud; each of its lines is a method here. What must survive a restart is what
-`checkpoint` saves: weights, moving average, optimizer states and a few numbers. There is no random state among
-them, since every draw is a function of (seed, position in the stream); see `randomness.py`.
+`train/train.py` reads the loop aloud; each of its lines is a method here. What of it survives a restart is in
+`memory.py`; how weights move, what the losses are and who writes them down have files of their own.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -14,26 +13,37 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from latentcodec.autoencoder import downsampling_factor
 from latentcodec.codec import LatentCodec
 from latentcodec.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training import checkpoint as checkpoints
+from latentcodec.training import memory
 from latentcodec.training.adversary import Adversary
 from latentcodec.training.crops import Batch
 from latentcodec.training.data import held_out, open_images, training_batches
+from latentcodec.training.finish import finish, write_codec
 from latentcodec.training.journal import Journal
+from latentcodec.training.latents import LatentMoments, latent_moments
 from latentcodec.training.losses import objective
-from latentcodec.training.model import TrainedCodec, new_vae
+from latentcodec.training.model import TrainedCodec, image_channels, load_parent, new_vae
 from latentcodec.training.objective import Objective
-from latentcodec.training.optimization import ema_decay, learning_rate, parameter_groups, update_ema
+from latentcodec.training.optimization import (
+    ema_decay,
+    learning_rate,
+    parameter_groups,
+    update_ema,
+)
+from latentcodec.training.preflight import find_checkpoint, new_accelerator, smallest_crop
 from latentcodec.training.signals import StopRequest
+from latentcodec.training.teacher import Drift, Teacher
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
@@ -43,63 +53,6 @@ BAD_STEPS_BEFORE_ROLLBACK = 3
 ROLLBACKS_BEFORE_GIVING_UP = 3
 
 
-@dataclass
-class TrainConfig:
-    """How long, how fast, how often."""
-
-    max_steps: int = 1000
-    """Optimizer steps of the run."""
-    max_minutes: float | None = None
-    """End after this much training time even if max_steps is not reached; the schedule follows the nearer end. A
-    run that stops by the clock cannot be repeated bit by bit."""
-    batch_size: int = 16
-    """Crops per process and micro-batch."""
-    accumulation: int = 1
-    """Micro-batches per optimizer step."""
-    seed: int = 0
-    """Of everything random: weights, order, crops, noise."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging factors."""
-    weight_decay: float = 1e-4
-    """AdamW's decay, of convolution and projection weights only."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup: float = 0.02
-    """Share of the run over which the learning rate rises from 0."""
-    clip_norm: float = 1.0
-    """Largest gradient norm, of the objective in nats per pixel-channel."""
-    ema_decay: float = 0.999
-    """Decay per step of the averaged weights, the ones that are validated and saved."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Autocast of the network over float32 weights. None: as `accelerate launch` was told."""
-    channels_last: bool = True
-    """Memory layout of weights and images; faster on tensor cores and CPUs with bf16 units."""
-    validate_every: int = 250
-    """Steps between two validations (with a sample grid); 0: only at the end."""
-    checkpoint_every: int = 250
-    """Steps between two checkpoints; each also refreshes codec/."""
-    keep_last: int = 2
-    """Checkpoints to keep."""
-    statistics_images: int = 512
-    """Crops over which mean and deviation of the latents are measured for codec/."""
-    trackers: list[str] | None = None
-    """Accelerate's trackers to report to, such as tensorboard or wandb; metrics.jsonl is always written."""
-
-    def __post_init__(self) -> None:
-        for key in (
-            "max_steps",
-            "batch_size",
-            "accumulation",
-            "checkpoint_every",
-            "keep_last",
-            "statistics_images",
-        ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"train.{key} must be at least 1, not {getattr(self, key)}")
-
-
 class Trainer:
     """One run: built from its configuration, resumed from its checkpoints, stepped, validated, finished."""
 
@@ -107,34 +60,37 @@ class Trainer:
         self.config = config
         train = config.train
         self.output = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=train.mixed_precision, log_with=train.trackers, project_dir=self.output
-        )
-        self.images = open_images(config.data, config.model.image_channels, train.seed)
+        self.accelerator = new_accelerator(config)
+        device = self.accelerator.device
+        self.found = find_checkpoint(config, self.accelerator)
+        parent = load_parent(config.model)
+        self.teacher = Teacher.of(config.model, device, self.accelerator.mixed_precision == "bf16")
+        channels = image_channels(config.model, parent)
+        f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
+        smallest = smallest_crop(config, f)
         torch.manual_seed(train.seed)  # the weights that no closed form sets
-        vae = new_vae(config.model, self._start_crops)
-        layout = torch.channels_last if train.channels_last else torch.contiguous_format
-        codec = TrainedCodec(vae, config.loss.scale, config.loss.learn_scale)
-        codec = codec.to(self.accelerator.device).to(memory_format=layout)
-        self.ema = copy.deepcopy(codec.vae).requires_grad_(False).eval()
-        self.parameters = [p for p in codec.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameter_groups(codec, train.weight_decay), betas=train.betas, fused=True
+        self.adversary = Adversary.of(config.discriminator, channels, smallest, self.accelerator)
+        self.images = open_images(config.data, channels, train.seed)
+        # A start from the data would only be overwritten by what was found.
+        start = config.model if self.found is None else replace(config.model, init="default")
+        vae = new_vae(start, parent, self.teacher, self._start_crops)
+        self.layout = torch.channels_last if train.channels_last else torch.contiguous_format
+        self.codec = TrainedCodec(vae, config.loss.scale, config.loss.learn_scale)
+        self.codec.to(device).to(memory_format=self.layout)
+        self.ema = copy.deepcopy(vae).requires_grad_(False).eval()
+        self.parameters = [p for p in self.codec.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.codec, train.weight_decay), betas=train.betas, fused=True
         )
-        self.model, self.optimizer = self.accelerator.prepare(codec, optimizer)
-        self.codec: TrainedCodec = self.accelerator.unwrap_model(self.model)
-        self.layout = layout
-        self.latent_channels = int(vae.config.latent_channels)
-        f = self.codec.downsampling_factor
-        self.objective = Objective(config, self.latent_channels, f, self.accelerator.device)
-        self.adversary = Adversary.of(config.discriminator, config.model.image_channels, self.accelerator)
+        self.model = self.accelerator.prepare(self.codec)
+        self.objective = Objective(config, int(vae.config.latent_channels), f, device)
         self.held_out = held_out(self.images)
         self.journal = Journal(self.output, self.accelerator, config)
         self.step, self.draw = 0, 0  # optimizer steps taken, global batches consumed (skipped ones too)
         self.committed = -1  # the step of the newest checkpoint
         self.seconds = 0.0  # of training, over all sittings
         self.stopped_by = 0  # the signal that ended this sitting
-        self.bad_steps = self.rollbacks = 0
+        self.bad_steps = self.rollbacks = 0  # in a row, and since the last new checkpoint
 
     # ---- the loop's vocabulary -------------------------------------------------------------------------------
 
@@ -151,8 +107,10 @@ class Trainer:
             pin_memory=accelerator.device.type == "cuda",
         )
         self.stop = stop
+        self._exchanged = time.perf_counter()
         stream = iter(self.batches)
         while not self.over:
+            self._began, self._waited_before = time.perf_counter(), self.batches.waited_seconds
             yield [next(stream) for _ in range(train.accumulation)]
 
     @property
@@ -167,37 +125,46 @@ class Trainer:
         by_time = 0.0 if train.max_minutes is None else self.seconds / 60 / train.max_minutes
         return min(1.0, max(self.step / train.max_steps, by_time))
 
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier sitting has brought this run to its end, codec and all."""
+        return self.progress >= 1 and self.journal.finished_step() == self.step
+
     def due(self, every: int) -> bool:
         """Whether this step is one of every `every`; never for 0, nor at the end, which does everything anyway."""
-        return every > 0 and self.step % every == 0 and not self.over
+        return every > 0 and self.step % every == 0 and self.progress < 1
 
-    def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, micro_batches: list[Batch]) -> dict[str, float] | None:
         """One optimizer step over the micro-batches of all processes; returns what the journal writes.
 
-        A loss or gradient that is not finite, on any process, changes nothing: the step is skipped and listed.
+        None if a loss or a gradient was not finite on any process: then nothing has changed, and the batch is listed.
         """
-        began = time.perf_counter()
         self.model.train()
+        adversary = self.adversary if self.adversary and self.adversary.active(self.step) else None
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(micro_batches):
-            waits = index < len(micro_batches) - 1
-            with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                for name, value in self._backward(batch, last=not waits).items():
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                for name, value in self._backward(batch, adversary, last).items():
                     sums[name] = sums.get(name, 0) + value.detach() / len(micro_batches)
-        sums["grad_norm"] = torch.as_tensor(
-            self.accelerator.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
-        )
-        report = self._reduce(sums)
-        self.draw += 1
-        if self._finite(report):
-            self._move_weights(report)
+        optimizers = [player.optimizer for player in (self, adversary) if player is not None]
+        self.accelerator.unscale_gradients(optimizers)  # of fp16; Accelerate would unscale the idle ones too
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
+        if adversary:
+            sums["d_grad_norm"] = adversary.gradient_norm()
+        report = self._exchange(sums, [line for batch in micro_batches for line in batch["rejected"]])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        bad = [name for name, value in report.items() if not math.isfinite(value)]
+        if bad:
+            self._skip(bad)
         else:
-            self._skip(micro_batches, report)
+            report |= self._move_weights(report, adversary)
+        self.draw += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds += report.pop("clock")
-        elapsed = time.perf_counter() - began
-        images = self.config.train.batch_size * len(micro_batches) * self.accelerator.num_processes
-        return report | {"images_per_second": images / elapsed, "lr": self.optimizer.param_groups[0]["lr"]}
+        if adversary:
+            adversary.forget()
+        return None if bad else report | self._timing(len(micro_batches))
 
     def validate(self) -> Evaluation | None:
         """Score the averaged weights on the held-out images and draw some of them; None without such images."""
@@ -215,67 +182,65 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Commit everything that must survive a restart; a step that is committed already is left alone."""
-        if self.accelerator.is_main_process and self.step != self.committed:
-            checkpoints.save(
-                self.output / "checkpoints",
-                self.step,
-                tensors=self._tensors(),
-                objects=self._objects(),
-                state=self._state(),
-                keep_last=self.config.train.keep_last,
-            )
-        self.committed = self.step
+        if self.step == self.committed:
+            return
+        if self.accelerator.is_main_process:
+            memory.save(self)
+        self.committed, self.rollbacks = self.step, 0
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies; a new run commits one of its start."""
-        folder = self.output / "checkpoints"
-        if self.accelerator.is_main_process:
-            checkpoints.prepare(folder)
-        self.accelerator.wait_for_everyone()
-        saved = checkpoints.newest(folder)
-        if saved is None:
+        if self.found is None:
             self.checkpoint()
         else:
-            saved.require_same({"ema": self.ema.state_dict()}, {"seed": self.config.train.seed})
-            self._load(saved)
-            self.draw, self.committed = int(saved.state["draw"]), saved.step
-        self.journal.begin(self.step)
+            self.found.require_same({"ema": self.ema.state_dict()}, {})
+            memory.load(self, self.found)
+            self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
+            self.bad_steps = self.found.state["bad_steps"]
+        if not self.finished:
+            self.journal.begin(self.step, self.draw, self.progress >= 1)
+            self.journal.rejected(self.held_out.rejected)
+
+    def finish(self) -> None:
+        """The end of a complete run: its score and its codec."""
+        evaluation = self.validate()
+        self.save_codec(evaluation)
+        self.journal.finish(self.step, self.seconds, evaluation)
 
     def save_codec(self, evaluation: Evaluation | None = None) -> None:
-        """Write codec/: the averaged weights, with the latents' statistics over the training data in its config."""
-        mean, std = self._latent_statistics()
+        """Write codec/: the averaged weights, finished; those of a complete run with the precision certificate."""
+        moments, drift = self._latent_moments(), self._drift()
         if self.accelerator.is_main_process:
-            vae = copy.deepcopy(self.ema)
-            vae.register_to_config(
-                latents_mean=mean.tolist(),
-                latents_std=std.tolist(),
-                shift_factor=mean.mean().item(),
-                scaling_factor=1 / (std.square() + (mean - mean.mean()).square()).mean().sqrt().item(),
-            )
+            vae, settings = copy.deepcopy(self.ema), self.config.finish
+            crops = self._start_crops()[: settings.certificate_images] if self.progress >= 1 else []
+            sections = [self.journal.card(self, evaluation), finish(vae, settings, moments, crops)]
+            if drift is not None:
+                self.journal.drifted(self.step, drift)
+                sections.append(drift.card(str(self.config.model.teacher)))
             codec = LatentCodec(vae)
-            codec.save_pretrained(
-                self.output / "codec", codec.model_card(self.journal.card(self, evaluation))
-            )
+            card = codec.model_card("\n\n".join(filter(None, sections)))
+            write_codec(codec, self.output / "codec", card)
         self.accelerator.wait_for_everyone()
 
     # ---- the step --------------------------------------------------------------------------------------------
 
-    def _backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, adversary: Adversary | None, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; returns its losses, batch means, without gradient."""
-        self.journal.rejected(batch["rejected"])
         x = batch["pixels"].to(self.accelerator.device, non_blocking=True, memory_format=self.layout)
         inputs = self.objective.inputs(x, batch["position"], self.draw)
+        lesson, inputs = self.teacher.lesson(inputs) if self.teacher else (None, inputs)
         result = self.model(inputs.x, inputs.noise, inputs.transform)
         losses, weights = self.objective.losses(result, inputs, self.step, self.draw, self._decode)
+        if lesson:
+            losses, weights = losses | lesson.losses(result), weights | lesson.weights
         total = objective(losses, weights, inputs.target[0].numel())
         report = {name: value.detach().mean() for name, value in losses.items()}
-        adversary = self.adversary if self.adversary and self.adversary.active(self.step) else None
         accumulation = self.config.train.accumulation
         if adversary:
             adversarial = adversary.generator(result.reconstruction)
             last_layer = self.codec.vae.decoder.conv_out.weight
-            total = total + adversary.weight(total, adversarial, last_layer) * adversarial
+            total = total + adversary.weight(total, adversarial, last_layer, accumulation) * adversarial
             report["adversarial"] = adversarial.detach()
         self.accelerator.backward(total / accumulation)
         if adversary:
@@ -287,115 +252,96 @@ class Trainer:
         with self.accelerator.autocast():
             return self.codec.vae.decode(z).sample
 
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the processes in one exchange, with the clock and the request to stop (their maximum)."""
+    def _exchange(self, sums: dict[str, Tensor], rejected: list[str]) -> dict[str, float]:
+        """What all processes must know of each other's step, in one exchange: the means of the losses, the time,
+        a request to stop, and whether any image was rejected."""
         now = time.perf_counter()
-        clock = now - getattr(self, "_last_step", now)
-        self._last_step = now
-        values = [value.detach().float().to(self.accelerator.device) for value in sums.values()]
-        vector = torch.stack([*values, torch.tensor(clock, device=self.accelerator.device)])
-        vector = self.accelerator.reduce(vector, reduction="mean")
-        stop = torch.tensor([float(self.stop.received)], device=self.accelerator.device)
-        self.stopped_by = int(self.accelerator.gather(stop).max())
-        return dict(zip([*sums, "clock"], vector.tolist(), strict=True))
+        notes = [now - self._exchanged, float(self.stop.received), float(len(rejected))]
+        self._exchanged = now
+        device = self.accelerator.device
+        row = torch.cat(
+            [torch.stack([v.detach().float() for v in sums.values()]), torch.tensor(notes, device=device)]
+        )
+        table = self.accelerator.gather(row[None])  # [processes, numbers]
+        *means, seconds, _, _ = table.mean(0).tolist()
+        *_, stopped_by, any_rejected = table.amax(0).tolist()
+        self.seconds += seconds
+        self.stopped_by = int(stopped_by)
+        if any_rejected:
+            self.journal.rejected(gather_object(rejected))
+        return dict(zip(sums, means, strict=True))
 
-    def _finite(self, report: dict[str, float]) -> bool:
-        if self.accelerator.scaler is not None:  # fp16: the scaler itself skips overflows, and adapts to them
-            return math.isfinite(report["total"])
-        return math.isfinite(report["total"]) and math.isfinite(report["grad_norm"])
-
-    def _move_weights(self, report: dict[str, float]) -> None:
+    def _move_weights(self, report: dict[str, float], adversary: Adversary | None) -> dict[str, float]:
+        """Everything that a good step changes; returns what there is to say of it."""
         train = self.config.train
         lr = learning_rate(train.lr, train.schedule, max(self.progress, 1 / train.max_steps), train.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
-        if self.adversary is not None and self.adversary.active(self.step):
-            self.adversary.step(report)
+        said = {"lr": lr} if adversary is None else {"lr": lr} | adversary.step(report)
         update_ema(self.ema, self.codec.vae, ema_decay(train.ema_decay, self.step))
-        report |= self.objective.after_step(self.step, report)
+        said |= self.objective.after_step(self.step, report)
         self.step += 1
         self.bad_steps = 0
+        return said
 
-    def _skip(self, micro_batches: list[Batch], report: dict[str, float]) -> None:
+    def _skip(self, bad: list[str]) -> None:
         """List the batch; after three in a row go back to the last checkpoint, but not back in the stream."""
+        self.journal.skipped(self.step, self.draw, bad)
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() >= 1 and {*bad} <= {"grad_norm", "d_grad_norm"}:
+            return  # the usual search of fp16 for its scale, which the scaler has just halved
         self.bad_steps += 1
-        self.journal.skipped(
-            self.step, self.draw, [p for batch in micro_batches for p in batch["position"].tolist()]
-        )
-        for name in [name for name in report if name.startswith("channel_")]:
-            del report[name]
         if self.bad_steps < BAD_STEPS_BEFORE_ROLLBACK:
             return
         self.rollbacks += 1
-        if self.rollbacks > ROLLBACKS_BEFORE_GIVING_UP:
-            raise ValueError(
-                f"training diverges: {self.rollbacks} times {BAD_STEPS_BEFORE_ROLLBACK} bad steps in a row; "
-                f"lower train.lr ({self.config.train.lr}); the last good checkpoint is untouched"
-            )
         saved = checkpoints.newest(self.output / "checkpoints")
         assert saved is not None  # a run begins with one
+        if self.rollbacks > ROLLBACKS_BEFORE_GIVING_UP:
+            raise ValueError(
+                f"training diverges: {self.rollbacks} times since the checkpoint {saved.path}, which is untouched, "
+                f"{BAD_STEPS_BEFORE_ROLLBACK} steps in a row were not finite; lower train.lr "
+                f"({self.config.train.lr:g}), or look at the batches in {self.output / 'skipped.jsonl'}"
+            )
         self.journal.rolled_back(self.step, saved.step)
-        self._load(saved)
+        memory.load(self, saved)
         self.bad_steps = 0
 
-    # ---- what survives a restart -----------------------------------------------------------------------------
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        groups = {"model": self.codec.state_dict(), "ema": self.ema.state_dict()}
-        return groups | ({} if self.adversary is None else {"discriminator": self.adversary.state_dict()})
-
-    def _objects(self) -> dict[str, Any]:
-        objects = {"optimizer": self.optimizer.state_dict()}
-        if self.adversary is not None:
-            objects["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
-        if self.accelerator.scaler is not None:
-            objects["scaler"] = self.accelerator.scaler.state_dict()
-        return objects
-
-    def _state(self) -> dict[str, Any]:
+    def _timing(self, micro_batches: int) -> dict[str, float]:
+        """How long the step took, how much of that it waited for data, and the minutes of the run so far."""
+        seconds = time.perf_counter() - self._began
+        images = self.config.train.batch_size * micro_batches * self.accelerator.num_processes
         return {
-            "draw": self.draw,
-            "seconds": self.seconds,
-            "seed": self.config.train.seed,
-            "rate": self.objective.rate.numbers(),
-            "adversary": None if self.adversary is None else self.adversary.numbers(),
-            "config": asdict(self.config),
+            "images_per_second": images / seconds,
+            "step_seconds": seconds,
+            "waited_seconds": self.batches.waited_seconds - self._waited_before,
+            "minutes": self.seconds / 60,
         }
-
-    def _load(self, saved: checkpoints.Checkpoint) -> None:
-        self.codec.load_state_dict(saved.tensors("model"))
-        self.ema.load_state_dict(saved.tensors("ema"))
-        self.optimizer.load_state_dict(saved.object("optimizer"))
-        if self.adversary is not None:
-            self.adversary.load(saved)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved.object("scaler"))
-        self.step, self.seconds = saved.step, float(saved.state["seconds"])
-        self.objective.rate.load(saved.state["rate"])
 
     # ---- the start and the finish ----------------------------------------------------------------------------
 
     def _start_crops(self) -> list[Tensor]:
         return list(next(iter(training_batches(self.images, START_CROPS, steps=1)))["pixels"])
 
-    @torch.no_grad()
-    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """[c] mean and [c] deviation of the posterior means over training crops of all processes, float64."""
+    def _latent_moments(self) -> LatentMoments | None:
+        """Of the averaged weights' latents; None where another codec's normalisation holds."""
+        if self.config.model.keeps_latents:
+            return None
+        with self.accelerator.autocast():
+            return latent_moments(self.ema, self._survey(), self._sum)
+
+    def _drift(self) -> Drift | None:
+        return None if self.teacher is None else self.teacher.drift(self.ema, self._survey(), self._sum)
+
+    def _survey(self) -> Iterator[Tensor]:
+        """[B, C, H, W]: this process's share of the training crops over which the latents are measured."""
         train, world = self.config.train, self.accelerator.num_processes
         steps = -(-train.statistics_images // (train.batch_size * world))
-        sums = torch.zeros(2, self.latent_channels, dtype=torch.float64)
-        cells = 0
         rank = self.accelerator.process_index
         for batch in training_batches(
             self.images, train.batch_size, steps=steps, rank=rank, world_size=world
         ):
-            x = batch["pixels"].to(self.accelerator.device, memory_format=self.layout)
-            with self.accelerator.autocast():
-                mean = self.ema.encode(x).latent_dist.mode().double().cpu()
-            sums += torch.stack([mean.sum((0, 2, 3)), mean.square().sum((0, 2, 3))])
-            cells += mean[:, 0].numel()
-        first, second = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu() / (
-            cells * world
-        )
-        return first, (second - first.square()).clamp(min=1e-12).sqrt()
+            yield batch["pixels"].to(self.accelerator.device, memory_format=self.layout)
+
+    def _sum(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")

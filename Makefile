@@ -1,0 +1,50 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer: they install what they need first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PHOTOS ?=
+DEMO := runs/demo
+
+.PHONY: help install demo test test-fast check format clean
+.DEFAULT_GOAL := help
+
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/.installed ## create .venv with latentcodec and its tools
+
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off -e '.[dev]'
+	touch $@
+
+demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS=folder for your own images
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
+		train/train.py --config train/configs/demo.yaml --output_dir $(DEMO) $(if $(PHOTOS),--data.path $(PHOTOS))
+	$(BIN)/python bench/pipeline.py --codec $(DEMO)/codec --out $(DEMO)/pipeline $(if $(PHOTOS),--images $(PHOTOS))
+	$(BIN)/python bench/reconstruction.py --codec $(DEMO)/codec --images $(DEMO)/pipeline/originals --out $(DEMO)/reconstruction
+	$(BIN)/python bench/throughput.py --codec $(DEMO)/codec --sizes 256 --batches 1 --out $(DEMO)/throughput
+	@echo
+	@echo "The trained codec        $(DEMO)/codec"
+	@echo "Its progress in pictures $(DEMO)/samples"
+	@echo "Through a pipeline       $(DEMO)/pipeline/pipeline.png"
+	@echo "The reports              $$(ls $(DEMO)/reconstruction/*.html $(DEMO)/throughput/*.html | tr '\n' ' ')"
+
+test: install ## the whole test suite, under five minutes on two cores
+	$(BIN)/python -m pytest -q -n 2
+
+test-fast: install ## what runs in seconds
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+check: install ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the demo's results and the virtual environment
+	rm -rf $(DEMO) $(VENV)

@@ -1,0 +1,133 @@
+"""A codec inside a diffusers pipeline: picture in, noise, denoiser, picture out.
+
+    python bench/pipeline.py --codec CODEC --out FOLDER [--images FOLDER]
+
+The pipeline is diffusers' own StableDiffusionImg2ImgPipeline with a tiny untrained denoiser, so it shows plumbing
+and not art: the codec's VAE is handed over as `vae=`, a little noise is added to the latents and the pipeline decodes
+what the denoiser leaves of it. Without --images it works on drawn pictures. It writes the originals, the results and
+pipeline.png (original, through the codec, through the pipeline), checks that the saved pipeline loads with diffusers
+alone, and ends stdout with one line of JSON.
+
+Shapes: C channels, H W pixels.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from latentcodec.codec import LatentCodec
+from latentcodec.metrics import psnr, reconstruct
+from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
+from latentcodec.training.data import centre_crop
+from latentcodec.training.synthetic import SyntheticSource
+
+PICTURES = 6
+SIDE = 256  # pixels
+TEXT_WIDTH = 8  # of the embedding that stands for a prompt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--codec", required=True, help="folder, hub id, .safetensors file or bundled name")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
+    parser.add_argument("--images", help="folder of images; drawn pictures without it")
+    settings = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    codec = LatentCodec.from_pretrained(settings.codec)
+    images = _images(settings.images, codec.image_channels)
+    pipe = _pipeline(codec)
+    rows: list[list[Tensor]] = [[], [], []]
+    for index, x in enumerate(images):
+        y, result = reconstruct(codec, x), _through(pipe, x)
+        save_image(x, settings.out / "originals" / f"{index}.png")
+        save_image(result, settings.out / "results" / f"{index}.png")
+        for row, picture in zip(rows, (x, y, result), strict=True):
+            row.append(picture[0])
+    save_image(
+        image_grid([p for row in rows for p in row], columns=len(images)), settings.out / "pipeline.png"
+    )
+    pipe.save_pretrained(settings.out / "pipe")
+    stock = AutoencoderKL.from_pretrained(settings.out / "pipe", subfolder="vae").eval()
+    with torch.no_grad():
+        difference = (stock(images[0]).sample - codec.vae(images[0]).sample).abs().max().item()
+    decibel = torch.stack([psnr(x, y[None]) for x, y in zip(images, rows[1], strict=True)]).mean().item()
+    print(
+        f"{len(images)} pictures, from top to bottom original, codec, pipeline: {settings.out / 'pipeline.png'}"
+    )
+    print(
+        f"diffusers alone, on the saved pipeline's VAE, differs by at most {difference:.1e} of a range of 2"
+    )
+    print(json.dumps({"images": len(images), "psnr": decibel, "largest_difference_to_diffusers": difference}))
+
+
+def _images(folder: str | None, channels: int) -> list[Tensor]:
+    """Square centres [1, C, H, W] of the first readable images."""
+    if folder is None:
+        source = SyntheticSource(channels)
+        return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
+    images = []
+    for path in find_images(folder):
+        try:
+            images.append(centre_crop(load_image(path, channels), SIDE))
+        except UnreadableImage as error:
+            print(f"left out: {error}", file=sys.stderr)
+        if len(images) == PICTURES:
+            break
+    return images
+
+
+def _pipeline(codec: LatentCodec) -> StableDiffusionImg2ImgPipeline:
+    """Stable Diffusion's image-to-image pipeline around the codec, with a denoiser of a few thousand weights."""
+    unet = UNet2DConditionModel(
+        in_channels=codec.latent_channels,
+        out_channels=codec.latent_channels,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=8,
+    )
+    unet.conv_out.weight.data.zero_()  # an untrained denoiser that predicts no noise leaves the noise in
+    pipe = StableDiffusionImg2ImgPipeline(
+        vae=codec.vae,
+        unet=unet,
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _through(pipe: StableDiffusionImg2ImgPipeline, x: Tensor) -> Tensor:
+    """[1, C, H, W] in [-1, 1] -> the same, after the last fiftieth of a diffusion."""
+    text = torch.zeros(1, 1, TEXT_WIDTH)
+    result = pipe(
+        image=(x + 1) / 2,
+        prompt_embeds=text,
+        negative_prompt_embeds=text,
+        strength=0.02,
+        num_inference_steps=50,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    )
+    return result.images * 2 - 1
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,100 @@
+"""The finish of a run: the trained weights become a codec folder that any pipeline can use.
+
+Latents of zero mean and unit variance (`latents.py`), `force_upcast` as measured (`precision.py`), a model card, and
+a folder that is replaced whole. The training itself is over here: nothing changes what the decoder puts out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import Tensor
+
+from latentcodec.codec import LatentCodec
+from latentcodec.training.latents import LatentMoments, normalise, whiten, whitening
+from latentcodec.training.precision import certify
+
+
+@dataclass
+class FinishConfig:
+    """What is done to the saved codec, beside measuring its latents."""
+
+    whiten: bool = False
+    """Fold a whitening into quant_conv and post_quant_conv: latents of unit variance, uncorrelated, ordered by the
+    pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
+    Diffusion, SD3 and FLUX read only one shift and one scale, and SDXL those of four channels."""
+    certificate_images: int = 4
+    """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
+    force_upcast stays on, since nothing is known."""
+
+    def __post_init__(self) -> None:
+        if self.certificate_images < 0:
+            raise ValueError(f"finish.certificate_images must not be negative, not {self.certificate_images}")
+
+
+def finish(
+    vae: AutoencoderKL, config: FinishConfig, moments: LatentMoments | None, crops: Sequence[Tensor]
+) -> str:
+    """Make `vae`, float32, fit for pipelines, in place; returns the model card's account of it.
+
+    `moments`: of its latents; None where the latents, and so the numbers in its config, are those of a parent or
+    teacher. `crops` [C, H, W] in [-1, 1] for the certificate; without any, it is not measured.
+    """
+    sections = []
+    if moments is not None and config.whiten:
+        whiten(vae, whitening(moments))
+        sections.append(WHITENED)
+    elif moments is not None:
+        normalise(vae, moments)
+    vae.register_to_config(force_upcast=True)
+    if crops:
+        certificate = certify(vae, crops)
+        vae.register_to_config(force_upcast=not certificate.float16_is_safe)
+        sections.append(certificate.card())
+    return "\n\n".join(sections)
+
+
+WHITENED = """## Latents
+
+Whitened: over the training crops the latents have zero mean, unit variance and no correlation, and each channel
+explains fewer pixels than the one before. The map is part of `quant_conv` and `post_quant_conv`, so no pipeline needs
+to scale or shift. The spread of the posterior is that of each channel by itself, to first order."""
+
+
+def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
+    """Replace `folder` whole by this codec, in two renames: a kill leaves the old one or the new one.
+
+    A kill between the two leaves the old one under a hidden name beside it, from where the next call brings it back.
+    Raises OSError naming the folder if anything cannot be written; what was there is untouched then.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for litter in (new, old):
+        shutil.rmtree(litter, ignore_errors=True)
+    try:
+        codec.save_pretrained(new, card)
+        for path in (*new.iterdir(), new):
+            _make_durable(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write the codec to {folder}: {error}; what was there is untouched") from error
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _make_durable(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""What can be refused before anything heavy is loaded: the machine, the folder of the run, the size of the crops.
+
+Everything here raises a ValueError that names the key or the folder and says what to do. Settings that contradict
+each other are refused even earlier, in `config.py`. Shapes: f downsampling factor.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator, DistributedType
+
+from latentcodec.training import checkpoint as checkpoints
+from latentcodec.training.order import bucket_sizes
+from latentcodec.training.regularizers import EQUIVARIANCE_SCALES
+
+if TYPE_CHECKING:
+    from latentcodec.training.config import Config
+
+FIXED = (  # settings that a run is resumed with unchanged: others would not fit its weights or its optimizer
+    "train.seed",
+    "loss.learn_scale",
+    "model.part",
+    "model.image_channels",
+    "model.latent_channels",
+    "model.block_out_channels",
+    "model.layers_per_block",
+    "model.norm_num_groups",
+    "model.mid_block_add_attention",
+    "model.use_quant_conv",
+)
+FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
+LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side, below which nothing is left to pool
+
+
+def new_accelerator(config: Config) -> Accelerator:
+    """The processes and the number format. Refuses what this machine, or two optimizers, cannot do."""
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=config.train.trackers,
+        project_dir=config.output_dir,
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} cannot train the codec and its discriminator together; start with "
+            "plain data parallelism (torchrun, or accelerate launch --multi_gpu)"
+        )
+    return accelerator
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that cannot change within a run, by key: part of every checkpoint's state."""
+    keys = FIXED + (FIXED_WITH_DISCRIMINATOR if config.discriminator.weight else ())
+    values = {key: attrgetter(key)(config) for key in keys}
+    return values | {"discriminator": "on" if config.discriminator.weight else "off"}
+
+
+def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
+    """The checkpoint in output_dir to go on from, None for a new run. Refuses the folder of another run."""
+    output = Path(config.output_dir)
+    if accelerator.is_main_process:
+        checkpoints.prepare(output / "checkpoints")
+    accelerator.wait_for_everyone()
+    saved = checkpoints.newest(output / "checkpoints")
+    if saved is not None:
+        saved.require_same({}, fixed_settings(config))
+        return saved
+    for name in ("codec", "metrics.jsonl"):
+        if (output / name).exists():
+            raise ValueError(
+                f"output_dir {output} has a {name} but no checkpoint to go on from; choose another folder, or take "
+                "it away from there"
+            )
+    return None
+
+
+def smallest_crop(config: Config, f: int) -> int:
+    """The shortest side in pixels of anything that training decodes, for a codec of downsampling factor f.
+
+    Refuses crops that are not made of whole latent cells, or are too small for LPIPS.
+    """
+    data, settings, loss = config.data, config.regularizer, config.loss
+    sizes = bucket_sizes(data.resolution) if data.buckets else [(data.resolution, data.resolution)]
+    sides = sorted({side for size in sizes for side in size})
+    if torn := [side for side in sides if side % f]:
+        raise ValueError(
+            f"data.resolution {data.resolution} gives crops of {torn[0]} pixels, not a multiple of the codec's "
+            f"downsampling factor {f}"
+        )
+    cells = sides[0] // f
+    if settings.equivariance_probability or settings.low_resolution_probability:
+        cells = max(1, round(cells * min(EQUIVARIANCE_SCALES)))
+    if loss.lpips_weight and cells * f < LPIPS_SMALLEST[loss.lpips_net]:
+        raise ValueError(
+            f"loss.lpips_net {loss.lpips_net} needs images of {LPIPS_SMALLEST[loss.lpips_net]} pixels a side, and "
+            f"training shows it some of {cells * f}; raise data.resolution"
+        )
+    return cells * f

@@ -1,0 +1,370 @@
+"""The bench pages: what they print, what they write, what they refuse, and that their numbers are right."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from latentcodec import report
+from latentcodec.autoencoder import build
+from latentcodec.codec import LatentCodec
+from latentcodec.klt import KLT
+from latentcodec.metrics import evaluate
+from latentcodec.pixels import load_image, save_image
+
+BENCH = Path(__file__).parents[1] / "bench"
+CONFIG = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "latent_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "mid_block_add_attention": False,
+}
+SD_CONFIG = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "in_channels": 3,
+}
+
+
+def script(name: str) -> ModuleType:
+    """A bench script as a module: bench/ is not a package."""
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reconstruction() -> ModuleType:
+    return script("reconstruction")
+
+
+@pytest.fixture(scope="module")
+def throughput() -> ModuleType:
+    return script("throughput")
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codecs") / "tiny"
+    torch.manual_seed(0)
+    LatentCodec(build(CONFIG)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Five pictures of different sizes, one damaged and one too small."""
+    folder = tmp_path / "images"
+    for i in range(5):
+        noise = torch.nn.functional.avg_pool2d(torch.randn(1, 3, 40 + 3 * i, 44), 5, stride=1)
+        save_image(noise.clamp(-1, 1), folder / f"{i}.png")
+    save_image(torch.zeros(3, 4, 40), folder / "small.png")
+    (folder / "2a_damaged.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    return folder
+
+
+def last_line(text: str) -> dict:
+    """Strict JSON: NaN and Infinity are refused."""
+    return json.loads(text.strip().splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
+
+
+def references(page: str) -> list[str]:
+    """Everything in a page that a browser would fetch."""
+    found = re.findall(r"""(?:src|href|action|data|poster|srcset)\s*=\s*["']?([^"'\s>]+)""", page)
+    found += re.findall(r"url\(\s*[\"']?([^\"')]+)", page) + re.findall(r"@import\s+(\S+)", page)
+    return [target for target in found if not target.startswith(("#", "data:image/png;base64,"))]
+
+
+# --- report
+
+
+def test_infinite_and_undefined_values_become_null(capsys):
+    report.print_last_line({"a": math.inf, "b": [math.nan, {"c": -math.inf}], "d": (1.5, None), "e": "inf"})
+    assert last_line(capsys.readouterr().out) == {
+        "a": None,
+        "b": [None, {"c": None}],
+        "d": [1.5, None],
+        "e": "inf",
+    }
+
+
+def test_a_page_refers_to_nothing_outside_and_its_plots_share_no_ids():
+    page = report.Page("<title> & more", "lead")
+    page.headline([("1 < 2", "a number")])
+    page.section("heading", "text")
+    page.table(["name", "value"], [["<b>", "1.0"]], "caption", fold="more")
+    page.pictures([(torch.zeros(3, 4, 5), "grey"), (torch.zeros(1, 4, 5), "one channel")], "caption")
+    for _ in range(2):
+        with report.plot_style():
+            figure = Figure()
+            axes = figure.subplots()
+            axes.scatter([1, 2, 3], [2, 1, 3])
+            axes.set_xlabel("a label")
+        page.plot(figure, "caption")
+    html = page.render()
+    assert "a label</text>" in html
+    assert references(html) == []
+    assert "http" not in html
+    assert report.INK not in html
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 10
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+    assert "<b>1 &lt; 2</b>" in html
+    assert "<td" in html
+    assert "&lt;b&gt;" in html
+
+
+def test_the_page_test_sees_an_outside_reference():
+    assert references('<img src="a.png"><p style="background: url(x.svg)">') == ["a.png", "x.svg"]
+
+
+def test_columns_are_aligned_numbers_to_the_right(capsys):
+    report.print_table(["name", "dB"], [["a", "9.50"], ["longer", "10.25"], ["none", "-"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["name       dB", "------  -----", "a        9.50", "longer  10.25", "none        -"]
+
+
+def test_results_are_named_by_codec_hardware_and_date():
+    machine = {"device": "Some CPU @ 2 GHz", "cpu": "Some CPU @ 2 GHz", "cores": 2}
+    name = report.stem(["runs/photos/codec"], machine, "throughput")
+    assert re.fullmatch(r"photos-codec_some-cpu-2-ghz-2-cores_\d{4}-\d\d-\d\d_throughput", name)
+    gpu = machine | {"device": "NVIDIA H200"}
+    assert report.stem(["owner/name", "b", "c"], gpu, "x").startswith("owner-name-and-2-more_nvidia-h200_")
+
+
+# --- reconstruction
+
+
+def test_reconstruction_measures_what_the_evaluator_measures(
+    reconstruction, codec_folder, image_folder, tmp_path, capsys
+):
+    arguments = ["--codec", str(codec_folder), "--images", str(image_folder), "--out", str(tmp_path / "out")]
+    reconstruction.main([*arguments, "--lpips_net", "none"])
+    printed = last_line(capsys.readouterr().out)
+    images = [load_image(image_folder / f"{i}.png")[0] for i in range(5)]
+    expected = evaluate(LatentCodec.from_pretrained(codec_folder), images)
+    klt = evaluate(KLT.fit(images, 2, 3), images)
+    (entry,) = printed["codecs"]
+    assert entry["psnr"] == {"mean": expected.mean("psnr"), "min": min(expected.values("psnr"))}
+    assert entry["ssim"] == {"mean": expected.mean("ssim"), "min": min(expected.values("ssim"))}
+    assert entry["lpips"] == {"mean": None, "max": None}
+    assert entry["klt_psnr"]["mean"] == klt.mean("psnr")
+    assert entry["psnr_over_klt"] == expected.mean("psnr") - klt.mean("psnr")
+    assert (entry["latent"], entry["floats_per_pixel"]) == ("f2c3", 0.75)
+
+    written = json.loads(Path(printed["files"]["json"]).read_text())
+    assert [score["psnr"] for score in written["images"][str(codec_folder)]] == expected.values("psnr")
+    assert written["codecs"] == printed["codecs"]
+    page = Path(printed["files"]["html"]).read_text()
+    assert references(page) == []
+    assert "http" not in page
+    assert page.count("<img ") == 3 * 4
+
+
+def test_damaged_and_tiny_images_are_skipped_and_listed(
+    reconstruction, codec_folder, image_folder, tmp_path, capsys
+):
+    arguments = ["--codec", str(codec_folder), "--images", str(image_folder), "--out", str(tmp_path / "out")]
+    reconstruction.main([*arguments, "--lpips_net", "none"])
+    printed = last_line(capsys.readouterr().out)
+    assert printed["evaluated"] == 5
+    assert [Path(entry["file"]).name for entry in printed["skipped"]] == ["2a_damaged.png", "small.png"]
+    assert "4 x 40 pixels" in printed["skipped"][1]["reason"]
+    page = Path(printed["files"]["html"]).read_text()
+    assert "2a_damaged.png" in page
+
+
+def test_several_codecs_share_a_page_and_the_klt_can_have_its_own_images(
+    reconstruction, codec_folder, image_folder, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    LatentCodec(build(CONFIG | {"latent_channels": 2})).save_pretrained(other)
+    codecs = ["--codec", str(codec_folder), str(other)]
+    folders = [
+        "--images",
+        str(image_folder),
+        "--klt_images",
+        str(image_folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    reconstruction.main([*codecs, *folders, "--lpips_net", "none"])
+    printed = last_line(capsys.readouterr().out)
+    assert [entry["latent"] for entry in printed["codecs"]] == ["f2c3", "f2c2"]
+    assert printed["codecs"][0]["klt_psnr"]["mean"] > printed["codecs"][1]["klt_psnr"]["mean"]
+    assert printed["klt_fitted_on"] == f"6 images of {image_folder}"  # the small one has blocks too
+
+
+def test_the_window_shown_is_the_one_with_the_largest_error(reconstruction):
+    error = torch.zeros(600, 400)
+    error[330:350, 100:120] = 1
+    rows, columns = reconstruction.worst_window(error)
+    assert rows.start <= 330
+    assert rows.stop >= 350
+    assert columns.start <= 100
+    assert columns.stop >= 120
+    assert reconstruction.worst_window(torch.zeros(30, 500)) == (slice(0, 30), slice(0, 256))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--codec": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"--images": "no_such_folder"}, "no_such_folder"),
+        ({"--klt_images": "no_such_folder"}, "no_such_folder"),
+        ({"--lpips_net": "vgg", "--lpips_weights": "no_such_file"}, "no_such_file"),
+    ],
+)
+def test_reconstruction_names_what_it_cannot_open(
+    reconstruction, codec_folder, image_folder, tmp_path, changed, message
+):
+    given = {"--codec": str(codec_folder), "--images": str(image_folder), "--out": str(tmp_path / "out")}
+    arguments = given | {"--lpips_net": "none"} | changed
+    with pytest.raises(SystemExit, match=f"^reconstruction.py: .*{message}"):
+        reconstruction.main([text for pair in arguments.items() for text in pair])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_damaged_images_is_refused(reconstruction, codec_folder, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    arguments = ["--codec", str(codec_folder), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"none of the 1 images can be used.*bad\.png"):
+        reconstruction.main([*arguments, "--lpips_net", "none"])
+
+
+# --- throughput
+
+
+@pytest.mark.parametrize(("direction", "billions"), [("encode", 558.3), ("decode", 1257.3)])
+def test_operations_are_those_counted_by_hand_for_stable_diffusion(throughput, direction, billions):
+    operations = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 1))
+    assert operations / 2e9 == pytest.approx(billions, abs=0.05)
+    doubled = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 2))
+    assert doubled == 2 * operations
+
+
+def test_all_sides_hold_the_same_weights_and_ours_equals_diffusers(throughput, codec_folder):
+    setup = throughput.Setup(str(codec_folder), "cpu")
+    x = throughput.example(throughput.Case("encode", "float32", 32, 2), setup.vae("diffusers", "float32"))
+    assert x.shape == (2, 3, 32, 32)
+    outputs = [
+        throughput.call(setup.vae(side, "float32"), "encode", x)
+        for side in ("ours", "diffusers", "diffusers best")
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[2], outputs[1], rtol=1e-4, atol=1e-5)
+    best = setup.vae("diffusers best", "bfloat16").encoder.conv_in.weight
+    assert best.is_contiguous(memory_format=torch.channels_last)
+    assert best.dtype == torch.bfloat16
+    assert setup.vae("diffusers", "float32").encoder.conv_in.weight.is_contiguous()
+
+
+def test_the_example_to_decode_has_the_latent_shape_of_its_size(throughput, codec_folder):
+    reference = throughput.Setup(str(codec_folder), "cpu").vae("diffusers", "float32")
+    z = throughput.example(throughput.Case("decode", "float32", 64, 2), reference)
+    assert z.shape == (2, 3, 32, 32)
+    assert throughput.call(reference, "decode", z).shape == (2, 3, 64, 64)
+
+
+def test_a_configuration_file_gives_the_same_random_weights_in_every_process(throughput, tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(CONFIG))
+    setup = throughput.Setup(str(file), "cpu")
+    first, second = (setup.vae(side, "float32").state_dict() for side in ("ours", "diffusers"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_the_ratio_is_the_median_of_the_ratios_within_the_rounds(throughput):
+    measured = {
+        "ours": throughput.Measurement([1.0, 2.0, 1.0]),
+        "diffusers": throughput.Measurement([3.0, 4.0, 1.0]),  # the machine slowed down in round 2
+    }
+    case = throughput.Case("decode", "float32", 100, 2)
+    record = throughput.record(case, "diffusers", measured, floor=0.5)
+    assert record["time_over_ours"] == 2.0
+    assert record["ms"] == 3000.0
+    assert record["images_per_s"] == pytest.approx(2 / 3)
+    assert record["megapixels_per_s"] == pytest.approx(0.02 / 3)
+    assert record["floor_ms"] == 500.0
+
+
+def test_a_side_without_memory_has_no_numbers(throughput):
+    measured = {"ours": throughput.Measurement([1.0]), "diffusers": throughput.Measurement()}
+    record = throughput.record(throughput.Case("decode", "float32", 64, 1), "diffusers", measured, floor=0.5)
+    assert math.isnan(record["ms"])
+    assert math.isnan(record["time_over_ours"])
+
+
+def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, codec_folder):
+    setup = throughput.Setup(str(codec_folder), "cpu")
+    cases = [throughput.Case("decode", "float32", size, 1) for size in (256, 512)]
+    small, large = throughput.peak_bytes(setup, "diffusers", cases)
+    if math.isnan(small):
+        pytest.skip("this system does not tell the peak of a process")
+    activation = 8 * 512 * 512 * 4  # bytes of a map of 8 channels; the widest has 16, and its layer holds two
+    assert 4 * activation <= large <= 10 * activation
+    assert small == pytest.approx(large / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--codec": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"--codec": "missing.json"}, r"missing\.json"),
+        ({"--codec": str(BENCH / "throughput.py")}, r"throughput\.py"),
+        ({"--sizes": "33"}, "--sizes 33: not a multiple of the codec's 2"),
+        ({"--repeats": "0"}, "--repeats"),
+    ],
+)
+def test_throughput_names_what_it_cannot_use(throughput, codec_folder, tmp_path, changed, message):
+    arguments = {"--codec": str(codec_folder), "--out": str(tmp_path / "out")} | changed
+    with pytest.raises(SystemExit, match=f"^throughput.py: .*{message}"):
+        throughput.main([text for pair in arguments.items() for text in pair])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput, tmp_path):
+    file = tmp_path / "wrong.json"
+    file.write_text(json.dumps(CONFIG | {"latent_chanels": 4}))
+    with pytest.raises(SystemExit, match="latent_chanels"):
+        throughput.main(["--codec", str(file), "--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_throughput_runs_as_a_script_and_ends_with_one_line_of_json(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(CONFIG))
+    small = ["--sizes", "64", "--batches", "1", "--dtypes", "float32", "--repeats", "2"]
+    command = [sys.executable, BENCH / "throughput.py", "--codec", file, "--out", tmp_path / "out", *small]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    printed = last_line(finished.stdout)
+    records = {(r["direction"], r["side"]): r for r in printed["results"]}
+    assert set(records) == {
+        (d, s) for d in ("encode", "decode") for s in ("ours", "diffusers", "diffusers best")
+    }
+    for record in records.values():
+        assert record["ms"] > 0
+        assert record["max_error"] < 1e-4
+        assert record["floor_ms"] > 0
+    assert records["encode", "diffusers"]["max_error"] == 0
+    page = Path(printed["files"]["html"]).read_text()
+    assert references(page) == []
+    assert "http" not in page
+    assert len(json.loads(Path(printed["files"]["json"]).read_text())["results"][0]["rounds_ms"]) == 2
