@@ -279,23 +279,26 @@ def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) 
 
 def headline(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """PSNR of each codec; of a single one also the other numbers."""
-    cards = []
-    for entry in codecs:
-        gain = f"{entry['psnr_over_klt']:+.2f} dB over the linear KLT of the same latent size"
-        psnr = f"{entry['psnr']['mean']:.2f} dB"
-        cards.append((psnr, f"mean PSNR of {entry['codec']}, {entry['latent']}: {gain}"))
-    if len(codecs) == 1:
-        (entry,) = codecs
-        cards.append((f"{entry['psnr']['min']:.2f} dB", "PSNR of the worst image"))
-        cards.append((f"{entry['ssim']['mean']:.4f}", "mean SSIM; 1 is equal"))
-        if not math.isnan(entry["lpips"]["mean"]):
-            cards.append((f"{entry['lpips']['mean']:.4f}", "mean LPIPS; 0 is equal"))
-    return cards
+    if len(codecs) > 1:
+        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB over the KLT"
+        return [(f"{entry['psnr']['mean']:.2f} dB", what.format(**entry)) for entry in codecs]
+    (entry,) = codecs
+    numbers = [
+        (f"{entry['psnr']['mean']:.2f} dB", f"mean PSNR; the worst image has {entry['psnr']['min']:.2f}"),
+        (
+            f"{entry['psnr_over_klt']:+.2f} dB",
+            f"over the linear KLT of the same latent size, {entry['latent']}",
+        ),
+        (f"{entry['ssim']['mean']:.4f}", "mean SSIM; 1 is equal"),
+    ]
+    lpips = entry["lpips"]["mean"]
+    return numbers if math.isnan(lpips) else [*numbers, (f"{lpips:.4f}", "mean LPIPS; 0 is equal")]
 
 
 def plot_scores(results: Sequence[Result]) -> Figure:
     with plot_style():
         figure = Figure(figsize=(9.6, 4), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.08)
         ranked, against = figure.subplots(1, 2)
         for i, result in enumerate(results):
             colour = SERIES[i % len(SERIES)]

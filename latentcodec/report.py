@@ -74,7 +74,7 @@ svg { display: block; width: 100%; height: auto; color: var(--ink); }
 svg text { font-family: inherit !important; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; border-bottom: 1px solid var(--line);
+th, td { padding: .38rem .5rem; border-bottom: 1px solid var(--line);
          text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }

@@ -35,7 +35,7 @@ from latentcodec.training.checkpoint import newest
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
-    "--model.block_out_channels [8,8,16] --model.latent_channels 4 --model.norm_num_groups 4 "
+    "--model.block_out_channels [16,16,32] --model.latent_channels 4 --model.norm_num_groups 4 "
     "--data.resolution 32 --data.val_images 2 --data.val_resolution 32 --data.workers 2 "
     "--discriminator.weight 0.1 --discriminator.start_step 10 --discriminator.channels 8 "
     "--train.max_steps 60 --train.batch_size 4 --train.accumulation 2 --train.seed 7 "

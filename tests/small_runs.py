@@ -1,7 +1,9 @@
-"""Runs so small that a test can afford several: a 6,000-parameter codec on crops of 32 pixels, with everything on."""
+"""Runs so small that a test can afford several: a codec of 45,000 parameters on crops of 32 pixels.
+
+`train` is the loop of train/train.py inside this process, so that a test can look into it, spoil a batch or stop it.
+"""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from latentcodec.training.trainer import Trainer
 
 CLOCKS = ("second", "minute")  # parts of the keys of metrics.jsonl that tell the time
 
+State = dict[str, torch.Tensor]
+
 
 def write_images(folder: Path, count: int = 12, side: int = 48) -> Path:
     """Coloured noise, smoothed: pictures that a codec can learn something of."""
@@ -36,27 +40,18 @@ def write_images(folder: Path, count: int = 12, side: int = 48) -> Path:
     return folder
 
 
-def small(output: Path, images: Path, **settings) -> Config:
+def small(output: Path, images: Path, workers: int = 0, **settings) -> Config:
     """The configuration of a small run; `settings` are fields of TrainConfig."""
-    train = {
-        "max_steps": 6,
-        "batch_size": 2,
-        "lr": 1e-3,
-        "warmup": 0.3,
-        "ema_decay": 0.9,
-        "validate_every": 4,
-        "checkpoint_every": 2,
-        "statistics_images": 8,
-        **settings,
-    }
+    defaults = {"max_steps": 6, "batch_size": 2, "warmup": 0.3, "ema_decay": 0.9, "statistics_images": 8}
+    every = {"validate_every": 4, "checkpoint_every": 2}
     return Config(
         output_dir=str(output),
         model=ModelConfig(
             latent_channels=4, block_out_channels=[8, 8, 16], norm_num_groups=2, init="default"
         ),
-        data=DataConfig(path=str(images), resolution=32, val_images=2, val_resolution=32, workers=0),
+        data=DataConfig(path=str(images), resolution=32, val_images=2, val_resolution=32, workers=workers),
         finish=FinishConfig(certificate_images=0),
-        train=TrainConfig(**train),
+        train=TrainConfig(**{**defaults, **every, **settings}),
     )
 
 
@@ -79,11 +74,16 @@ def everything(config: Config) -> Config:
     )
 
 
-def start(config: Config) -> Trainer:
+def new_trainer(config: Config) -> Trainer:
     """A Trainer as in a process of its own: Accelerate's state, which a process has once, is made anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    trainer = Trainer(config)
+    return Trainer(config)
+
+
+def start(config: Config) -> Trainer:
+    """A Trainer that has begun or resumed its run."""
+    trainer = new_trainer(config)
     trainer.resume()
     return trainer
 
@@ -91,47 +91,48 @@ def start(config: Config) -> Trainer:
 class Stop(StopRequest):
     """A request to stop that no signal made."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
+    number = 0
 
     @property
     def received(self) -> int:
         return self.number
 
 
-def train(trainer: Trainer, until: int | None = None, before=nullcontext) -> list[dict]:
-    """The loop of train/train.py; `until` asks it to stop there. Returns what the journal was told."""
-    stop, every, reports = Stop(), trainer.config.train, []
+def train(trainer: Trainer, stop_at: int | None = None, kill_at: int | None = None, spoil=None) -> None:
+    """The loop of train/train.py.
+
+    `stop_at`: the step at which it is asked to stop. `kill_at`: the step after whose line in metrics.jsonl it is
+    left as it is. `spoil` is called with the trainer and each step's micro-batches.
+    """
+    stop, every = Stop(), trainer.config.train
     for micro_batches in trainer.steps(stop):
-        if until is not None and trainer.step >= until - 1:
+        if stop_at is not None and trainer.step >= stop_at - 1:
             stop.number = 15
+        if spoil is not None:
+            spoil(trainer, micro_batches)
         report = trainer.train_step(micro_batches)
         if report is None:
             continue
-        reports.append(report)
         trainer.journal.log(trainer.step, trainer.progress, report)
+        if trainer.step == kill_at:
+            return
         if trainer.due(every.validate_every):
             trainer.validate()
         if trainer.due(every.checkpoint_every):
             trainer.save_codec()
             trainer.checkpoint()
     trainer.checkpoint()
-    return reports
-
-
-def timeless(record: dict) -> dict:
-    """A record of metrics.jsonl without the clocks, floats as hexadecimal: equal means bit-identical."""
-    kept = {key: value for key, value in record.items() if not any(clock in key for clock in CLOCKS)}
-    return {key: value.hex() if isinstance(value, float) else value for key, value in kept.items()}
+    if not trainer.stopped_by:
+        trainer.finish()
 
 
 def metrics(output: Path) -> list[dict]:
-    """metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl without the clocks, floats as hexadecimal: equal means bit-identical."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: _exact(value) for key, value in line.items() if not _is_clock(key)} for line in lines]
 
 
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+def state(trainer: Trainer) -> State:
     """A copy of everything that training moves: weights, averages, both optimizers, the rate control, the step."""
     tensors = {f"model/{key}": value for key, value in trainer.codec.state_dict().items()}
     tensors |= {f"ema/{key}": value for key, value in trainer.ema.state_dict().items()}
@@ -147,16 +148,49 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in tensors.items()}
 
 
-def _averages(name: str, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def differing(one: State, other: State) -> list[str]:
+    """The names of what is not equal to the bit, or is there only once."""
+    both = one.keys() & other.keys()
+    return sorted(
+        (one.keys() ^ other.keys()) | {key for key in both if not torch.equal(one[key], other[key])}
+    )
+
+
+def recorded(config: Config) -> dict[str, torch.Tensor]:
+    """What must be the same for any number of processes, of a run to its end: vectors by name, float64."""
+    trainer = start(config)
+    record = {"begin": _flat(trainer.parameters)}
+    step = trainer.optimizer.step
+
+    def record_gradient_and_step() -> None:
+        record[f"gradient {trainer.step}"] = _flat(p.grad for p in trainer.parameters)
+        step()
+
+    trainer.optimizer.step = record_gradient_and_step
+    train(trainer)
+    record |= {"end": _flat(trainer.parameters), "averages": _flat(trainer.ema.parameters())}
+    record["discriminator"] = _flat(trainer.adversary.plain.parameters())
+    moments = trainer._latent_moments()
+    record["latents"] = torch.cat([moments.mean, moments.covariance.flatten()])
+    return record
+
+
+def _flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def _averages(name: str, optimizer: torch.optim.Optimizer) -> State:
     entries = optimizer.state_dict()["state"].items()
     return {
-        f"{name}/{index}/{key}": torch.as_tensor(v) for index, entry in entries for key, v in entry.items()
+        f"{name}/{index}/{key}": torch.as_tensor(value)
+        for index, entry in entries
+        for key, value in entry.items()
     }
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """The names of what differs, in a bit or in being there."""
-    return sorted(
-        {*one} ^ {*other}
-        | {key for key in one.keys() & other.keys() if not torch.equal(one[key], other[key])}
-    )
+def _is_clock(key: str) -> bool:
+    return any(clock in key for clock in CLOCKS)
+
+
+def _exact(value):
+    return value.hex() if isinstance(value, float) else value

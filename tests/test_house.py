@@ -10,7 +10,7 @@ PACKAGE = ROOT / "latentcodec"
 
 
 def imports(file):
-    """The modules of this package that a file imports at run time, anywhere in it; type-checking blocks do not count."""
+    """The modules of this package that a file imports at run time; type-checking blocks do not count."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""The linear start is what it claims: the KLT in the encoder, a better linear decoder than nearest neighbours behind."""
+"""The linear start is what it claims: the KLT in the encoder, and behind it a linear decoder nearly as good."""
 
 import pytest
 import torch

@@ -1,12 +1,15 @@
 """Where the weights start: pretrained codecs, changes of channels, frozen parts, teachers."""
 
 import math
+import multiprocessing
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from small_runs import metrics, small, start, train, write_images
 from torch import nn
 
 from latentcodec.autoencoder import build
@@ -15,12 +18,11 @@ from latentcodec.training.adapt import AdaptConfig, change_image_channels, chang
 from latentcodec.training.config import Config, parse
 from latentcodec.training.finish import FinishConfig
 from latentcodec.training.initialization import linear_start
-from latentcodec.training.latents import latent_moments
+from latentcodec.training.latents import Whitening, latent_moments, whiten
 from latentcodec.training.losses import split_moments
 from latentcodec.training.model import ModelConfig, image_channels, load_parent, new_vae
 from latentcodec.training.objective import Inputs
 from latentcodec.training.teacher import Teacher, anchor_loss, deviation_loss
-from tests.small_runs import metrics, small, start, train, write_images
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 
@@ -96,7 +98,6 @@ def test_a_parent_is_found_wherever_it_lies(tmp_path, kind):
         source = str(tmp_path / "codec")
         (tmp_path / "codec" / "model_index.json").write_text("{}")
     elif kind == "file":
-        vae = build({"in_channels": 3, "latent_channels": 4}) if False else vae
         source = str(tmp_path / "codec" / "vae" / "diffusion_pytorch_model.safetensors")
     parent = load_parent(ModelConfig(from_pretrained=source, subfolder=subfolder))
     assert all(torch.equal(parent.state_dict()[key], value) for key, value in vae.state_dict().items())
@@ -252,7 +253,11 @@ def test_decoder_training_leaves_the_latents_bit_identical(tmp_path, images):
     assert torch.equal(ours.encode(x), parent.encode(x))
     for key in ("latents_mean", "latents_std", "shift_factor", "scaling_factor"):
         assert ours.vae.config[key] == parent.vae.config[key]
-    moved = [key for key, value in ours.vae.state_dict().items() if not torch.equal(value, parent.vae.state_dict()[key])]
+    moved = [
+        key
+        for key, value in ours.vae.state_dict().items()
+        if not torch.equal(value, parent.vae.state_dict()[key])
+    ]
     assert moved
     assert all(key.startswith(("decoder", "post_quant_conv")) for key in moved)
 
@@ -320,18 +325,26 @@ def test_the_drift_is_the_rms_in_the_teachers_units_and_the_correlation():
     assert moved.correlation == pytest.approx([-1, 1, 1, 1])
 
 
-def test_the_linear_start_of_a_student_predicts_the_teachers_latents():
-    teacher, pictures = teacher_of(tiny()), crops(32)
+def test_the_linear_start_of_a_student_is_the_teachers_where_that_is_linear():
     settings = ModelConfig(latent_channels=4, block_out_channels=[16, 16, 16], norm_num_groups=2, teacher="x")
-    student = new_vae(settings, None, teacher, lambda: pictures)
-    plain = new_vae(settings, None, teacher, lambda: pictures)
-    linear_start(plain, pictures)
+    pictures = crops(32)
     x = torch.stack(pictures)
-    assert teacher.drift(student, [x]).rms < 0.7 * teacher.drift(plain, [x]).rms
-    assert min(teacher.drift(student, [x]).correlation) > 0.5
-    z = teacher.latents(pictures)
-    ours, theirs = ((codec.decode(z).sample - x).square().mean() for codec in (student, plain))
-    assert ours < theirs
+    linear = tiny(block_out_channels=[16, 16, 16])
+    linear_start(linear, pictures)
+    whiten(
+        linear,
+        Whitening(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
+    )
+    linear.register_to_config(scaling_factor=1 / latent_moments(linear, [x]).std.mean().item())
+    teacher = teacher_of(linear)
+    drift = teacher.drift(new_vae(settings, None, teacher, lambda: pictures), [x])
+    assert drift.rms < 0.1
+    assert min(drift.correlation) > 0.99
+    nonlinear = teacher_of(tiny())
+    student = new_vae(settings, None, nonlinear, lambda: pictures)
+    assert min(nonlinear.drift(student, [x]).correlation) > 0.2
+    y = student.decode(nonlinear.latents(pictures)).sample
+    assert (y - x).square().mean() < 0.9 * x.var()  # it decodes the teacher's latents, not its own
 
 
 def test_distillation_reaches_the_teachers_latents_and_hands_on_its_numbers(tmp_path, images):
@@ -364,16 +377,43 @@ def test_a_teacher_of_another_shape_is_refused():
         new_vae(ModelConfig(teacher="x"), None, teacher_of(tiny()), no_crops)
 
 
-def test_the_anchors_gradient_over_two_micro_batches_is_that_of_one(tmp_path, images):
+def _weights_after_three_steps(config) -> list[torch.Tensor]:
+    trainer = start(config)
+    train(trainer)
+    return [parameter.detach().clone() for parameter in trainer.codec.parameters()]
+
+
+def _one_of_two(rank, port, config, results) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.save(_weights_after_three_steps(config), results / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("gives_latents", [False, True])
+def test_two_processes_follow_a_teacher_as_one_does(tmp_path, images, gives_latents):
     source = saved(tiny(), tmp_path / "parent")
-    model = ModelConfig(from_pretrained=source, teacher=source)
-    weights = []
-    for name, sizes in (("one", (4, 1)), ("two", (2, 2))):
-        settings = {"max_steps": 3, "batch_size": sizes[0], "accumulation": sizes[1]}
-        trainer = start(run_of(tmp_path / name, images, model, **settings))
-        train(trainer)
-        weights.append(nn.utils.parameters_to_vector(trainer.codec.parameters()))
-    assert (weights[0] - weights[1]).abs().max() < 1e-5
+    model = ModelConfig(from_pretrained=source, teacher=source, teacher_latents=gives_latents)
+    one, two = (
+        run_of(tmp_path / name, images, model, max_steps=3, batch_size=size, checkpoint_every=9)
+        for name, size in (("one", 4), ("two", 2))
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_one_of_two, args=(rank, port, two, tmp_path))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    expected = _weights_after_three_steps(one)
+    for rank in range(2):
+        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-5
 
 
 # ---- the configurations that come with the project ----

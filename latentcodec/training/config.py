@@ -6,10 +6,12 @@ value of the wrong type ends the program with its name before any data or model 
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from latentcodec.training.data import DataConfig
 from latentcodec.training.discriminator import DiscriminatorConfig
@@ -49,14 +51,19 @@ class Config:
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
 
-    Ends the program with a message that names the key if one is unknown or has a wrong value.
+    Where a key is unknown, has a wrong value or contradicts another, ends the program with code 2 and one line that
+    names it.
     """
-    parser = ArgumentParser(prog="train/train.py", description="Train a latent codec.")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings under the fields, for --help
+    parser = ArgumentParser(
+        prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
-    settings: Namespace = parser.parse_args(arguments)
-    settings.pop("config")
     try:
-        return Config(**parser.instantiate_classes(settings))
-    except ValueError as error:  # two keys that contradict each other
-        parser.error(str(error))
+        settings: Namespace = parser.parse_args(arguments)
+        settings.pop("config")
+        return Config(**parser.instantiate(settings))
+    except (ArgumentError, ValueError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -80,8 +80,7 @@ def centre_crop(image: Tensor, side: int) -> Tensor:
 
 
 class CropStream(Dataset[Batch | ValueError]):
-    """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10, 11]]` is that
-    batch.
+    """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10]]` is that batch.
 
     A hopeless set gives a `ValueError` instead of raising it: what a worker raises reaches the user wrapped
     in the worker's traceback. The reader of the stream raises it.

@@ -133,6 +133,7 @@ class Journal:
         if not self.accelerator.is_main_process:
             return
         positions = range(draw * self._batch, (draw + 1) * self._batch)
+        names = [name for name in names if "/" not in name]  # a bad channel makes the whole bad
         line = {"step": step, "draw": draw, "not_finite": names, "positions": [*positions]}
         with (self.output / "skipped.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -25,7 +25,6 @@ def save(trainer: Trainer) -> None:
         **fixed_settings(trainer.config),
         "draw": trainer.draw,
         "seconds": trainer.seconds,
-        "bad_steps": trainer.bad_steps,
         "rate": trainer.objective.rate.numbers(),
         "config": asdict(trainer.config),
     }

@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 
 from latentcodec.training import checkpoint as checkpoints
@@ -38,6 +39,7 @@ LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side, below 
 def new_accelerator(config: Config) -> Accelerator:
     """The processes and the number format. Refuses what this machine, or two optimizers, cannot do."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else, under torchrun, each process would believe to be alone
         mixed_precision=config.train.mixed_precision,
         log_with=config.train.trackers,
         project_dir=config.output_dir,

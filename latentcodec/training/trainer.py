@@ -197,7 +197,6 @@ class Trainer:
             self.found.require_same({"ema": self.ema.state_dict()}, {})
             memory.load(self, self.found)
             self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
-            self.bad_steps = self.found.state["bad_steps"]
         if not self.finished:
             self.journal.begin(self.step, self.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejected)

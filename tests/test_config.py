@@ -1,0 +1,119 @@
+"""The configuration is read strictly: what is not known, or cannot be, ends the program with one line that names it."""
+
+from dataclasses import asdict
+
+import pytest
+import yaml
+from accelerate import Accelerator
+
+from latentcodec.training.config import Config, parse
+from latentcodec.training.journal import Journal
+from latentcodec.training.optimization import TrainConfig
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """What `parse` says before it ends the program; the way it must say it."""
+    with pytest.raises(SystemExit) as end:
+        parse(["--output_dir", "runs/x", *arguments])
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_command_line_overrides_file_overrides_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("train:\n  lr: 3e-4\n  batch_size: 5\nloss:\n  kl_weight: 1e-5\n")
+    config = parse(["--config", str(file), "--output_dir", "runs/x", "--train.batch_size", "7"])
+    assert config.train.batch_size == 7
+    assert config.train.lr == 3e-4
+    assert config.loss.kl_weight == 1e-5
+    assert config.train.seed == TrainConfig().seed
+
+
+def test_no_argument_but_the_folder_gives_the_defaults():
+    assert parse(["--output_dir", "runs/x"]) == Config("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--train.max_step", "3"], ["train.max_step"]),  # a prefix of a key is not that key
+        (["--data.val_imagse", "3"], ["data.val_imagse"]),
+        (["--trian.lr", "1"], ["trian.lr"]),
+        (["stray"], ["stray"]),
+        (["--train.lr", "fast"], ["train.lr", "fast"]),
+        (["--train.max_steps", "1.5"], ["train.max_steps", "1.5"]),
+        (["--train.betas", "[0.9]"], ["train.betas", "0.9"]),
+        (["--train.schedule", "cosinus"], ["train.schedule", "cosinus", "cosine"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_unknown_key_or_wrong_type_on_the_command_line_is_named(capsys, arguments, names):
+    said = refusal(capsys, *arguments)
+    assert all(name in said for name in names), said
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("train:\n  max_step: 3\n", ["train", "max_step"]),
+        ("trian:\n  lr: 1e-3\n", ["trian.lr"]),
+        ("train:\n  lr: fast\n", ["train.lr", "fast"]),
+        ("train:\n  lr: [1\n", ["line 2"]),
+        ("- 1\n", ["config"]),
+    ],
+)
+def test_unknown_key_or_wrong_type_in_the_file_is_named(capsys, tmp_path, text, names):
+    (tmp_path / "a.yaml").write_text(text)
+    said = refusal(capsys, "--config", str(tmp_path / "a.yaml"))
+    assert all(name in said for name in names), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--loss.target_bits=1", "--loss.target_std=0.1"], ["loss.target_bits", "loss.target_std"]),
+        (["--model.block_out_channels=[32,60]"], ["block_out_channels", "60", "norm_num_groups"]),
+        (["--regularizer.additive_noise=1"], ["additive_noise", "latent_noise_share"]),
+        (["--data.streaming=true"], ["data.streaming", "data.path"]),
+        (["--model.part=encoder", "--discriminator.weight=1"], ["discriminator.adaptive", "model.part"]),
+        (["--loss.likelihood=bernoulli", "--loss.learn_scale=true"], ["loss.learn_scale", "bernoulli"]),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(capsys, arguments, names):
+    said = refusal(capsys, *arguments)
+    assert all(name in said for name in names), said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_steps", 0), ("batch_size", -1), ("accumulation", 0), ("checkpoint_every", 0), ("keep_last", 0)]
+    + [("statistics_images", 0), ("lr", 0), ("lr", float("nan")), ("clip_norm", 0), ("max_minutes", 0)]
+    + [("weight_decay", -1), ("validate_every", -1), ("ema_decay", 1), ("warmup", 1.5)],
+)
+def test_a_setting_out_of_range_is_named_with_its_value(key, value):
+    with pytest.raises(ValueError, match=rf"train\.{key}.*{value}"):
+        TrainConfig(**{key: value})
+
+
+def test_every_setting_is_in_the_help_with_its_documentation(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for section, fields in asdict(Config("x")).items():
+        for key in fields if isinstance(fields, dict) else ():
+            assert f"--{section}.{key}" in said
+    assert "Micro-batches per optimizer step." in said
+
+
+def test_the_config_that_a_run_leaves_gives_the_same_settings(tmp_path):
+    arguments = "--train.lr 1e-5 --loss.kl_weight 1e-6 --train.betas [0.5,0.9] --train.max_minutes 2"
+    config = parse(["--output_dir", str(tmp_path / "run"), *arguments.split(), "--train.seed", "7"])
+    Journal(tmp_path / "run", Accelerator(cpu=True), config).begin(0, 0, complete=False)
+    left = tmp_path / "run/config.yaml"
+    assert parse(["--config", str(left)]) == config
+    assert yaml.safe_load(left.read_text())["train"]["betas"] == [0.5, 0.9]
