@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", help="folder of images; drawn pictures without it")
     settings = parser.parse_args(arguments)
     torch.manual_seed(0)
+    logging.set_verbosity_error()  # that no text encoder is saved is no news here
     codec = LatentCodec.from_pretrained(settings.codec)
     images = _images(settings.images, codec.image_channels)
     pipe = _pipeline(codec)
@@ -85,6 +87,7 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
 def _pipeline(codec: LatentCodec) -> StableDiffusionImg2ImgPipeline:
     """Stable Diffusion's image-to-image pipeline around the codec, with a denoiser of a few thousand weights."""
     unet = UNet2DConditionModel(
+        sample_size=64,
         in_channels=codec.latent_channels,
         out_channels=codec.latent_channels,
         down_block_types=("DownBlock2D",),
@@ -101,7 +104,7 @@ def _pipeline(codec: LatentCodec) -> StableDiffusionImg2ImgPipeline:
         unet=unet,
         text_encoder=None,
         tokenizer=None,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=True),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

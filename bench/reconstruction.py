@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -297,8 +298,7 @@ def headline(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def plot_scores(results: Sequence[Result]) -> Figure:
     with plot_style():
-        figure = Figure(figsize=(9.6, 4), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.08)
+        figure = Figure(figsize=(9.6, 4), layout=ConstrainedLayoutEngine(wspace=0.08))
         ranked, against = figure.subplots(1, 2)
         for i, result in enumerate(results):
             colour = SERIES[i % len(SERIES)]

@@ -244,6 +244,8 @@ def _move_files(incomplete: Path, folder: Path) -> None:
 def _load(source: str, subfolder: str | None) -> AutoencoderKL:
     path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
     if path.is_file():
+        if subfolder is not None:
+            raise ValueError(f"{path} is one file: it has no subfolder {subfolder!r}")
         return load_single_file(path)
     if source and path.is_dir():
         is_pipeline = subfolder is None and (path / "model_index.json").is_file()
@@ -272,12 +274,10 @@ def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
         try:
             AutoencoderKL.load_config(name, subfolder=subfolder)
         except OSError as error:
-            reason = error.__context__ or error  # diffusers takes a hub out of reach for a missing file
+            reason = str(error.__context__ or error)  # diffusers takes a hub out of reach for a missing file
         else:
             return _from_diffusers(name, subfolder)
-    raise ValueError(
-        f"{name!r} is no file and no folder here, and cannot be had from the hub: {_brief(reason)}"
-    )
+    raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
 
 
 def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
@@ -290,7 +290,8 @@ def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
             place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_brief(error)}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot load an AutoencoderKL from {name}: {reason}") from None
     for what in ("missing_keys", "unexpected_keys"):  # diffusers goes on with random weights, and only warns
         if keys := report[what]:
             raise ValueError(
@@ -298,7 +299,3 @@ def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
                 f"first is {min(keys)!r}"
             )
     return vae
-
-
-def _brief(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

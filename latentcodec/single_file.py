@@ -27,6 +27,7 @@ from latentcodec.autoencoder import build
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
 LDM_KEY = "encoder.down.0.block.0.conv1.weight"
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # a trained LDM also holds its loss
 DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.conv1.weight"
 
 # What early diffusers called the layers of the attention; many published files still have these names.
@@ -56,7 +57,7 @@ def load_single_file(path: Path) -> AutoencoderKL:
     try:
         if LDM_KEY in state:
             config = config or _config_from_ldm(state, keys)
-            state = convert_ldm_vae_checkpoint(state, config)
+            state = _converted(state, config)
         else:
             state = {_present_name(key): value for key, value in state.items()}
             config = config or _config_from_diffusers(state, keys)
@@ -73,8 +74,8 @@ def load_single_file(path: Path) -> AutoencoderKL:
 def check_config(config: Any, origin: str) -> dict[str, Any]:
     """What the constructor of AutoencoderKL takes, out of the content of a config.json.
 
-    Raises ValueError naming `origin` and the key if the configuration is another model's or has a value of a type
-    or size that no AutoencoderKL can have. Whether the stages agree with each other is left to the constructor.
+    Raises ValueError naming `origin` and the key if the configuration is another model's or has a value that no
+    AutoencoderKL can have. What the constructor checks by itself (the names of blocks, the norm groups) is left to it.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{origin} is not a JSON object")
@@ -89,10 +90,16 @@ def check_config(config: Any, origin: str) -> dict[str, Any]:
             raise ValueError(f"{origin}: {key} cannot be {value!r}")
     if arguments.get("scaling_factor") == 0:
         raise ValueError(f"{origin}: scaling_factor cannot be 0")
-    for key in ("latents_mean", "latents_std"):
-        given, channels = arguments.get(key), arguments.get("latent_channels")
-        if given is not None and len(given) != channels:
-            raise ValueError(f"{origin}: {key} has {len(given)} numbers, latent_channels is {channels}")
+    widths = len(arguments.get("block_out_channels", ()))
+    channels = arguments.get("latent_channels")
+    for key, length, entries in (
+        ("down_block_types", widths, "widths"),
+        ("up_block_types", widths, "widths"),
+        ("latents_mean", channels, "latent channels"),
+        ("latents_std", channels, "latent channels"),
+    ):
+        if arguments.get(key) is not None and len(arguments[key]) != length:
+            raise ValueError(f"{origin}: {key} has {len(arguments[key])} entries for {length} {entries}")
     return arguments
 
 
@@ -101,7 +108,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is UnionType:
         return any(_fits(value, choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:  # diffusers writes tuple[int] for any number of them
-        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+        item = get_args(hint)[0]
+        return isinstance(value, list | tuple) and len(value) > 0 and all(_fits(part, item) for part in value)
     if hint is int:  # counts, all of them
         return type(value) is int and value > 0
     if hint is float:
@@ -144,6 +152,15 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 def _present_name(key: str) -> str:
     """The key as diffusers spells it today."""
     return FORMER_NAME.sub(lambda match: f"{match[1]}{PRESENT_NAME[match[2]]}.", key)
+
+
+def _converted(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """LDM's keys to diffusers' by its own converter, which drops what it does not know: here that is refused."""
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(state, config)
+    given = [key for key in state if key.startswith(PARTS)]
+    if len(converted) != len(given):
+        raise ValueError(f"diffusers can convert only {len(converted)} of its {len(given)} tensors")
+    return converted
 
 
 def _require_equal_shapes(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:

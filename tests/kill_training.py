@@ -39,7 +39,7 @@ SMALL = (
     "--data.resolution 32 --data.val_images 2 --data.val_resolution 32 --data.workers 2 "
     "--discriminator.weight 0.1 --discriminator.start_step 10 --discriminator.channels 8 "
     "--train.max_steps 60 --train.batch_size 4 --train.accumulation 2 --train.seed 7 "
-    "--train.checkpoint_every 5 --train.validate_every 20 --train.keep_last 1 --train.statistics_images 16"
+    "--train.checkpoint_every 3 --train.validate_every 20 --train.keep_last 1 --train.statistics_images 16"
 )
 CLOCKS = ("second", "minute")  # keys of metrics.jsonl that contain one of these tell the time
 PATIENCE_SECONDS = 300  # for a start to do something, and for an end
@@ -144,6 +144,11 @@ class Run:
         """The checkpoints that are being built or taken down, or were when a kill came."""
         return set((self.folder / "checkpoints").glob(".tmp-*"))
 
+    def has_stepped(self) -> bool:
+        """Whether metrics.jsonl ends with a line that it did not hold when it was last read."""
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        return bool(lines) and lines[-1] not in self.lines
+
     def new_lines(self) -> list[Line]:
         """What was written to metrics.jsonl since the last call."""
         before, self.lines = self.lines, []
@@ -166,11 +171,11 @@ class Run:
 
 def wait_for_a_moment(options: argparse.Namespace, run: Run, launcher: subprocess.Popen[bytes]) -> str:
     """Wait for a random moment of a start: "start", "steps" or "save"; "end" if the training ended before."""
-    litter, stale = run.unfinished(), run.metrics.stat().st_mtime_ns if run.metrics.exists() else 0
+    litter = run.unfinished()
     moment, reached, seconds = options.chance.choice(
         [
             ("start", lambda: True, options.start_seconds),
-            ("steps", lambda: run.metrics.exists() and run.metrics.stat().st_mtime_ns != stale, 2.0),
+            ("steps", run.has_stepped, options.steps_seconds),
             ("save", lambda: run.unfinished() - litter, 0.02),
         ]
     )
@@ -293,7 +298,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--to", choices=["all", "launcher"], default="all", help="which processes get it")
     parser.add_argument("--launcher", default=sys.executable, help="what stands before the script")
     parser.add_argument("--script", default="train/train.py")
-    parser.add_argument("--start-seconds", type=float, default=10.0, help="how long a start takes at most")
+    parser.add_argument("--start-seconds", type=float, default=10.0, help="in which the early kills fall")
+    parser.add_argument(
+        "--steps-seconds", type=float, default=4.0, help="after the first step, for the others"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, help="where the runs are kept; a temporary folder by default")
     parser.add_argument("settings", nargs="*", help="of the training, after --, instead of the small ones")

@@ -1,15 +1,17 @@
 """The finish of a run: normalised or whitened latents, the half-precision certificate, the folder replaced whole."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from small_runs import small, start, train, write_images
 from torch.nn import functional as F
 
 from latentcodec.autoencoder import build
 from latentcodec.codec import LatentCodec
-from latentcodec.training import finish as finishing
+from latentcodec.metrics import reconstruct
 from latentcodec.training.finish import FinishConfig, finish, write_codec
 from latentcodec.training.initialization import linear_start
 from latentcodec.training.latents import LatentMoments, latent_moments, whiten, whitening
@@ -255,6 +257,29 @@ def test_extreme_images_hold_only_black_and_white():
     assert len(images.flatten(1).unique(dim=0)) == 6
 
 
+# ---- the run ----
+
+
+def test_a_run_ends_with_a_whitened_certified_codec(tmp_path):
+    images = write_images(tmp_path / "images")
+    config = small(tmp_path / "run", images, max_steps=2, checkpoint_every=1)
+    config = replace(config, finish=FinishConfig(whiten=True, certificate_images=2))
+    train(start(config), stop_at=1)
+    halfway = AutoencoderKL.from_pretrained(tmp_path / "run/codec")
+    assert halfway.config.force_upcast is True
+    trainer = start(config)
+    train(trainer)
+    stock = AutoencoderKL.from_pretrained(tmp_path / "run/codec").eval()
+    assert stock.config.force_upcast is False
+    assert (stock.config.scaling_factor, stock.config.shift_factor, stock.config.latents_mean) == (1, 0, None)
+    x = trainer.held_out.images[0][None]
+    trained, saved = (reconstruct(LatentCodec(vae), x) for vae in (trainer.ema, stock))
+    assert (trained - saved).abs().max() <= 2 / 255 + 1e-6  # at most one 8-bit step, where rounding was near
+    card = (tmp_path / "run/codec/README.md").read_text()
+    assert "Whitened" in card
+    assert "Measured on 2 crops" in card
+
+
 # ---- the folder ----
 
 
@@ -304,4 +329,3 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch, survive
 def test_a_negative_number_of_images_is_refused():
     with pytest.raises(ValueError, match=r"finish\.certificate_images"):
         FinishConfig(certificate_images=-1)
-    assert finishing.FinishConfig().whiten is False

@@ -1,5 +1,6 @@
 """Where the weights start: pretrained codecs, changes of channels, frozen parts, teachers."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import metrics, small, start, train, write_images
+from small_runs import small, start, train, write_images
 from torch import nn
 
 from latentcodec.autoencoder import build
@@ -83,6 +84,12 @@ def images(tmp_path):
 
 def run_of(output, images, model, **settings) -> Config:
     return replace(small(output, images, **settings), model=model)
+
+
+def reported(output, key):
+    """All values of a key of metrics.jsonl."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
 
 
 # ---- starting from a codec ----
@@ -246,7 +253,6 @@ def test_decoder_training_leaves_the_latents_bit_identical(tmp_path, images):
     model = ModelConfig(from_pretrained=source, part="decoder")
     trainer = start(run_of(tmp_path / "run", images, model, max_steps=2))
     train(trainer)
-    trainer.finish()
     parent, ours = (LatentCodec.from_pretrained(path) for path in (source, tmp_path / "run/codec"))
     x = torch.rand(3, 3, 32, 40) * 2 - 1
     assert torch.equal(ours.vae.encode(x).latent_dist.parameters, parent.vae.encode(x).latent_dist.parameters)
@@ -274,7 +280,6 @@ def test_an_adapted_codec_trains(tmp_path, images):
     model = ModelConfig(from_pretrained=source, adapt=AdaptConfig(image_channels=1, latent_channels=6))
     trainer = start(run_of(tmp_path / "run", images, model, max_steps=1))
     train(trainer)
-    trainer.finish()
     codec = LatentCodec.from_pretrained(tmp_path / "run/codec")
     assert (codec.image_channels, codec.latent_channels) == (1, 6)
     assert len(codec.vae.config.latents_std) == 6
@@ -359,11 +364,9 @@ def test_distillation_reaches_the_teachers_latents_and_hands_on_its_numbers(tmp_
     )
     trainer = start(run_of(tmp_path / "run", images, model, max_steps=16, checkpoint_every=8, lr=1e-2))
     train(trainer)
-    trainer.finish()
-    lines = metrics(tmp_path / "run")
-    anchors = [line["anchor"] for line in lines if "anchor" in line]
+    anchors = reported(tmp_path / "run", "anchor")
     assert sum(anchors[-3:]) < 0.7 * sum(anchors[:3])
-    drifts = [line["latent_drift"] for line in lines if "latent_drift" in line]
+    drifts = reported(tmp_path / "run", "latent_drift")
     assert len(drifts) == 2
     assert drifts[1] < drifts[0]
     codec, teacher = (LatentCodec.from_pretrained(path) for path in (tmp_path / "run/codec", source))
@@ -377,7 +380,7 @@ def test_a_teacher_of_another_shape_is_refused():
         new_vae(ModelConfig(teacher="x"), None, teacher_of(tiny()), no_crops)
 
 
-def _weights_after_three_steps(config) -> list[torch.Tensor]:
+def _trained_weights(config) -> list[torch.Tensor]:
     trainer = start(config)
     train(trainer)
     return [parameter.detach().clone() for parameter in trainer.codec.parameters()]
@@ -386,23 +389,17 @@ def _weights_after_three_steps(config) -> list[torch.Tensor]:
 def _one_of_two(rank, port, config, results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.save(_weights_after_three_steps(config), results / f"{rank}.pt")
+    torch.save(_trained_weights(config), results / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("gives_latents", [False, True])
-def test_two_processes_follow_a_teacher_as_one_does(tmp_path, images, gives_latents):
-    source = saved(tiny(), tmp_path / "parent")
-    model = ModelConfig(from_pretrained=source, teacher=source, teacher_latents=gives_latents)
-    one, two = (
-        run_of(tmp_path / name, images, model, max_steps=3, batch_size=size, checkpoint_every=9)
-        for name, size in (("one", 4), ("two", 2))
-    )
+def _train_in_two_processes(config, results) -> None:
+    """Forked, so that they need not import everything again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        multiprocessing.get_context("fork").Process(target=_one_of_two, args=(rank, port, two, tmp_path))
+        multiprocessing.get_context("fork").Process(target=_one_of_two, args=(rank, port, config, results))
         for rank in range(2)
     ]
     for process in processes:
@@ -410,10 +407,29 @@ def test_two_processes_follow_a_teacher_as_one_does(tmp_path, images, gives_late
     for process in processes:
         process.join(timeout=120)
         assert process.exitcode == 0
-    expected = _weights_after_three_steps(one)
+
+
+@pytest.mark.parametrize("follows", ["nobody", "its latents"])
+def test_two_processes_fine_tune_and_finish_as_one_does(tmp_path, images, follows):
+    source = saved(tiny(), tmp_path / "parent")
+    teacher = None if follows == "nobody" else source
+    model = ModelConfig(from_pretrained=source, teacher=teacher, teacher_latents=follows == "its latents")
+    one, two = (
+        run_of(tmp_path / name, images, model, max_steps=3, batch_size=size, checkpoint_every=9)
+        for name, size in (("one", 4), ("two", 2))
+    )
+    _train_in_two_processes(two, tmp_path)
+    expected = _trained_weights(one)
     for rank in range(2):
         for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-5
+    ours, theirs = (LatentCodec.from_pretrained(tmp_path / name / "codec") for name in ("two", "one"))
+    assert torch.allclose(ours.latents_mean, theirs.latents_mean, atol=1e-4)
+    assert torch.allclose(ours.latents_std, theirs.latents_std, rtol=1e-4)
+    assert (theirs.vae.config.latents_std is None) == (follows != "nobody")
+    drifts = [reported(tmp_path / name, "latent_drift") for name in ("one", "two")]
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
+    assert bool(drifts[0]) == (follows != "nobody")
 
 
 # ---- the configurations that come with the project ----

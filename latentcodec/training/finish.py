@@ -28,7 +28,7 @@ class FinishConfig:
     whiten: bool = False
     """Fold a whitening into quant_conv and post_quant_conv: latents of unit variance, uncorrelated, ordered by the
     pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
-    Diffusion, SD3 and FLUX read only one shift and one scale, and SDXL those of four channels."""
+    Diffusion reads one scale, SD3 and FLUX one shift and one scale, and SDXL those of exactly four channels."""
     certificate_images: int = 4
     """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
     force_upcast stays on, since nothing is known."""

@@ -79,9 +79,9 @@ def latent_moments(
 def normalise(vae: AutoencoderKL, moments: LatentMoments) -> None:
     """Write mean and deviation into the configuration of `vae`: per channel, and as one shift and one scale.
 
-    Pipelines take z = (raw - shift_factor) * scaling_factor, which gives unit variance over all channels together.
-    Only SDXL's look at the numbers per channel, for four channels and on top of the scale; LatentCodec takes those
-    per channel alone.
+    SD3's and FLUX's pipelines take z = (raw - shift_factor) * scaling_factor, which has unit variance over all
+    channels together; Stable Diffusion's do not shift. Only SDXL's look at the numbers per channel, for exactly four,
+    and multiply by the scale as well, so there only `whiten` gives unit variance. LatentCodec takes those per channel.
     """
     mean, std = moments.mean, moments.std
     shift = mean.mean()
