@@ -23,7 +23,8 @@ demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
 		train/train.py --config train/configs/demo.yaml --output_dir $(DEMO) $(if $(PHOTOS),--data.path $(PHOTOS))
 	$(BIN)/python bench/pipeline.py --codec $(DEMO)/codec --out $(DEMO)/pipeline $(if $(PHOTOS),--images $(PHOTOS))
-	$(BIN)/python bench/reconstruction.py --codec $(DEMO)/codec --images $(DEMO)/pipeline/originals --out $(DEMO)/reconstruction
+	$(BIN)/python bench/reconstruction.py --codec $(DEMO)/codec --images $(DEMO)/pipeline/originals --lpips_net none \
+		--out $(DEMO)/reconstruction
 	$(BIN)/python bench/throughput.py --codec $(DEMO)/codec --sizes 256 --batches 1 --out $(DEMO)/throughput
 	@echo
 	@echo "The trained codec        $(DEMO)/codec"

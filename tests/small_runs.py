@@ -4,11 +4,12 @@
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
@@ -55,6 +56,12 @@ def small(output: Path, images: Path, workers: int = 0, **settings) -> Config:
     )
 
 
+def write_config(config: Config, path: Path) -> Path:
+    """The configuration as a file for `--config`."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+    return path
+
+
 def everything(config: Config) -> Config:
     """The same run with every part of the objective that has a state, a random draw or a statistic of the step."""
     return replace(
@@ -74,10 +81,15 @@ def everything(config: Config) -> Config:
     )
 
 
-def new_trainer(config: Config) -> Trainer:
-    """A Trainer as in a process of its own: Accelerate's state, which a process has once, is made anew."""
+def reset() -> None:
+    """Make Accelerate's state anew, which a process otherwise has once."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def new_trainer(config: Config) -> Trainer:
+    """A Trainer as in a process of its own."""
+    reset()
     return Trainer(config)
 
 

@@ -320,7 +320,7 @@ def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, code
         pytest.skip("this system does not tell the peak of a process")
     activation = 8 * 512 * 512 * 4  # bytes of a map of 8 channels; the widest has 16, and its layer holds two
     assert 4 * activation <= large <= 10 * activation
-    assert small == pytest.approx(large / 4, rel=0.2)
+    assert small < large / 2
 
 
 @pytest.mark.parametrize(

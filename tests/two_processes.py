@@ -1,14 +1,17 @@
-"""What two processes do, for test_train.py; started by torchrun, with the folders of the images and of the results.
+"""What two processes do, for test_train.py: started by torchrun with the folders of the images and of the results.
 
-Each process writes what it has found to its own file: the test reads, compares and judges.
+Each process writes what it has found to a file of its own; the test compares and judges. Then both train until a
+signal ends them.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
 import torch
-from small_runs import everything, recorded, small, start, state, train
+from small_runs import everything, recorded, reset, small, start, state, train
 
+TRAIN = Path(__file__).parents[1] / "train/train.py"
 
 
 def equality(images: Path, out: Path) -> dict:
@@ -22,14 +25,12 @@ def resume(images: Path, out: Path) -> dict:
     """The plain run again, stopped by a signal that only one process has heard, and resumed."""
     config = everything(small(out / "resumed", images, batch_size=2))
     trainer = start(config)
-    only_one = 3 if trainer.accelerator.process_index == 1 else None
-    train(trainer, stop_at=only_one)
-    stopped = {"step": trainer.step, "signal": trainer.stopped_by}
-    return stopped | {"record": recorded(config)}
+    train(trainer, stop_at=3 if trainer.accelerator.process_index == 1 else None)
+    return {"step": trainer.step, "signal": trainer.stopped_by, "record": recorded(config)}
 
 
 def bad_numbers(images: Path, out: Path) -> dict:
-    """A run in which the pixels of one process are not finite in its third to fifth batch."""
+    """A run in which a pixel of one process is not finite in its batches 3 to 5."""
     states, trainer = {}, start(everything(small(out / "bad", images, batch_size=2)))
 
     def spoil(trainer, micro_batches) -> None:
@@ -46,10 +47,15 @@ def corrupt_images(images: Path, out: Path) -> None:
     train(start(small(out / "corrupt", images.with_name("corrupt"), batch_size=2)))
 
 
-if __name__ == "__main__":
+def main(images: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    images, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {case.__name__: case(images, out) for case in (equality, resume, bad_numbers, corrupt_images)}
-    rank = torch.distributed.get_rank()
-    torch.save(found, out / f"found-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    cases = (equality, resume, bad_numbers, corrupt_images)
+    found = {case.__name__: case(images, out) for case in cases}
+    torch.save(found, out / f"found-{torch.distributed.get_rank()}.pt")
+    reset()
+    sys.argv = [str(TRAIN), "--config", str(out / "signal.yaml")]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

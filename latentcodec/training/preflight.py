@@ -1,4 +1,4 @@
-"""What can be refused before anything heavy is loaded: the machine, the folder of the run, the size of the crops.
+"""What can be refused before anything heavy is loaded: the machine, the folder of the run, the size of the images.
 
 Everything here raises a ValueError that names the key or the folder and says what to do. Settings that contradict
 each other are refused even earlier, in `config.py`. Shapes: f downsampling factor.
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedType
 
+from latentcodec.metrics import SSIM_WINDOW
 from latentcodec.training import checkpoint as checkpoints
+from latentcodec.training.data import HeldOut
 from latentcodec.training.order import bucket_sizes
 from latentcodec.training.regularizers import EQUIVARIANCE_SCALES
 
@@ -102,3 +104,13 @@ def smallest_crop(config: Config, f: int) -> int:
             f"training shows it some of {cells * f}; raise data.resolution"
         )
     return cells * f
+
+
+def check_held_out(images: HeldOut) -> None:
+    """Refuses validation images on which a score cannot be computed."""
+    for name, image in zip(images.names, images.images, strict=True):
+        if min(image.shape[-2:]) < SSIM_WINDOW:
+            raise ValueError(
+                f"the validation image {name} has {image.shape[-2]} x {image.shape[-1]} pixels, and SSIM needs "
+                f"{SSIM_WINDOW} a side; take it away, or give larger ones as data.val_path"
+            )

@@ -41,7 +41,7 @@ from latentcodec.training.optimization import (
     parameter_groups,
     update_ema,
 )
-from latentcodec.training.preflight import find_checkpoint, new_accelerator, smallest_crop
+from latentcodec.training.preflight import check_held_out, find_checkpoint, new_accelerator, smallest_crop
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.teacher import Drift, Teacher
 
@@ -71,6 +71,8 @@ class Trainer:
         torch.manual_seed(train.seed)  # the weights that no closed form sets
         self.adversary = Adversary.of(config.discriminator, channels, smallest, self.accelerator)
         self.images = open_images(config.data, channels, train.seed)
+        self.held_out = held_out(self.images)
+        check_held_out(self.held_out)
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
         vae = new_vae(start, parent, self.teacher, self._start_crops)
@@ -84,7 +86,6 @@ class Trainer:
         )
         self.model = self.accelerator.prepare(self.codec)
         self.objective = Objective(config, int(vae.config.latent_channels), f, device)
-        self.held_out = held_out(self.images)
         self.journal = Journal(self.output, self.accelerator, config)
         self.step, self.draw = 0, 0  # optimizer steps taken, global batches consumed (skipped ones too)
         self.committed = -1  # the step of the newest checkpoint
