@@ -343,7 +343,7 @@ def a_file(path: Path) -> Path:
         ({"train.trackers": "[abacus]"}, ["abacus"]),
         ({"model.from_pretrained": "/nowhere"}, ["/nowhere"]),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value),  # the keys; a function's own name would hold its address
 )
 def test_a_mistake_gives_one_line_that_names_it(tmp_path, images, run_train, settings, names):
     def made(value):
