@@ -290,8 +290,7 @@ def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
             place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {reason}") from None
+        raise ValueError(f"cannot load an AutoencoderKL from {name}: {error}") from None
     for what in ("missing_keys", "unexpected_keys"):  # diffusers goes on with random weights, and only warns
         if keys := report[what]:
             raise ValueError(

@@ -90,9 +90,22 @@ def test_keys_that_contradict_each_other_are_named(capsys, arguments, names):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_steps", 0), ("batch_size", -1), ("accumulation", 0), ("checkpoint_every", 0), ("keep_last", 0)]
-    + [("statistics_images", 0), ("lr", 0), ("lr", float("nan")), ("clip_norm", 0), ("max_minutes", 0)]
-    + [("weight_decay", -1), ("validate_every", -1), ("ema_decay", 1), ("warmup", 1.5)],
+    [
+        ("max_steps", 0),
+        ("batch_size", -1),
+        ("accumulation", 0),
+        ("checkpoint_every", 0),
+        ("keep_last", 0),
+        ("statistics_images", 0),
+        ("lr", 0),
+        ("lr", float("nan")),
+        ("clip_norm", 0),
+        ("max_minutes", 0),
+        ("weight_decay", -1),
+        ("validate_every", -1),
+        ("ema_decay", 1),
+        ("warmup", 1.5),
+    ],
 )
 def test_a_setting_out_of_range_is_named_with_its_value(key, value):
     with pytest.raises(ValueError, match=rf"train\.{key}.*{value}"):

@@ -84,4 +84,6 @@ def test_scripts_never_import_each_other(folder):
 
 
 def test_there_is_no_room_for_odds_and_ends():
-    assert not [file for file in PACKAGE.rglob("*.py") if file.stem in {"utils", "util", "helpers", "common", "misc"}]
+    assert not [
+        file for file in PACKAGE.rglob("*.py") if file.stem in {"utils", "util", "helpers", "common", "misc"}
+    ]

@@ -34,7 +34,9 @@ def crops():
     "configuration",
     [
         architecture(),
-        architecture(channels=(16, 16)),  # no shortcut convolution: the pairs are laid out by the resampling layer
+        architecture(
+            channels=(16, 16)
+        ),  # no shortcut convolution: the pairs are laid out by the resampling layer
         architecture(channels=(16, 32, 32), latent=8, use_quant_conv=False, use_post_quant_conv=False),
         architecture(mid_block_add_attention=False),
     ],

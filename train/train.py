@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 train/train.py ...            # the same on several GPUs
 
 Without --data.path it trains on drawn pictures, so it runs anywhere. The same command again resumes. It leaves
-runs/NAME/codec/ (a plain diffusers AutoencoderKL folder), metrics.jsonl, samples/ and checkpoints/.
-`--help` lists every setting. Ends with code 0 when the run is complete, 128 + signal after a signal (143 SIGTERM,
-130 Ctrl-C, 138 SIGUSR1) with a checkpoint of the last step, 2 for a wrong setting, 1 for any other error.
+runs/NAME/codec/ (a plain diffusers AutoencoderKL folder), metrics.jsonl, samples/, checkpoints/, config.yaml and, in
+the end, result.json. `--help` lists every setting. Ends with code 0 when the run is complete, 128 + signal after a
+signal (143 SIGTERM, 130 Ctrl-C, 138 SIGUSR1) with a checkpoint of the last step, 2 for a wrong setting, 1 for any
+other error.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.resume()
         if trainer.finished:
-            trainer.journal.say(
-                f"{config.output_dir} is finished; a larger train.max_steps would train it on"
-            )
+            trainer.journal.say(f"{config.output_dir} is finished; raise train.max_steps to train it on")
             return 0
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
@@ -49,8 +48,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # what a user can mend; all else is our fault and shows its traceback
+    except (ValueError, OSError) as error:  # what a user can mend; all else shows its traceback
         sys.exit(f"error: {error}")

@@ -54,7 +54,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Where a key is unknown, has a wrong value or contradicts another, ends the program with code 2 and one line that
     names it.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings under the fields, for --help
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True
+    )  # the strings under the fields, for --help
     parser = ArgumentParser(
         prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
     )

@@ -50,6 +50,7 @@ class Journal:
         _write(self.output / "config.yaml", yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False))
         _keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
         _keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
+        self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
         rejected = self.output / "rejected.txt"
         self.listed = set(rejected.read_text().splitlines()) if rejected.exists() else set()
         if self.config.train.trackers:
@@ -154,8 +155,9 @@ class Journal:
             _write(self.result, _json({"step": step, "minutes": seconds / 60, **scores}) + "\n")
 
     def finished_step(self) -> int | None:
-        """The step at which the run was finished; None if it was not."""
-        return json.loads(self.result.read_text())["step"] if self.result.exists() else None
+        """The step at which the run was finished; None if it was not, or its codec is gone."""
+        finished = self.result.exists() and (self.output / "codec").exists()
+        return json.loads(self.result.read_text())["step"] if finished else None
 
     def end(self) -> None:
         """Close the trackers and the bar."""

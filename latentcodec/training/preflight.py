@@ -71,7 +71,8 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
     accelerator.wait_for_everyone()
     saved = checkpoints.newest(output / "checkpoints")
     if saved is not None:
-        saved.require_same({}, fixed_settings(config))
+        present = fixed_settings(config)
+        saved.require_same({}, {key: value for key, value in present.items() if key in saved.state})
         return saved
     for name in ("codec", "metrics.jsonl"):
         if (output / name).exists():
