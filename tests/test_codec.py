@@ -309,7 +309,7 @@ def test_an_id_that_the_hub_does_not_have_is_named(hub):
         LatentCodec.from_pretrained("someone/nothing")
 
 
-@pytest.mark.parametrize("source", ["photo-f8c16", "/no/such/place", "runs/a/codec", "", "a.safetensors"])
+@pytest.mark.parametrize("source", ["photo-f8c17", "/no/such/place", "runs/a/codec", "", "a.safetensors"])
 def test_a_source_that_is_nothing_says_what_was_looked_for(source):
     with pytest.raises(ValueError, match=r"no file and no folder here, no hub id .* and no bundled codec"):
         LatentCodec.from_pretrained(source)
