@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latentcodec.blocks import ACTIVATIONS, DownStage, Middle, UpStage, group_norm
+from latentcodec.blocks import ACTIVATIONS, DownStage, UNetMidBlock2D, UpStage, group_norm
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
             )
             for i in range(len(channels))
         )
-        self.mid_block = Middle(channels[-1], groups, activation, config["mid_block_add_attention"])
+        self.mid_block = UNetMidBlock2D(channels[-1], groups, activation, config["mid_block_add_attention"])
         self.conv_norm_out = group_norm(channels[-1], groups)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
             )
             for i in range(len(channels))
         )
-        self.mid_block = Middle(channels[0], groups, activation, config["mid_block_add_attention"])
+        self.mid_block = UNetMidBlock2D(channels[0], groups, activation, config["mid_block_add_attention"])
         self.conv_norm_out = group_norm(channels[-1], groups)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], config["out_channels"], 3, padding=1)

@@ -168,13 +168,15 @@ class UpStage(Stage):
         return x
 
 
-class Middle(nn.Module):
+# The name under which diffusers lists what gradient checkpointing was switched on in.
+class UNetMidBlock2D(nn.Module):
     """The lowest resolution: residual block, attention (most codecs can do without), residual block."""
 
     def __init__(self, channels: int, groups: int, activation: str, attention: bool) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, activation) for _ in range(2))
+        self.gradient_checkpointing = False  # set by diffusers; the networks recompute this block as a whole
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)

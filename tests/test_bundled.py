@@ -29,5 +29,3 @@ def test_its_card_tells_the_truth(photos):
     codec = LatentCodec.from_pretrained("photo-f8c16")
     score = evaluate(codec, images).mean("psnr")
     assert 30 < score < 40, f"{score:.2f} dB; the card says 34.24 dB for all forty"
-    z = torch.cat([codec.encode(image[None]).flatten(2)[0] for image in images], dim=1)
-    assert (z.std(1) - 1).abs().max() < 0.5
