@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import small, start, train, write_images
+from small_runs import metrics, small, start, train, write_images
 from torch import nn
 
 from latentcodec.autoencoder import build
@@ -285,6 +285,23 @@ def test_an_adapted_codec_trains(tmp_path, images):
     assert len(codec.vae.config.latents_std) == 6
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"from_pretrained": "another"}, r"model\.from_pretrained: .*parent in the checkpoint, another now"),
+        ({"adapt": AdaptConfig()}, r"model\.adapt\.latent_channels: 6 in the checkpoint, None now"),
+        ({"teacher": "another"}, r"model\.teacher: None in the checkpoint, another now"),
+    ],
+    ids=str,
+)
+def test_a_run_keeps_the_parent_that_it_began_with(tmp_path, images, changed, said):
+    source = saved(tiny(), tmp_path / "parent")
+    model = ModelConfig(from_pretrained=source, adapt=AdaptConfig(latent_channels=6))
+    train(start(run_of(tmp_path / "run", images, model)), stop_at=1)
+    with pytest.raises(ValueError, match=said):
+        start(run_of(tmp_path / "run", images, replace(model, **changed)))
+
+
 # ---- teachers ----
 
 
@@ -373,6 +390,21 @@ def test_distillation_reaches_the_teachers_latents_and_hands_on_its_numbers(tmp_
     assert torch.equal(codec.latents_std, teacher.latents_std)
     assert codec.vae.config.shift_factor == 0.25
     assert f"off by {drifts[1]:.4f}" in (tmp_path / "run/codec/README.md").read_text()
+
+
+def test_a_distillation_that_was_stopped_goes_on_bit_for_bit(tmp_path, images):
+    model = ModelConfig(
+        latent_channels=4,
+        block_out_channels=[16, 16, 16],
+        norm_num_groups=2,
+        teacher=saved(tiny(), tmp_path / "teacher"),
+        teacher_latents=True,
+    )
+    undisturbed, config = (run_of(tmp_path / name, images, model, max_steps=4) for name in ("peace", "run"))
+    train(start(undisturbed))
+    train(start(config), kill_at=3)
+    train(start(config))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
 
 
 def test_a_teacher_of_another_shape_is_refused():

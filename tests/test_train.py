@@ -205,11 +205,12 @@ def test_a_run_leaves_pictures_scores_and_a_card(finished):
 
 
 def test_corrupt_images_are_left_out_counted_and_listed_once(tmp_path, images, run_train):
-    folder = write_images(tmp_path / "images")
-    broken = [folder / f"{number:02}.png" for number in (1, 5, 7)]
+    config = small(tmp_path / "run", write_images(tmp_path / "images"), max_steps=12, validate_every=0)
+    opened = open_images(config.data, 3, config.train.seed)
+    numbers = [opened.val[0], opened.train[0], opened.train[5]]  # one of them held out
+    broken = sorted(Path(opened.source.name(number)) for number in numbers)
     for file in broken:
         file.write_bytes(b"broken")
-    config = small(tmp_path / "run", folder, max_steps=12, validate_every=0)
     code, said, _ = run_train("--config", write_config(config, tmp_path / "config.yaml"))
     assert code == 0
     listed = (tmp_path / "run/rejected.txt").read_text().splitlines()

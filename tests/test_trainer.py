@@ -155,13 +155,18 @@ def test_settings_of_the_optimizers_are_those_of_the_command_and_not_of_the_chec
         ("model", "latent_channels", 8),
         ("model", "block_out_channels", [8, 16, 16]),
         ("model", "part", "decoder"),
+        ("model", "init", "linear"),
+        ("model", "from_pretrained", "photo-f8c16"),
+        ("model", "subfolder", "vae"),
+        ("model", "teacher", "photo-f8c16"),
+        ("model", "teacher_subfolder", "vae"),
         ("train", "seed", 1),
         ("loss", "learn_scale", True),
         ("discriminator", "weight", 0.1),
     ],
 )
-def test_another_architecture_in_the_folder_is_refused_and_nothing_overwritten(
-    tmp_path_factory, images, refused, section, key, value
+def test_another_architecture_or_start_in_the_folder_is_refused_and_nothing_overwritten(
+    images, refused, section, key, value
 ):
     files = {path: path.read_bytes() for path in refused.rglob("*") if path.is_file()}
     config = small(refused, images)
@@ -358,6 +363,18 @@ def test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step(tmp_path, image
     assert trainer.draw > 3
     assert trainer.rollbacks == 0
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (127 - trainer.draw + 1)
+
+
+def test_a_run_goes_on_in_fp16_with_the_scale_it_had_or_looks_for_one(tmp_path, images):
+    config = small(tmp_path / "run", images)
+    train(start(config), stop_at=1)  # without a scaler
+    trainer = with_scaler(new_trainer(config), 2.0**10)
+    trainer.resume()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    train(trainer, stop_at=2)
+    trainer = with_scaler(new_trainer(config), 2.0**3)
+    trainer.resume()
+    assert (trainer.step, trainer.accelerator.scaler.get_scale()) == (2, 2.0**10)
 
 
 # ---- the step's parts ----

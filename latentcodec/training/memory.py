@@ -33,7 +33,7 @@ def save(trainer: Trainer) -> None:
         objects["discriminator_optimizer"] = trainer.adversary.optimizer.state_dict()
         state["adversary"] = trainer.adversary.numbers()
     if trainer.accelerator.scaler is not None:
-        objects["scaler"] = trainer.accelerator.scaler.state_dict()
+        state["scaler"] = trainer.accelerator.scaler.state_dict()
     checkpoints.save(
         trainer.output / "checkpoints",
         trainer.step,
@@ -52,6 +52,7 @@ def load(trainer: Trainer, saved: checkpoints.Checkpoint) -> None:
     trainer.objective.rate.load(saved.state["rate"])
     if trainer.adversary is not None:
         trainer.adversary.load(saved)
-    if trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.load_state_dict(saved.object("scaler"))
+    # A run that changes to fp16 on its way has saved no scale yet and looks for it as a new one does.
+    if trainer.accelerator.scaler is not None and "scaler" in saved.state:
+        trainer.accelerator.scaler.load_state_dict(saved.state["scaler"])
     trainer.step = trainer.committed = saved.step

@@ -22,9 +22,19 @@ from latentcodec.training.regularizers import EQUIVARIANCE_SCALES
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
 
-FIXED = (  # settings that a run is resumed with unchanged: others would not fit its weights or its optimizer
+# Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
+# over in silence, since the weights of the checkpoint take the place of the start, or would leave the codec with the
+# latents of one teacher and the numbers that normalise another's. Weights of losses, learning rates, data may change.
+FIXED = (
     "train.seed",
     "loss.learn_scale",
+    "model.init",
+    "model.from_pretrained",
+    "model.subfolder",
+    "model.adapt.image_channels",
+    "model.adapt.latent_channels",
+    "model.teacher",
+    "model.teacher_subfolder",
     "model.part",
     "model.image_channels",
     "model.latent_channels",
