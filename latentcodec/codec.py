@@ -11,11 +11,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import logging
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentcodec.autoencoder import adopt, downsampling_factor
@@ -124,7 +129,7 @@ class LatentCodec:
         """
         _require(z, self.latent_channels, "a latent batch [B, c, h, w]")
         f = self.downsampling_factor
-        if size is not None and (-(-size[0] // f), -(-size[1] // f)) != tuple(z.shape[-2:]):
+        if size is not None and [-(-side // f) for side in size] != list(z.shape[-2:]):
             raise ValueError(
                 f"size {tuple(size)} does not belong to latents of {z.shape[-2]} x {z.shape[-1]}, f = {f}"
             )
@@ -163,8 +168,8 @@ class LatentCodec:
         """Write a plain AutoencoderKL folder, config.json and safetensors, with a model card README.md.
 
         `card` is the card's text (Markdown); without it, one that states the shapes and how to load the folder.
-        All files are written in full before any takes its name, so an interrupted save leaves what was there. Other
-        files in `folder` stay.
+        All files are written in full before any takes its name, so a save that fails or is killed while writing
+        leaves what was there. Other files in `folder` stay. Raises OSError where the disk refuses.
         """
         folder = Path(folder)
         incomplete = folder / ".incomplete"
@@ -175,6 +180,8 @@ class LatentCodec:
             text = self.model_card() if card is None else card
             (incomplete / "README.md").write_text(text, encoding="utf-8")
             _move_files(incomplete, folder)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"{folder}: the weights cannot be written ({error})") from error
         finally:
             shutil.rmtree(incomplete, ignore_errors=True)
 
@@ -270,11 +277,13 @@ def _from_folder(folder: Path) -> AutoencoderKL:
 
 def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
     """The AutoencoderKL in the first of `subfolders` that has a configuration."""
+    unreachable = False  # then only the cache is asked: the hub would be tried for another half minute
     for subfolder in subfolders:
         try:
-            AutoencoderKL.load_config(name, subfolder=subfolder)
+            AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=unreachable)
         except OSError as error:
             reason = str(error.__context__ or error)  # diffusers takes a hub out of reach for a missing file
+            unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
         else:
             return _from_diffusers(name, subfolder)
     raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
@@ -285,12 +294,18 @@ def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
     name = f"{place}/{subfolder}" if subfolder else place
     try:
         config = AutoencoderKL.load_config(place, subfolder=subfolder)
-        check_config(config, f"{name}/{CONFIG}")
-        vae, report = AutoencoderKL.from_pretrained(
-            place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
-        )
+    except OSError as error:
+        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_reason(error)}") from None
+    check_config(config, f"{name}/{CONFIG}")
+    try:
+        with _only_errors():
+            vae, report = AutoencoderKL.from_pretrained(
+                place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {error}") from None
+        raise ValueError(
+            f"the weights in {name} cannot be loaded by its {CONFIG}: {_reason(error)}"
+        ) from None
     for what in ("missing_keys", "unexpected_keys"):  # diffusers goes on with random weights, and only warns
         if keys := report[what]:
             raise ValueError(
@@ -298,3 +313,23 @@ def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
                 f"first is {min(keys)!r}"
             )
     return vae
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Without diffusers' warnings: it lists by the hundred what `_from_diffusers` refuses in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _reason(error: Exception) -> str:
+    """diffusers' words on one line, without its advice on its own arguments, and the fault that it met itself."""
+    root: BaseException = error
+    while deeper := root.__cause__ or root.__context__:
+        root = deeper
+    said = " ".join(str(error).partition(" If you want to instead")[0].split())
+    return said if root is error else f"{said.removesuffix('.')} ({root})"

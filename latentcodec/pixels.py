@@ -208,7 +208,10 @@ def _name(source: object) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # Pillow names the file again, or the address of a buffer
-        return f"empty, damaged or not an image (formats that are read: {', '.join(FORMATS)})"
+        return (
+            f"empty, damaged, not an image (formats that are read: {', '.join(FORMATS)}), or with channels that "
+            "have no meaning, such as two of which none is alpha"
+        )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentcodec.autoencoder import build
+from latentcodec.autoencoder import DOWN_BLOCKS, UP_BLOCKS, build
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
 LDM_KEY = "encoder.down.0.block.0.conv1.weight"
@@ -75,12 +76,12 @@ def check_config(config: Any, origin: str) -> dict[str, Any]:
     """What the constructor of AutoencoderKL takes, out of the content of a config.json.
 
     Raises ValueError naming `origin` and the key if the configuration is another model's or has a value that no
-    AutoencoderKL can have. What the constructor checks by itself (the names of blocks, the norm groups) is left to it.
+    AutoencoderKL can have.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{origin} is not a JSON object")
     if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{origin} describes a {name}, not an AutoencoderKL")
+        raise ValueError(f"{origin} describes the class {name}, not an AutoencoderKL")
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     hints = get_type_hints(AutoencoderKL.__init__) | {"sample_size": int | tuple[int]}
     for key, value in arguments.items():
@@ -100,6 +101,15 @@ def check_config(config: Any, origin: str) -> dict[str, Any]:
     ):
         if arguments.get(key) is not None and len(arguments[key]) != length:
             raise ValueError(f"{origin}: {key} has {len(arguments[key])} entries for {length} {entries}")
+    for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        for block in arguments.get(key, ()):
+            if block not in known:
+                raise ValueError(f"{origin}: {key} cannot hold {block!r}, only {' and '.join(known)}")
+    try:
+        with torch.device("meta"):  # all that a constructor can refuse, without the weights
+            build(arguments)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     return arguments
 
 

@@ -1,6 +1,7 @@
 """LatentCodec: any image size in and out, unit-variance latents, every place a model can lie, and plain folders out."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -112,7 +114,7 @@ def test_latents_of_another_model_are_refused(codec):
         codec.decode(torch.zeros(1, 16, 2, 2))
 
 
-@pytest.mark.parametrize("size", [(9, 8), (4, 8), (8, 0)])
+@pytest.mark.parametrize("size", [(9, 8), (4, 8), (8, 0), (1, 4, 8, 8)])
 def test_a_size_that_these_latents_cannot_have_is_refused(size, codec):
     with pytest.raises(ValueError, match=r"does not belong to latents of 2 x 2, f = 4"):
         codec.decode(torch.zeros(1, 4, 2, 2), size=size)
@@ -302,11 +304,20 @@ def test_from_the_hub_a_model_and_the_vae_of_a_pipeline(codec, folder, hub, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
-def test_an_id_that_the_hub_does_not_have_is_named(hub):
+def test_an_id_that_the_hub_does_not_have_is_named(hub, monkeypatch):
+    asked = []
+    load = AutoencoderKL.load_config
+
+    def load_config(name, *, local_files_only, **place):
+        asked.append(local_files_only)
+        return load(name, local_files_only=local_files_only, **place)
+
+    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
     with pytest.raises(
         ValueError, match=r"'someone/nothing' is no file and no folder here, .* from the hub: "
     ):
         LatentCodec.from_pretrained("someone/nothing")
+    assert asked == [False, True]  # a hub out of reach is waited for once
 
 
 @pytest.mark.parametrize("source", ["photo-f8c17", "/no/such/place", "runs/a/codec", "", "a.safetensors"])
@@ -346,7 +357,10 @@ def only_pickle(folder):
 
 FAULTS = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-    "a configuration that is not JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
+    "a configuration that is not JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "not a valid JSON file .*line 1 column 2",
+    ),
     "a configuration in binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "not a valid JSON"),
     "a list as configuration": (
         lambda f: (f / "config.json").write_text("[]"),
@@ -370,20 +384,20 @@ FAULTS = {
         lambda f: edit(f, latents_std=[1.0]),
         "latents_std has 1 entries for 4 latent channels",
     ),
-    "an unknown block": (lambda f: edit(f, down_block_types=["A"] * 3), "A does not exist"),
-    "an unknown activation": (lambda f: edit(f, act_fn="tanh"), "tanh not found"),
-    "other groups": (lambda f: edit(f, norm_num_groups=5), r"divisible by num_groups \(5\)"),
-    "other widths": (lambda f: edit(f, block_out_channels=[8, 8, 32]), "expected shape"),
+    "an unknown block": (lambda f: edit(f, down_block_types=["A"] * 3), "down_block_types cannot hold 'A'"),
+    "an unknown activation": (lambda f: edit(f, act_fn="tanh"), "act_fn: 'tanh' is unknown"),
+    "other groups": (lambda f: edit(f, norm_num_groups=5), r"8 is not divisible by norm_num_groups \(5\)"),
+    "other widths": (lambda f: edit(f, block_out_channels=[8, 8, 32]), r"expected shape \S+, but got \S+$"),
     "fewer stages": (
         lambda f: edit(f, block_out_channels=[8, 8]),
         "down_block_types has 3 entries for 2 widths",
     ),
     "only a pickle": (only_pickle, "holds no .safetensors weights; pickled .bin files are not loaded"),
-    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "Unable to load weights"),
-    "garbage weights": (lambda f: (f / WEIGHTS).write_bytes(b"garbage " * 99), "Unable to load weights"),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "header too small"),
+    "garbage weights": (lambda f: (f / WEIGHTS).write_bytes(b"garbage " * 99), "header too large"),
     "truncated weights": (
         lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 1),
-        "Unable to load weights",
+        "file not fully covered",
     ),
     "a missing tensor": (
         lambda f: change_weights(f, lambda state: state.pop("decoder.conv_in.weight")),
@@ -404,6 +418,14 @@ def test_a_folder_with_a_fault_is_refused_by_name_and_reason(fault, folder):
         LatentCodec.from_pretrained(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_error_is_the_only_line(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # else caplog does not hear it
+    edit(folder, layers_per_block=2)
+    with pytest.raises(ValueError, match="missing keys"):
+        LatentCodec.from_pretrained(folder)
+    assert not caplog.records  # diffusers would list every missing tensor
 
 
 def test_a_subfolder_that_is_not_there_is_not_replaced_by_the_folder(folder):
@@ -461,6 +483,17 @@ def test_an_interrupted_save_leaves_what_was_there(stage, folder, monkeypatch):
     with pytest.raises((OSError, KeyboardInterrupt)):
         other.save_pretrained(folder)
     assert contents(folder) == before
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_folder(codec, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"codec: the weights cannot be written \(.*No space left") as caught:
+        codec.save_pretrained(tmp_path / "codec")
+    assert str(caught.value).startswith(str(tmp_path))
+    assert not contents(tmp_path / "codec")
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next(codec, folder):

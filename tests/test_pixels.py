@@ -495,6 +495,18 @@ def test_what_is_no_image_is_refused_with_file_and_reason(kind, reason, tmp_path
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # data workers send it home
 
 
+def test_two_channels_are_grey_and_alpha_or_refused_by_what_is_wrong_with_them(tmp_path):
+    path = tmp_path / "two.tif"
+    Image.new("LA", (4, 4), (100, 255)).save(path)
+    torch.testing.assert_close(load_image(path), torch.full((1, 3, 4, 4), 100 / 127.5 - 1))
+    extra_samples = b"\x52\x01\x03\x00\x01\x00\x00\x00"  # tag 338, which says that the second is alpha
+    data = path.read_bytes()
+    assert data.count(extra_samples) == 1
+    path.write_bytes(data.replace(extra_samples, b"\x53\x01" + extra_samples[2:]))
+    with pytest.raises(UnreadableImage, match=r"two\.tif: .* such as two of which none is alpha"):
+        load_image(path)
+
+
 def test_a_failure_without_words_is_named_by_its_type():
     class Huge(Image.Image):
         def load(self):
