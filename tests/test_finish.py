@@ -1,18 +1,22 @@
 """The finish of a run: normalised or whitened latents, the half-precision certificate, the folder replaced whole."""
 
 import json
+import os
+import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from small_runs import small, start, train, write_images
+from small_runs import new_trainer, small, start, train, write_images
 from torch.nn import functional as F
 
 from latentcodec.autoencoder import build
 from latentcodec.codec import LatentCodec
 from latentcodec.metrics import reconstruct
-from latentcodec.training.finish import FinishConfig, finish, write_codec
+from latentcodec.training.finish import FinishConfig, finish, recover_codec, write_codec
 from latentcodec.training.initialization import linear_start
 from latentcodec.training.latents import LatentMoments, latent_moments, whiten, whitening
 from latentcodec.training.precision import certify, extreme_images
@@ -303,27 +307,47 @@ def test_an_interrupted_write_leaves_the_codec_that_was_there(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["codec"]
 
 
-@pytest.mark.parametrize("survives", [1, 2])
-def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch, survives):
+def killed_before_rename_to(target, work):
+    """`work` in a forked child that kills itself just before it gives something the name `target`."""
+    child = os.fork()
+    if child == 0:
+
+        def before(event, arguments):
+            if event == "os.rename" and Path(arguments[1]) == target:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(before)
+        work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", [".codec.old", "codec"])
+def test_a_kill_before_either_rename_loses_nothing(tmp_path, name):
     folder, codec = tmp_path / "codec", LatentCodec(random_vae())
     write_codec(codec, folder, "first")
-    calls = []
-
-    def rename(self, target):
-        calls.append(target)
-        if len(calls) == survives:
-            raise KeyboardInterrupt
-        self.replace(target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(folder), "rename", rename)
-        with pytest.raises(KeyboardInterrupt):
-            write_codec(codec, folder, "second")
-    monkeypatch.setattr(LatentCodec, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="untouched"):
-        write_codec(codec, folder, "third")
+    killed_before_rename_to(tmp_path / name, lambda: write_codec(codec, folder, "second"))
+    assert folder.exists() == (name == ".codec.old")
+    recover_codec(folder)
     assert (folder / "README.md").read_text() == "first"
     assert json.loads((folder / "config.json").read_text())["latent_channels"] == C_
+    write_codec(codec, folder, "third")
+    assert (folder / "README.md").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["codec"]
+
+
+def test_a_run_that_was_killed_while_it_replaced_its_codec_has_it_back_as_soon_as_it_starts(tmp_path):
+    config = small(tmp_path / "run", write_images(tmp_path / "images"))
+    trainer = start(config)
+    train(trainer, kill_at=3)  # codec/ is that of step 2
+    weights = tmp_path / "run/codec/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    with torch.no_grad():
+        next(trainer.ema.parameters()).zero_()
+    killed_before_rename_to(tmp_path / "run/codec", trainer.save_codec)
+    assert not weights.exists()
+    new_trainer(config)
+    assert weights.read_bytes() == before
 
 
 def test_a_negative_number_of_images_is_refused():

@@ -70,12 +70,11 @@ to scale or shift. The spread of the posterior is that of each channel by itself
 def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
     """Replace `folder` whole by this codec, in two renames: a kill leaves the old one or the new one.
 
-    A kill between the two leaves the old one under a hidden name beside it, from where the next call brings it back.
-    Raises OSError naming the folder if anything cannot be written; what was there is untouched then.
+    After a kill between the two `recover_codec` brings the old one back. Raises OSError naming the folder if anything
+    cannot be written; what was there is untouched then.
     """
-    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    recover_codec(folder)
+    new, old = _beside(folder)
     for litter in (new, old):
         shutil.rmtree(litter, ignore_errors=True)
     try:
@@ -90,6 +89,21 @@ def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
     new.rename(folder)
     _make_durable(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_codec(folder: Path) -> None:
+    """Bring back what `write_codec` was about to replace when it was killed between its renames.
+
+    Linux could exchange two folders in one step, but Python has no name for that and network file systems refuse it.
+    """
+    _, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """The hidden names under which the new codec is built and the old one is put aside."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def _make_durable(path: Path) -> None:

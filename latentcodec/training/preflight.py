@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedType
 from latentcodec.metrics import SSIM_WINDOW
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.data import HeldOut
+from latentcodec.training.finish import recover_codec
 from latentcodec.training.order import bucket_sizes
 from latentcodec.training.regularizers import EQUIVARIANCE_SCALES
 
@@ -78,6 +79,7 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         checkpoints.prepare(output / "checkpoints")
+        recover_codec(output / "codec")
     accelerator.wait_for_everyone()
     saved = checkpoints.newest(output / "checkpoints")
     if saved is not None:
