@@ -24,31 +24,18 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from tqdm import tqdm
 
+from latentcodec import report
 from latentcodec.codec import LatentCodec
 from latentcodec.klt import KLT
 from latentcodec.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
+from latentcodec.perceptual import SMALLEST_SIDE
 from latentcodec.pixels import UnreadableImage, find_images, load_image
-from latentcodec.report import (
-    NEUTRAL,
-    SERIES,
-    Page,
-    hardware,
-    machine_facts,
-    number,
-    plot_style,
-    print_last_line,
-    print_table,
-    stem,
-    write,
-)
 
 PROTOCOL = (
     "posterior mode, whole images, clamped and rounded to 8 bits; PSNR over all channels of an image; "
     "SSIM with a gaussian window of 11 taps and sigma 1.5 for each channel, windows inside the image; "
     "LPIPS on the same 8-bit images; a mean is a mean over images"
 )
-SMALLEST_SIDE = {"none": SSIM_WINDOW, "vgg": 16, "alex": 31, "squeeze": 17}
-"""Pixels a side below which SSIM or the LPIPS network of that name has nothing to look at."""
 WORST_IMAGES = 3  # shown of each codec
 WINDOW = 256  # pixels a side of what is shown of them
 
@@ -94,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=Path, required=True, help="folder of images; one that cannot be read is skipped")
     add("--out", type=Path, required=True, help="folder for the JSON and the HTML file")
     add("--klt_images", type=Path, help="photographs the KLT is fitted on; default: those of --images")
-    add("--lpips_net", choices=SMALLEST_SIDE, default="vgg", help="network of LPIPS (%(default)s)")
+    add("--lpips_net", choices=("none", *SMALLEST_SIDE), default="vgg", help="network of LPIPS (%(default)s)")
     add("--lpips_weights", type=Path, help="its weights as safetensors; default: torchvision's own")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
@@ -105,20 +92,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
-        inputs = open_inputs(options)
-    except (ValueError, OSError) as error:
+        run(options)
+    except (ValueError, OSError) as error:  # what a user can mend; all else shows its traceback
         raise SystemExit(f"reconstruction.py: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    inputs = open_inputs(options)
+    report.require_folder(options.out)
     results = [measure(source, codec, inputs) for source, codec in inputs.codecs.items()]
     data = summary(results, inputs, options)
-    print_table(*table(data["codecs"]))
+    report.print_table(*table(data["codecs"]))
     print(f"\n{len(inputs.images)} images; {inputs.lpips_note}; KLT fitted on {inputs.klt_note}")
     for entry in inputs.skipped:
         print(f"skipped {entry['reason']}")
     single = {result.source: image_scores(result, inputs.images) for result in results}
-    name = stem(options.codec, data["hardware"], "reconstruction")
-    files = write(build_page(results, inputs, data), data | {"images": single}, options.out, name)
+    name = report.stem(options.codec, data["hardware"], "reconstruction")
+    files = report.write(build_page(results, inputs, data), data | {"images": single}, options.out, name)
     print("\n".join(files.values()))
-    print_last_line(data | {"files": files})
+    report.print_last_line(data | {"files": files})
 
 
 # --- measuring
@@ -137,7 +129,7 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     if len(several) > 1:
         raise ValueError(f"--codec: on one page all take the same image channels, not {sorted(several)}")
     (channels,) = several
-    smallest = SMALLEST_SIDE["none" if lpips is None else options.lpips_net]
+    smallest = SSIM_WINDOW if lpips is None else max(SSIM_WINDOW, SMALLEST_SIDE[options.lpips_net])
     images, skipped = readable(paths, channels, smallest)
     if options.klt_images is None:
         klt_images = images
@@ -201,7 +193,7 @@ def summary(results: Sequence[Result], inputs: Inputs, options: argparse.Namespa
     return {
         "bench": "reconstruction",
         "date": date.today().isoformat(),
-        "hardware": hardware(torch.device(options.device)),
+        "hardware": report.hardware(torch.device(options.device)),
         "dtype": options.dtype,
         "protocol": PROTOCOL,
         "folder": str(options.images),
@@ -238,19 +230,19 @@ def table(codecs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     header = ["codec", "latent", "floats/px", "params M", "PSNR dB", "min", "SSIM", "min", "LPIPS", "max"]
     rows = []
     for entry in codecs:
-        cells = [entry["codec"], entry["latent"], number(entry["floats_per_pixel"], 4)]
-        cells += [number(entry["parameters"] / 1e6, 2)]
-        cells += [number(value, 2) for value in entry["psnr"].values()]
-        cells += [number(value, 4) for metric in ("ssim", "lpips") for value in entry[metric].values()]
-        rows.append([*cells, number(entry["klt_psnr"]["mean"], 2), f"{entry['psnr_over_klt']:+.2f}"])
+        cells = [entry["codec"], entry["latent"], report.number(entry["floats_per_pixel"], 4)]
+        cells += [report.number(entry["parameters"] / 1e6, 2)]
+        cells += [report.number(value, 2) for value in entry["psnr"].values()]
+        cells += [report.number(value, 4) for metric in ("ssim", "lpips") for value in entry[metric].values()]
+        rows.append([*cells, report.number(entry["klt_psnr"]["mean"], 2), f"{entry['psnr_over_klt']:+.2f}"])
     return [*header, "KLT dB", "over KLT"], rows
 
 
 # --- the page
 
 
-def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) -> Page:
-    page = Page(
+def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) -> report.Page:
+    page = report.Page(
         "Reconstruction quality",
         f"{', '.join(inputs.codecs)} on {len(inputs.images)} images of {data['folder']}. Beside each codec "
         "stands the KLT: the best that a linear transform of single blocks does with as many latent values.",
@@ -297,11 +289,11 @@ def headline(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def plot_scores(results: Sequence[Result]) -> Figure:
-    with plot_style():
+    with report.plot_style():
         figure = Figure(figsize=(9.6, 4), layout=ConstrainedLayoutEngine(wspace=0.08))
         ranked, against = figure.subplots(1, 2)
         for i, result in enumerate(results):
-            colour = SERIES[i % len(SERIES)]
+            colour = report.SERIES[i % len(report.SERIES)]
             own, klt = result.scores.values("psnr"), result.klt_scores.values("psnr")
             places = range(1, len(own) + 1)
             ranked.plot(places, sorted(own), color=colour, marker=".", label=result.source)
@@ -310,12 +302,12 @@ def plot_scores(results: Sequence[Result]) -> Figure:
         ranked.set(xlabel="images, worst first", ylabel="PSNR, dB", title="Sorted")
         ranked.legend()
         low, high = against.get_xlim()
-        against.plot([low, high], [low, high], color=NEUTRAL, linewidth=1)
+        against.plot([low, high], [low, high], color=report.NEUTRAL, linewidth=1)
         against.set(xlabel="PSNR of the KLT, dB", ylabel="PSNR of the codec, dB", title="Against the KLT")
     return figure
 
 
-def add_worst(page: Page, result: Result, paths: Sequence[Path]) -> None:
+def add_worst(page: report.Page, result: Result, paths: Sequence[Path]) -> None:
     """The images of lowest PSNR: what went in, what came out, what the KLT makes of it, and the error."""
     page.section(
         f"Where {result.source} is worst",
@@ -354,18 +346,21 @@ def facts(data: dict[str, Any]) -> dict[str, Any]:
         "KLT fitted on": data["klt_fitted_on"],
         "LPIPS": data["lpips"],
         "dtype of the codec": data["dtype"],
-        **machine_facts(data["hardware"]),
+        **report.machine_facts(data["hardware"]),
         "date": data["date"],
     }
 
 
-def add_image_tables(page: Page, results: Sequence[Result], inputs: Inputs) -> None:
+def add_image_tables(page: report.Page, results: Sequence[Result], inputs: Inputs) -> None:
     columns = {"psnr": 2, "ssim": 4, "lpips": 4, "klt_psnr": 2}  # digits
     for result in results:
         entries = image_scores(result, inputs.images)
         page.table(
             ["image", "PSNR dB", "SSIM", "LPIPS", "KLT dB"],
-            [[Path(e["file"]).name, *(number(e[key], n) for key, n in columns.items())] for e in entries],
+            [
+                [Path(e["file"]).name, *(report.number(e[key], n) for key, n in columns.items())]
+                for e in entries
+            ],
             caption="Every evaluated image, in the order of the file names.",
             fold=f"All {len(entries)} images of {result.source}",
         )

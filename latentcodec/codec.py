@@ -8,7 +8,6 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from latentcodec.autoencoder import adopt, downsampling_factor
+from latentcodec.files import make_durable
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.single_file import check_config, load_single_file
 
@@ -242,10 +242,10 @@ def _move_files(incomplete: Path, folder: Path) -> None:
     files = sorted(incomplete.iterdir(), key=lambda file: file.name == CONFIG)
     for file in files:
         shutil.copymode(incomplete / CONFIG, file)  # safetensors' own mode ignores the umask
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        make_durable(file)
     for file in files:
         file.replace(folder / file.name)
+    make_durable(folder)
 
 
 def _load(source: str, subfolder: str | None) -> AutoencoderKL:

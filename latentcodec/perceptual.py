@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 LpipsNet = Literal["vgg", "alex", "squeeze"]
+SMALLEST_SIDE: dict[LpipsNet, int] = {"vgg": 16, "alex": 31, "squeeze": 17}
+"""Pixels a side of an image, below which the network has nothing left to pool."""
 
 
 def load_lpips(net: str, weights: str | Path | None = None) -> nn.Module:

@@ -8,7 +8,6 @@ Shapes: B batch, C channels, H W pixels.
 
 import io
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from latentcodec.files import write_whole
 
 # The formats people keep photographs in. Pillow reads forty more, most of them rare and several with a record
 # of security holes (FITS, PSD, EPS ...). A telephone's MPO is opened as the JPEG that it begins with.
@@ -140,7 +141,7 @@ def save_image(x: Tensor, path: str | Path) -> None:
         image.save(encoded, file_format, **options)
     except (OSError, ValueError) as error:  # JPEG has no alpha; JPEG and WebP have a largest size
         raise ValueError(f"{path}: the picture cannot be written as {file_format} ({error})") from error
-    _write_whole(path, encoded.getvalue())
+    write_whole(path, encoded.getvalue())
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -343,15 +344,3 @@ def _profile_to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | 
         if np.asarray(ImageChops.difference(transform.apply(colours), colours)).max() <= 1:
             return mode, None
     return mode, transform
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes beside the path, then renames: nobody sees half a file. Permissions follow the umask."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except BaseException:  # an interrupt leaves no litter either
-        beside.unlink(missing_ok=True)
-        raise

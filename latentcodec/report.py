@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import matplotlib
@@ -27,6 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from latentcodec.files import write_whole
 from latentcodec.pixels import to_uint8
 
 # Colours that read on white and on near-black alike. INK is a stand-in that becomes the page's text colour.
@@ -153,13 +155,28 @@ class Page:
 """
 
 
+def require_folder(out: Path) -> None:
+    """Make the folder of the results; called before anything is measured, so that no work is lost for want of it.
+
+    Raises `ValueError` naming `--out` and the folder if no file can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: no results can be written there ({error.strerror})") from error
+
+
 def write(page: Page, data: Mapping[str, Any], out: Path, stem: str) -> dict[str, str]:
-    """Write `stem`.json and `stem`.html into `out`, which is made where missing; their paths by suffix."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = {"json": out / f"{stem}.json", "html": out / f"{stem}.html"}
-    paths["json"].write_text(json.dumps(finite(data), indent=1) + "\n", encoding="utf-8")
-    paths["html"].write_text(page.render(), encoding="utf-8")
-    return {suffix: str(path) for suffix, path in paths.items()}
+    """Write `stem`.json and `stem`.html into `out`, which is made where missing; their paths by suffix.
+
+    Each file appears whole or not at all. Raises `OSError` where the disk refuses.
+    """
+    texts = {"json": json.dumps(finite(data), indent=1) + "\n", "html": page.render()}
+    for suffix, text in texts.items():
+        write_whole(out / f"{stem}.{suffix}", text.encode())
+    return {suffix: str(out / f"{stem}.{suffix}") for suffix in texts}
 
 
 def print_last_line(data: Mapping[str, Any]) -> None:

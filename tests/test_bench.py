@@ -229,16 +229,41 @@ def test_the_window_shown_is_the_one_with_the_largest_error(reconstruction):
         ({"--images": "no_such_folder"}, "no_such_folder"),
         ({"--klt_images": "no_such_folder"}, "no_such_folder"),
         ({"--lpips_net": "vgg", "--lpips_weights": "no_such_file"}, "no_such_file"),
+        (
+            {"--out": str(BENCH / "throughput.py" / "out")},
+            r"--out .*throughput.py/out: no results can be wri",
+        ),
     ],
 )
 def test_reconstruction_names_what_it_cannot_open(
-    reconstruction, codec_folder, image_folder, tmp_path, changed, message
+    reconstruction, codec_folder, image_folder, tmp_path, monkeypatch, changed, message
 ):
     given = {"--codec": str(codec_folder), "--images": str(image_folder), "--out": str(tmp_path / "out")}
     arguments = given | {"--lpips_net": "none"} | changed
+    monkeypatch.setattr(reconstruction, "measure", lambda *_: pytest.fail("measured before all was opened"))
     with pytest.raises(SystemExit, match=f"^reconstruction.py: .*{message}"):
         reconstruction.main([text for pair in arguments.items() for text in pair])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_costs_no_earlier_report_and_not_the_table(
+    reconstruction, codec_folder, image_folder, tmp_path, capsys, monkeypatch
+):
+    arguments = ["--codec", str(codec_folder), "--images", str(image_folder), "--out", str(tmp_path / "out")]
+    reconstruction.main([*arguments, "--lpips_net", "none"])
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    table = capsys.readouterr().out.splitlines()[:3]
+    write = Path.write_bytes
+
+    def full(self, content):
+        write(self, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        reconstruction.main([*arguments, "--lpips_net", "none"])
+    assert capsys.readouterr().out.splitlines()[:3] == table
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_folder_of_damaged_images_is_refused(reconstruction, codec_folder, tmp_path):

@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all, and that survive a power cut. What is in them is the affair of others."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes beside `path`, then renames: nobody sees half a file, and one that was there stays until then.
+
+    Missing folders are made; permissions follow the umask. A killed process leaves at worst a hidden `.tmp` beside
+    it, an error nothing. Raises `OSError` where the disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except BaseException:  # an interrupt leaves no litter either
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def make_durable(path: Path) -> None:
+    """Flushes a file's content, or a folder's names, to the disk, so that a power cut does not undo them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
