@@ -17,12 +17,10 @@ from torch import Tensor
 
 from latentcodec.pixels import crop, pad_to_multiple
 
-BLOCKS_PER_IMAGE = (
-    1024  # all 8 x 8 blocks of a 256 x 256 image; keeps a large photograph from outweighing the rest
-)
-SMALLEST_STD = (
-    1e-6  # far below an 8-bit step of 2 / 255: a direction the images never use codes to about zero
-)
+# All 8 x 8 blocks of a 256 x 256 image; keeps a large photograph from outweighing the rest.
+BLOCKS_PER_IMAGE = 1024
+# Far below an 8-bit step of 2 / 255: a direction that the images never use codes to about zero.
+SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,8 @@ class KLT:
         fixed permutation, so two fits to the same images agree. Raises `ValueError` where the images have
         fewer blocks than `latent_channels` needs, or a block has fewer than `latent_channels` numbers.
         """
-        count = 0
+        count = channels = 0
         total = second = torch.zeros(())  # become [D] and [D, D] float64, D = C f f
-        channels = 0
         for image in images:
             blocks = _blocks(image[None], downsampling_factor).flatten(0, 2)  # [N, D]
             if len(blocks) > BLOCKS_PER_IMAGE:
@@ -93,7 +90,8 @@ class KLT:
     def encode(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, c, ceil(H / f), ceil(W / f)], unit variance over the images of the fit.
 
-        The right and the bottom edge are repeated up to the next multiple of f.
+        The right and the bottom edge are repeated up to the next multiple of f. Computed in the dtype of `x` and
+        where `x` is; C is that of the images of the fit.
         """
         centred = _blocks(x, self.downsampling_factor) - self.mean.flatten().to(x)  # [B, h, w, D]
         z = centred @ self.basis.flatten(1).T.to(x) / self.std.to(x)  # [B, h, w, c]

@@ -100,8 +100,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 def lpips_metric(net: str = "vgg", weights: str | Path | None = None) -> Metric:
     """LPIPS as a metric of two batches: [B, C, H, W] in [-1, 1] twice -> [B].
 
-    net: "vgg", "alex" or "squeeze"; weights: a safetensors file, or None for torchvision's ImageNet features.
-    Raises `ValueError` where the weights are not to be had.
+    0 for equal images, about 1 for unrelated ones; other than 3 channels are compared one by one, as grey. Each side
+    needs `perceptual.SMALLEST_SIDE[net]` pixels. net: "vgg", "alex" or "squeeze"; weights: a safetensors file, or None
+    for torchvision's ImageNet features. Raises `ValueError` where the weights are not to be had.
     """
     return Perceptual(net, weights)
 
@@ -119,7 +120,7 @@ def evaluate(codec: Codec, images: Iterable[Tensor], lpips: Metric | None = None
     """Score `codec` on `images`, each [C, H, W] in [-1, 1] and of any size, by the protocol of this file.
 
     The metrics are computed where the images are; LPIPS, from `lpips_metric`, only where it is given.
-    Raises `ValueError` where there is no image.
+    Raises `ValueError` where there is no image, or one of less than 11 pixels a side, which SSIM needs.
     """
     scores = []
     for image in images:

@@ -54,7 +54,10 @@ class Perceptual(nn.Module):
         self.eval()
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """[B, C, H, W] twice -> [B], 0 for equal images and about 1 for unrelated ones."""
+        """[B, C, H, W] twice -> [B], 0 for equal images and about 1 for unrelated ones.
+
+        H and W are at least `SMALLEST_SIDE` of the network, which torch refuses otherwise.
+        """
         if x.shape[1] == 3:
             return self.network(y, x).flatten()
         grey_y, grey_x = (t.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for t in (y, x))  # [B C, 3, H, W]
