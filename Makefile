@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PHOTOS ?=
-DEMO := runs/demo
+# Photographs of your own get a run of their own: the same folder would resume the one on drawn pictures.
+DEMO := runs/demo$(if $(PHOTOS),-$(notdir $(abspath $(PHOTOS))))
 
 .PHONY: help install demo test test-fast check format clean
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS=folder for your own images
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
 		train/train.py --config train/configs/demo.yaml --output_dir $(DEMO) $(if $(PHOTOS),--data.path $(PHOTOS))
 	$(BIN)/python bench/pipeline.py --codec $(DEMO)/codec --out $(DEMO)/pipeline $(if $(PHOTOS),--images $(PHOTOS))
 	$(BIN)/python bench/reconstruction.py --codec $(DEMO)/codec --images $(DEMO)/pipeline/originals --lpips_net none \
@@ -30,7 +31,8 @@ demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS
 	@echo "The trained codec        $(DEMO)/codec"
 	@echo "Its progress in pictures $(DEMO)/samples"
 	@echo "Through a pipeline       $(DEMO)/pipeline/pipeline.png"
-	@echo "The reports              $$(ls $(DEMO)/reconstruction/*.html $(DEMO)/throughput/*.html | tr '\n' ' ')"
+	@echo "The reports, to open in a browser:"
+	@ls $(DEMO)/reconstruction/*.html $(DEMO)/throughput/*.html
 
 test: install ## the whole test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -q -n 2
@@ -48,4 +50,4 @@ format: install ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove the demo's results and the virtual environment
-	rm -rf $(DEMO) $(VENV)
+	rm -rf runs/demo* $(VENV)

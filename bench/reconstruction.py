@@ -133,7 +133,7 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     images, skipped = readable(paths, channels, smallest)
     if options.klt_images is None:
         klt_images = images
-        klt_note = "the evaluated images themselves, where no linear transform has a smaller squared error"
+        klt_note = "the evaluated images themselves, which it knows and the codec need not"
     else:
         klt_images, _ = readable(find_images(options.klt_images), channels, smallest=1)
         klt_note = f"{len(klt_images)} images of {options.klt_images}"
@@ -235,7 +235,7 @@ def table(codecs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         cells += [report.number(value, 2) for value in entry["psnr"].values()]
         cells += [report.number(value, 4) for metric in ("ssim", "lpips") for value in entry[metric].values()]
         rows.append([*cells, report.number(entry["klt_psnr"]["mean"], 2), f"{entry['psnr_over_klt']:+.2f}"])
-    return [*header, "KLT dB", "over KLT"], rows
+    return [*header, "KLT dB", "vs KLT"], rows
 
 
 # --- the page
@@ -245,7 +245,8 @@ def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) 
     page = report.Page(
         "Reconstruction quality",
         f"{', '.join(inputs.codecs)} on {len(inputs.images)} images of {data['folder']}. Beside each codec "
-        "stands the KLT: the best that a linear transform of single blocks does with as many latent values.",
+        "stands the KLT: the best that a linear transform of single blocks does with as many latent values, "
+        f"fitted on {data['klt_fitted_on']}.",
     )
     page.headline(headline(data["codecs"]))
     page.table(
@@ -273,14 +274,14 @@ def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) 
 def headline(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """PSNR of each codec; of a single one also the other numbers."""
     if len(codecs) > 1:
-        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB over the KLT"
+        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB against the KLT"
         return [(f"{entry['psnr']['mean']:.2f} dB", what.format(**entry)) for entry in codecs]
     (entry,) = codecs
     numbers = [
         (f"{entry['psnr']['mean']:.2f} dB", f"mean PSNR; the worst image has {entry['psnr']['min']:.2f}"),
         (
             f"{entry['psnr_over_klt']:+.2f} dB",
-            f"over the linear KLT of the same latent size, {entry['latent']}",
+            f"against the linear KLT of the same latent size, {entry['latent']}",
         ),
         (f"{entry['ssim']['mean']:.4f}", "mean SSIM; 1 is equal"),
     ]

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentcodec.autoencoder import adopt, downsampling_factor
 from latentcodec.files import make_durable
@@ -229,11 +229,13 @@ def _require(x: Tensor, channels: int, what: str) -> None:
 
 
 def _moved(vae: AutoencoderKL, device: str | torch.device | None, dtype: torch.dtype | None) -> AutoencoderKL:
-    """`vae`, in place, on `device` and in `dtype` where these are given and differ (diffusers warns of each cast)."""
+    """`vae`, in place, on `device` and in `dtype` where these are given."""
     if device is not None:
         vae.to(device)
-    if dtype not in (None, vae.dtype):
-        vae.to(dtype)
+    if dtype is not None:
+        nn.Module.to(
+            vae, dtype
+        )  # diffusers' own `to` warns of a cast, even if there is nothing that it would hurt
     return vae
 
 
@@ -277,12 +279,13 @@ def _from_folder(folder: Path) -> AutoencoderKL:
 
 def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
     """The AutoencoderKL in the first of `subfolders` that has a configuration."""
+    reason = ""
     unreachable = False  # then only the cache is asked: the hub would be tried for another half minute
     for subfolder in subfolders:
         try:
             AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=unreachable)
         except OSError as error:
-            reason = str(error.__context__ or error)  # diffusers takes a hub out of reach for a missing file
+            reason = reason or str(error.__context__ or error)  # diffusers' own words blame a missing file
             unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
         else:
             return _from_diffusers(name, subfolder)

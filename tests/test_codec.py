@@ -314,7 +314,8 @@ def test_an_id_that_the_hub_does_not_have_is_named(hub, monkeypatch):
 
     monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
     with pytest.raises(
-        ValueError, match=r"'someone/nothing' is no file and no folder here, .* from the hub: "
+        ValueError,
+        match=r"'someone/nothing' is no file and no folder here, .* the hub: .*check your connection",
     ):
         LatentCodec.from_pretrained("someone/nothing")
     assert asked == [False, True]  # a hub out of reach is waited for once
@@ -426,6 +427,12 @@ def test_the_error_is_the_only_line(folder, caplog, monkeypatch):
     with pytest.raises(ValueError, match="missing keys"):
         LatentCodec.from_pretrained(folder)
     assert not caplog.records  # diffusers would list every missing tensor
+
+
+def test_a_dtype_is_no_reason_for_a_warning(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    assert LatentCodec.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert not caplog.records  # of modules to be kept in float32, of which there are none
 
 
 def test_a_subfolder_that_is_not_there_is_not_replaced_by_the_folder(folder):
