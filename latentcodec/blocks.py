@@ -105,6 +105,7 @@ class Stage(nn.Module):
         self, in_channels: int, out_channels: int, layers: int, groups: int, activation: str, attention: bool
     ) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         widths = [in_channels] + [out_channels] * layers
         self.attentions = nn.ModuleList(
             Attention(out_channels, groups) for _ in range(layers if attention else 0)

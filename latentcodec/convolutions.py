@@ -1,0 +1,131 @@
+"""Convolutions of strips, with weights that are made ready once: folded, cast and, on CPUs, packed for oneDNN.
+
+A strip comes as a window [B, rows, W, C], channels last, that already holds the rows around it; only columns are
+padded here. Packing moves weights about, and folding adds them: the results are those of `torch.nn.functional`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Convolution = Callable[[Tensor, Tensor | None], Tensor]
+"""[B, C, rows, W] and a bias [C'] or None -> [B, C', rows', W']."""
+
+PROBES = 64  # values of a weight that are looked at to see whether it has changed
+
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakKeyDictionary()
+
+
+def convolution(layer: nn.Conv2d, dtype: torch.dtype, bias: bool = True) -> Callable[[Tensor], Tensor]:
+    """`layer` for windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'], with or without its bias."""
+    return _for_windows(
+        layer, dtype, bias, partial(_direct, stride=layer.stride[0], columns=layer.padding[1])
+    )
+
+
+def doubled_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Nearest neighbour times two, then the 3x3 `layer`: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
+
+    A pixel of the doubled map sees only 2x2 different pixels of the map, so the nine taps add up to four, others for
+    each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
+    multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
+    """
+    return _for_windows(layer, dtype, True, _doubling)
+
+
+def _for_windows(
+    layer: nn.Conv2d, dtype: torch.dtype, bias: bool, prepare: Callable[[Tensor, torch.dtype], Convolution]
+) -> Callable[[Tensor], Tensor]:
+    ready = _ready(layer, dtype, prepare)
+    added = layer.bias.to(dtype) if bias and layer.bias is not None else None
+    return lambda window: ready(window.permute(0, 3, 1, 2), added).permute(0, 2, 3, 1).contiguous()
+
+
+def _ready(
+    layer: nn.Conv2d, dtype: torch.dtype, prepare: Callable[[Tensor, torch.dtype], Convolution]
+) -> Convolution:
+    """The prepared convolution; on a CPU the one prepared earlier, unless the layer's weight has changed since."""
+    weight = layer.weight.detach()
+    if weight.device.type != "cpu":  # where there is no packing
+        return prepare(weight, dtype)
+    probe = (
+        weight.flatten()[:: max(1, weight.numel() // PROBES)].double().sum().item()
+    )  # adapters write to .data
+    state = weight.data_ptr(), weight._version, probe, dtype
+    if layer not in _kept or _kept[layer][0] != state:
+        _kept[layer] = state, prepare(weight, dtype)
+    return _kept[layer][1]
+
+
+def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    if not _packs(weight.device.type, dtype):
+        return lambda x, bias: F.conv2d(x, weight, bias, stride, (0, columns))
+    return _packed_direct(weight, stride, columns)
+
+
+def _doubling(weight: Tensor, dtype: torch.dtype) -> Convolution:
+    # Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of
+    # rows i; i + 1. A transposed convolution of stride 2 wants them as the sums 2; 1 and 2; 0 and 1; 0.
+    sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=weight.device)
+    folded = torch.einsum("oiyx,ay,bx->ioab", weight.float(), sums, sums)
+    folded = folded.to(dtype, memory_format=torch.channels_last)
+    if not _packs(folded.device.type, dtype):
+        return lambda x, bias: F.conv_transpose2d(x, folded, bias, 2, (3, 1))
+    return _packed_doubling(folded)
+
+
+# --- oneDNN
+
+
+def _packed_direct(weight: Tensor, stride: int, columns: int) -> Convolution:
+    shape: Any = [0, columns], [stride, stride], [1, 1], 1  # padding, stride, dilation, groups
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape)
+    run = torch.ops.mkldnn._convolution_pointwise
+    return lambda x, bias: run(x, packed, bias, *shape, "none", [], "")
+
+
+def _packed_doubling(weight: Tensor) -> Convolution:
+    shape: Any = [3, 1], [0, 0], [2, 2], [1, 1], 1  # padding, output padding, stride, dilation, groups
+    packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *shape)
+    run = torch.ops.mkldnn._convolution_transpose_pointwise
+    return lambda x, bias: run(x, packed, bias, *shape, "none", [], "")
+
+
+@cache
+def _packs(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch packs weights as we ask it to, and then gives what plain convolutions give.
+
+    The operators are those of inductor's frozen graphs and no public interface, and oneDNN has had wrong results
+    for small bfloat16 kernels (pytorch #163347): so each is tried before it is trusted.
+    """
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, direct, doubling = (
+        torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
+        for shape in ((1, 32, 6, 7), (48, 32, 3, 3), (32, 48, 4, 4))
+    )
+    try:
+        pairs = (
+            (_packed_direct(direct, 1, 1)(x, None), F.conv2d(x, direct, None, 1, (0, 1))),
+            (_packed_doubling(doubling)(x, None), F.conv_transpose2d(x, doubling, None, 2, (3, 1))),
+        )
+    except (AttributeError, RuntimeError) as error:
+        log.warning("this torch does not pack %s weights, and convolutions are slower: %s", dtype, error)
+        return False
+    tolerance = 1e-5 + 2 * torch.finfo(dtype).eps  # of the largest value: sums in another order, rounded once
+    if all((ours - plain).abs().max() <= tolerance * plain.abs().max() for ours, plain in pairs):
+        return True
+    log.warning("this torch packs %s weights wrongly, so they are left as they are: slower", dtype)
+    return False

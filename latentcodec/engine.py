@@ -1,0 +1,115 @@
+"""When a network runs in strips, in which dtype, and how much memory that may take.
+
+The strips themselves are in `strips.py`. Shapes: B batch, C channels, H W rows and columns of the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from latentcodec.blocks import ACTIVATIONS, Stage
+from latentcodec.kernels import EAGER, compiled
+from latentcodec.strips import StripPass
+
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
+SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
+PLAIN = {
+    nn.Conv2d,
+    nn.Linear,
+    nn.GroupNorm,
+    nn.ModuleList,
+    *ACTIVATIONS.values(),
+}  # leaves that strips can run
+
+
+@dataclass
+class Engine:
+    """How an Encoder or a Decoder runs when no gradient is asked for; `optimize_vae` sets it."""
+
+    max_memory: int | None = None
+    """Bytes of activations, output included; None: up to half of the free memory."""
+    compiled: bool = False
+    """Whether the pointwise functions are compiled at their first use."""
+
+    def applies(self, network: nn.Module, x: Tensor) -> bool:
+        """Whether strips may stand in for the modules: not where something listens to them or has changed them.
+
+        So gradients, autocast, tracing, hooks on inner layers and adapters get the plain modules.
+        """
+        return (
+            x.device.type in STRIP_BYTES
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and all(map(_is_plain, network.modules()))
+        )
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
+        stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(encoder.down_blocks)]
+        with torch.inference_mode():  # where views are plain tensors, for which one compiled function fits all
+            strips = self._plan(x, stages).encode(encoder, x)
+        return _joined(strips, x.dtype)
+
+    def decode(self, decoder: Any, z: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, C, h f, w f]."""
+        stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(decoder.up_blocks)]
+        with torch.inference_mode():
+            strips = self._plan(z, stages).decode(decoder, z)
+        return _joined(strips, z.dtype)
+
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]]) -> StripPass:
+        """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
+        device = x.device.type
+        dtype = x.dtype if device != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
+        bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
+        strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
+        kept, remade = (
+            max(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages) * len(x) * dtype.itemsize
+            + STRIPS_AT_ONCE * strip_bytes
+            for keeps in (True, False)
+        )
+        if self.max_memory is not None and remade > self.max_memory:
+            raise ValueError(
+                f"max_memory {self.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: the widest "
+                f"feature map alone needs {remade:,}"
+            )
+        kernels = compiled(device) if self.compiled else EAGER
+        return StripPass(dtype, kernels, strip_bytes, keeps=kept <= bound)
+
+
+def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Strips [B, r, W, C] -> [B, C, H, W], which is fit for autograd wherever the caller is."""
+    return torch.cat([strip.to(dtype) for strip in strips], 1).permute(0, 3, 1, 2)
+
+
+def _channels_at_once(stage: Stage, keeps: bool) -> int:
+    """Channels of all maps that a block of a stage holds at most, its input being freed as it is read."""
+    return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is what it was built as: no adapter, no forward of its own, nobody who waits for its outputs."""
+    listeners = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return not listeners and (bool(module._modules) or type(module) in PLAIN)
+
+
+def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Half precision without units for it is slower than float32, and float16 is slow on all CPUs."""
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be had without making room for them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,306 @@
+"""Encoder and Decoder, layer by layer over strips of rows: exact, lean, and as fast as the cache lets them be.
+
+A feature map is a sequence of strips. A residual block reads one at a time with a row of each neighbour, normalises,
+activates and convolves it while it is in the cache, and hands it on. It is exact because a layer ends before the next
+begins: a group norm uses the statistics of the whole map, gathered while its strips were written, and attention sees
+every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
+too much, the inner one is not kept but made again when it is needed, and the block holds one.
+
+This is how the networks run when no gradient is asked for; training runs the same layers as the modules of
+`blocks.py`. The pointwise functions are in `kernels.py`, the convolutions of a strip in `convolutions.py`.
+
+Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n = H W. Strips are [B, r, W, C].
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentcodec.blocks import Attention, Downsample, ResnetBlock2D, Stage, Upsample
+from latentcodec.convolutions import convolution, doubled_convolution
+from latentcodec.kernels import Activation, Kernels
+
+T = TypeVar("T")
+
+QUERY_BYTES = 64 << 20  # of attention weights at a time, in float32
+FUNCTIONS: dict[type[nn.Module], Activation] = {
+    nn.SiLU: F.silu,
+    nn.GELU: F.gelu,
+    nn.Mish: F.mish,
+    nn.ReLU: F.relu,
+}
+
+
+class Norm(NamedTuple):
+    """A group norm whose statistics are known, and the activation after it."""
+
+    scale: Tensor
+    """[B, 1, C] float32."""
+    shift: Tensor
+    """[B, 1, C] float32."""
+    activation: Activation
+
+
+class Moments:
+    """Mean and variance of every channel of a map, gathered strip by strip.
+
+    What is added up, in float64, is the distance from a pivot and its square. So the sums of strips are the sums of
+    the map, the variance between strips included, and a pivot near the mean keeps the float32 sums within a strip
+    from cancelling.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.pixels = 0
+
+    def add(self, strip: Tensor) -> None:
+        """Count a strip in."""
+        if not self.pixels:
+            self.pivot = strip[:, 0].mean(1, keepdim=True, dtype=torch.float32)  # [B, 1, C], of the first row
+            self.sums = torch.zeros(2, len(strip), strip.shape[-1], dtype=torch.float64, device=strip.device)
+        self.sums += self.kernels.sums(strip.flatten(1, 2), self.pivot)
+        self.pixels += strip.shape[1] * strip.shape[2]
+
+    def norm(self, layer: nn.GroupNorm, activation: Activation, bias: Tensor | None = None) -> Norm:
+        """`layer` on this map, or on the map that it becomes when `bias` [C] is added."""
+        distance, square = self.sums / self.pixels  # [B, C]
+        offset = 0.0 if bias is None else bias.double()
+        mean, variance = self.pivot[:, 0] + distance + offset, square - distance.square()
+        groups = len(mean), layer.num_groups, -1
+        centre = mean.view(groups).mean(2, keepdim=True)  # [B, groups, 1]
+        spread = (variance.view(groups) + (mean.view(groups) - centre).square()).mean(2, keepdim=True)
+        scale = layer.weight * (spread + layer.eps).rsqrt().expand_as(mean.view(groups)).flatten(1)
+        shift = layer.bias + (offset - centre.expand_as(mean.view(groups)).flatten(1)) * scale
+        return Norm(scale.float()[:, None], shift.float()[:, None], activation)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A feature map [B, H, W, C] as strips."""
+
+    moments: Moments
+    strips: Callable[[bool], Iterator[Tensor]]
+    """From the top; with True for the last time, so that each is freed once it has been read."""
+
+
+@dataclass(frozen=True)
+class StripPass:
+    """One pass of a network over one batch."""
+
+    dtype: torch.dtype
+    """In which everything is computed."""
+    kernels: Kernels
+    strip_bytes: int
+    """Of a strip of a stage's widest map."""
+    keeps: bool
+    """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
+
+    def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
+        """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
+        stages, width = list(encoder.down_blocks), x.shape[3]
+        feature = self._enter(encoder.conv_in, x, self._rows(stages[0], x, width))
+        for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
+            feature = self._refine(stage, feature)
+            for layer in stage.downsamplers:
+                width //= 2
+                strips = self._halved(layer, feature)
+                feature = self._kept(_regrouped(strips, self._rows(following, x, width)))
+        feature = self._middle(encoder.mid_block, feature)
+        return self._leave(encoder, feature)
+
+    def decode(self, decoder: Any, z: Tensor) -> list[Tensor]:
+        """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
+        stages, width = list(decoder.up_blocks), z.shape[3]
+        feature = self._enter(decoder.conv_in, z, self._rows(stages[0], z, width))
+        feature = self._middle(decoder.mid_block, feature)
+        for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
+            feature = self._refine(stage, feature)
+            for layer in stage.upsamplers:
+                width *= 2
+                feature = self._doubled(layer, feature, self._rows(following, z, width))
+        return self._leave(decoder, feature)
+
+    # ---- the layers
+
+    def _enter(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
+        convolve = convolution(layer, self.dtype)
+        strips = (part.permute(0, 2, 3, 1) for part in x.split(rows, dim=2))
+        return self._kept(convolve(self._window(*part)) for part in _with_neighbours(strips))
+
+    def _refine(self, stage: Any, feature: Map) -> Map:
+        for index, block in enumerate(stage.resnets):
+            feature = self._residual(block, feature)
+            if stage.attentions:
+                feature = self._attend(stage.attentions[index], feature)
+        return feature
+
+    def _middle(self, block: Any, feature: Map) -> Map:
+        feature = self._residual(block.resnets[0], feature)
+        for layer in block.attentions:
+            feature = self._attend(layer, feature)
+        return self._residual(block.resnets[1], feature)
+
+    def _residual(self, block: ResnetBlock2D, feature: Map) -> Map:
+        """shortcut(x) + conv2(norm2(conv1(norm1(x)))); each convolution's bias is left to what comes after it."""
+        activation = FUNCTIONS[type(block.nonlinearity)]
+        norm1 = feature.moments.norm(block.norm1, activation)
+        conv1, conv2 = (convolution(layer, self.dtype, bias=False) for layer in (block.conv1, block.conv2))
+        bias = block.conv2.bias.float()
+        shortcut: Callable[[Tensor], Tensor] = lambda strip: strip  # noqa: E731
+        if block.conv_shortcut is not None:
+            shortcut = convolution(block.conv_shortcut, self.dtype, bias=False)
+            bias = bias + block.conv_shortcut.bias.float()
+
+        def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+            for above, strip, below in _with_neighbours(feature.strips(last)):
+                yield conv1(self._window(above, strip, below, norm1)), shortcut(strip) if last else strip
+
+        inner, pairs = self._surveyed(branches)
+        norm2 = inner.norm(block.norm2, activation, block.conv1.bias)
+
+        def joined() -> Iterator[Tensor]:
+            for above, (h, residual), below in _with_neighbours(pairs):
+                strip = conv2(self._window(above and above[0], h, below and below[0], norm2))
+                self.kernels.add_(strip.flatten(1, 2), residual.flatten(1, 2), bias)
+                yield strip
+
+        return self._kept(joined())
+
+    def _attend(self, layer: Attention, feature: Map) -> Map:
+        """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
+        strips = list(feature.strips(True))
+        x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
+        normed = torch.empty_like(x)
+        self.kernels.normalise_(normed, x, *feature.moments.norm(layer.group_norm, _unchanged))
+        q, k, v = (_linear(part, normed)[:, None] for part in (layer.to_q, layer.to_k, layer.to_v))
+        queries = max(1, QUERY_BYTES // (4 * len(x) * x.shape[1]))
+        seen = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, 2)], 2)
+        out = _linear(layer.to_out[0], seen[:, 0])
+        self.kernels.add_(out, x, x.new_zeros(x.shape[2], dtype=torch.float32))
+        parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
+        return self._kept(part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True))
+
+    def _halved(self, layer: Downsample, feature: Map) -> Iterator[Tensor]:
+        """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
+        convolve = convolution(layer.conv, self.dtype)
+        for _, strip, below in _with_neighbours(feature.strips(True)):
+            batch, rows, columns, channels = strip.shape
+            if rows > 1:
+                window = strip.new_zeros(batch, rows + 1, columns + 1, channels)
+                window[:, :rows, :columns] = strip
+                if below is not None:
+                    window[:, rows:, :columns] = below[:, :1]
+                yield convolve(window)
+
+    def _doubled(self, layer: Upsample, feature: Map, rows: int) -> Map:
+        convolve = doubled_convolution(layer.conv, self.dtype)
+
+        def strips(last: bool) -> Iterator[Tensor]:
+            for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
+                yield convolve(self._window(*part))
+
+        return self._kept(strips(True)) if self.keeps else self._remade(strips)
+
+    def _leave(self, network: Any, feature: Map) -> list[Tensor]:
+        norm = feature.moments.norm(network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
+        convolve = convolution(network.conv_out, self.dtype)
+        return [convolve(self._window(*part, norm)) for part in _with_neighbours(feature.strips(True))]
+
+    # ---- strips
+
+    def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
+        """Of a strip in `stage`: even, so that strips can be halved."""
+        channels = max(stage.in_channels, stage.out_channels)
+        row_bytes = len(x) * width * channels * self.dtype.itemsize
+        return max(2, self.strip_bytes // row_bytes // 2 * 2)
+
+    def _window(
+        self, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None = None
+    ) -> Tensor:
+        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
+        batch, rows, columns, channels = strip.shape
+        window = strip.new_empty(batch, rows + 2, columns, channels, dtype=self.dtype)
+        around = (
+            (window[:, :1], None if above is None else above[:, -1:]),
+            (window[:, 1:-1], strip),
+            (window[:, -1:], None if below is None else below[:, :1]),
+        )
+        for place, part in around:
+            if part is None:
+                place.zero_()
+            elif norm is None:
+                place.copy_(part)
+            else:
+                self.kernels.normalise_(place.flatten(1, 2), part.flatten(1, 2), *norm)
+        return window
+
+    def _kept(self, strips: Iterable[Tensor]) -> Map:
+        moments, kept = Moments(self.kernels), deque[Tensor]()
+        for strip in strips:
+            moments.add(strip)
+            kept.append(strip)
+        return Map(moments, lambda last: _drained(kept) if last else iter(kept))
+
+    def _remade(self, make: Callable[[bool], Iterator[Tensor]]) -> Map:
+        moments = Moments(self.kernels)
+        for strip in make(False):
+            moments.add(strip)
+        return Map(moments, make)
+
+    def _surveyed(
+        self, make: Callable[[bool], Iterator[tuple[Tensor, Tensor]]]
+    ) -> tuple[Moments, Iterator[tuple[Tensor, Tensor]]]:
+        """The moments of the first of each pair, and all pairs: kept, or made again."""
+        moments, kept = Moments(self.kernels), deque[tuple[Tensor, Tensor]]()
+        for pair in make(self.keeps):
+            moments.add(pair[0])
+            if self.keeps:
+                kept.append(pair)
+        return moments, _drained(kept) if self.keeps else make(True)
+
+
+def _with_neighbours(items: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
+    """Each item between the one before and the one after it."""
+    iterator = iter(items)
+    before, item = None, next(iterator, None)
+    while item is not None:
+        after = next(iterator, None)
+        yield before, item, after
+        before, item = item, after
+
+
+def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+    """The same rows in strips of `rows`, the last one of what is left."""
+    parts: list[Tensor] = []
+    missing = rows
+    for strip in strips:
+        start = 0
+        while start < strip.shape[1]:
+            part = strip[:, start : start + missing]
+            parts.append(part)
+            start, missing = start + part.shape[1], missing - part.shape[1]
+            if not missing:
+                yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                parts, missing = [], rows
+    if parts:
+        yield torch.cat(parts, 1)
+
+
+def _drained(items: deque[T]) -> Iterator[T]:
+    while items:
+        yield items.popleft()
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,355 @@
+"""Strips change nothing: whatever their height, the results are those of diffusers' own class on the whole image."""
+
+import copy
+import logging
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from peft import LoraConfig
+from test_autoencoder import CONFIGS, config, pair
+
+from latentcodec import convolutions, engine, kernels, strips
+from latentcodec.autoencoder import adopt, optimize_vae, restore_vae
+from latentcodec.engine import Engine
+from latentcodec.kernels import EAGER
+from latentcodec.strips import Moments, StripPass
+
+WHOLE = 1 << 30  # bytes: the image is one strip
+
+
+def whole_and_strips(configuration, batch=1, height=40, width=24, **settings):
+    """(diffusers' moments and image, ours) of one random image and one random latent."""
+    reference, ours = pair(configuration)
+    f = 2 ** (len(configuration["block_out_channels"]) - 1)
+    x = torch.rand(batch, ours.config.in_channels, height, width) * 2 - 1
+    z = torch.randn(batch, ours.config.latent_channels, max(2, height // f), max(2, width // f))
+    run = StripPass(**{"dtype": torch.float32, "kernels": EAGER, "strip_bytes": 1, "keeps": True} | settings)
+    with torch.inference_mode():
+        expected = reference.encoder(x), reference.decoder(z)
+        actual = run.encode(ours.encoder, x), run.decode(ours.decoder, z)
+    return expected, [torch.cat(parts, 1).permute(0, 3, 1, 2) for parts in actual]
+
+
+def differences(expected, actual):
+    """Largest difference in units of the range; infinite for another shape."""
+    return [
+        ((a - e).abs().max() / (e.max() - e.min())).item() if a.shape == e.shape else float("inf")
+        for e, a in zip(expected, actual, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "made again"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_thinnest_strips_equal_diffusers_in_every_configuration(name, keeps):
+    f = 2 ** (len(CONFIGS[name]["block_out_channels"]) - 1)
+    sizes = dict(height=5 * f + 1, width=3 * f + f // 2 + 1)  # odd, and no multiples of f
+    assert max(differences(*whole_and_strips(CONFIGS[name], batch=2, keeps=keeps, **sizes))) <= 1e-4
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3000, 20_000, 100_000, WHOLE])
+@pytest.mark.parametrize("size", [(8, 8), (9, 15), (64, 8), (104, 72)])
+def test_strips_of_every_height_equal_diffusers(size, strip_bytes):
+    small = config(channels=(16, 32, 32, 32), layers=2)
+    results = whole_and_strips(small, height=size[0], width=size[1], strip_bytes=strip_bytes)
+    assert max(differences(*results)) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(2048, 8), (1999, 333), (2048, 2048)])
+def test_large_and_odd_images_equal_diffusers(size):
+    small = config(channels=(8, 8, 16, 16), groups=4, mid_block_add_attention=size != (2048, 2048))
+    results = whole_and_strips(small, height=size[0], width=size[1], strip_bytes=200_000)
+    assert max(differences(*results)) <= 1e-4
+
+
+def test_keeping_and_making_again_are_bitwise_equal():
+    torch.manual_seed(0)
+    _, remade = whole_and_strips(CONFIGS["sd"], keeps=False)
+    torch.manual_seed(0)
+    _, kept = whole_and_strips(CONFIGS["sd"])
+    assert all(map(torch.equal, kept, remade))
+
+
+# ---- what would be wrong is seen
+
+
+def without_the_variance_between_strips(self, strip):
+    """The error of well-known tilers: the mean of the strips' variances is taken for the variance."""
+    distance = strip.double() - strip.double().mean((1, 2), keepdim=True)
+    if not self.pixels:
+        self.pivot = torch.zeros(len(strip), 1, strip.shape[-1])
+        self.means, self.squares = 0.0, 0.0
+    pixels = strip.shape[1] * strip.shape[2]
+    self.means = self.means + pixels * strip.double().mean((1, 2))
+    self.squares = self.squares + distance.square().sum((1, 2))
+    self.pixels += pixels
+    mean = self.means / self.pixels
+    self.sums = torch.stack([self.means, self.squares + self.pixels * mean.square()])
+
+
+def test_the_comparison_sees_a_lost_variance_between_strips(monkeypatch):
+    monkeypatch.setattr(Moments, "add", without_the_variance_between_strips)
+    assert min(differences(*whole_and_strips(CONFIGS["sd"], height=80))) > 1e-4
+
+
+def test_the_comparison_sees_a_constant_that_is_added():
+    expected, actual = whole_and_strips(CONFIGS["sd"])
+    assert min(differences(expected, [y + 100 for y in actual])) > 1e-4
+
+
+def test_the_comparison_sees_a_missing_row(monkeypatch):
+    expected, actual = whole_and_strips(CONFIGS["sd"])
+    assert min(differences(expected, [y[:, :, :-1] for y in actual])) > 1e-4
+
+
+def test_a_mean_far_above_the_deviation_does_not_cancel():
+    """Sums of squares in float32 would lose the variance at a mean of 3000 deviations."""
+    x = 3000 + torch.randn(1, 64, 64, 32)
+    moments = Moments(EAGER)
+    for strip in x.split(4, dim=1):
+        moments.add(strip)
+    norm = torch.nn.GroupNorm(8, 32, eps=1e-6)
+    scale, shift, _ = moments.norm(norm, F.silu)
+    expected = F.group_norm(x.permute(0, 3, 1, 2).double(), 8, eps=1e-6).permute(0, 2, 3, 1)
+    assert (x.double() * scale + shift - expected).abs().max() < 2e-3  # the rounding of x itself is 1e-4
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "photo-f8c16"])
+def test_bfloat16_errs_no_more_than_diffusers_in_bfloat16(name):
+    """Root mean square against float32 with the same rounded weights, over four models and both directions."""
+    squares = torch.zeros(2)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        stock = pair(CONFIGS[name])[0].type(torch.bfloat16)
+        exact, ours = copy.deepcopy(stock).float(), adopt(copy.deepcopy(stock))
+        x, z = torch.rand(2, 3, 96, 64) * 2 - 1, torch.randn(2, ours.config.latent_channels, 12, 8)
+        with torch.no_grad():
+            for part, value in (("encoder", x.bfloat16()), ("decoder", z.bfloat16())):
+                expected = getattr(exact, part)(value.float())
+                for side, vae in enumerate((ours, stock)):
+                    error = getattr(vae, part)(value).float() - expected
+                    squares[side] += error.square().mean() / expected.var()
+    assert squares[0] <= squares[1]
+
+
+def test_half_precision_without_units_for_it_is_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(engine, "_is_fast_on_cpu", lambda dtype: dtype == torch.float32)
+    _, ours = pair(CONFIGS["sd"])
+    half = copy.deepcopy(ours).type(torch.bfloat16)
+    z = torch.randn(1, 4, 6, 6).bfloat16()
+    with torch.no_grad():
+        expected = copy.deepcopy(half).float().decoder(z.float())
+        actual = half.decoder(z)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected.bfloat16())
+
+
+# ---- when strips run, and with which weights
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A list that grows with every pass in strips."""
+    passes = []
+    for name in ("encode", "decode"):
+        method = getattr(StripPass, name)
+        monkeypatch.setattr(
+            StripPass, name, lambda *args, method=method, name=name: passes.append(name) or method(*args)
+        )
+    return passes
+
+
+def test_strips_run_wherever_no_gradient_is_asked_for(counted):
+    _, ours = pair(CONFIGS["sd"])
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        ours(x)
+    with torch.inference_mode():
+        ours(x)
+    assert counted == ["encode", "decode"] * 2
+
+
+def test_results_of_inference_may_be_trained_on():
+    _, ours = pair(CONFIGS["sd"])
+    with torch.inference_mode():
+        x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        z = ours.encoder(x)
+    (torch.ones(1, requires_grad=True) * z).sum().backward()
+
+
+@pytest.mark.parametrize("what", ["gradients", "autocast", "a hook", "an adapter"])
+def test_plain_modules_run_where_something_listens(what, counted):
+    _, ours = pair(CONFIGS["sd"])
+    x, heard = torch.rand(1, 3, 16, 16), []
+    if what == "gradients":
+        ours(x).sample.sum().backward()
+        assert ours.decoder.conv_in.weight.grad is not None
+    elif what == "autocast":
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            ours(x)
+    elif what == "a hook":
+        for part in (ours.encoder, ours.decoder):
+            part.conv_in.register_forward_hook(lambda *_: heard.append(1))
+        with torch.no_grad():
+            ours(x)
+        assert len(heard) == 2
+    else:
+        with torch.no_grad():
+            before = ours(x).sample
+            ours.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv_in"]))
+            assert not torch.equal(ours(x).sample, before)
+        counted.clear()
+        with torch.no_grad():
+            ours(x)
+    assert counted == []
+
+
+def test_a_changed_weight_is_seen():
+    """By an optimizer's step, by a write behind autograd's back as adapters do it, by loading, by a cast."""
+    reference, ours = pair(CONFIGS["sd"])
+    z = torch.randn(1, 4, 4, 4)
+
+    def compare():
+        reference.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            expected = reference.decoder(z)
+            assert (ours.decoder(z) - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+    compare()
+    weights = [ours.decoder.conv_in.weight, ours.decoder.up_blocks[0].upsamplers[0].conv.weight]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    compare()
+    for weight in weights:
+        weight.data += 0.1
+    compare()
+    other, _ = pair(CONFIGS["sd"])
+    ours.load_state_dict(other.state_dict())
+    compare()
+
+
+def test_weights_that_cannot_be_packed_are_used_as_they_are(monkeypatch, caplog):
+    def unknown(*_):
+        raise AttributeError("no such operator")
+
+    convolutions._packs.cache_clear()
+    monkeypatch.setattr(convolutions, "_packed_direct", unknown)
+    try:
+        assert max(differences(*whole_and_strips(CONFIGS["sd"]))) <= 1e-4
+        assert "does not pack" in caplog.text
+    finally:
+        convolutions._packs.cache_clear()
+
+
+# ---- memory
+
+
+def test_a_bound_that_is_too_small_names_the_bytes():
+    _, ours = pair(CONFIGS["sd"])
+    optimize_vae(ours, max_memory=10_000)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"max_memory 10,000 bytes.*needs [\d,]+"):
+        ours.decode(torch.randn(1, 4, 8, 8))
+
+
+def test_a_bound_decides_what_is_kept():
+    _, ours = pair(CONFIGS["sd"])
+    stages = [(8 << i, 8 << i, stage) for i, stage in enumerate(ours.decoder.up_blocks)]
+    z = torch.randn(1, 4, 8, 8)
+    plan = partial(Engine._plan, x=z, stages=stages)
+    widest = 64 * 64 * 32 * 4  # bytes of the map that enters the last stage, and of two within it
+    assert plan(Engine(int(1.4 * widest))).keeps
+    assert not plan(Engine(int(1.2 * widest))).keeps
+
+
+# ---- taking it out again
+
+
+def test_restore_gives_diffusers_its_own_networks_back():
+    reference, ours = pair(CONFIGS["sd"])
+    parameters = [id(p) for p in ours.parameters()]
+    restore_vae(optimize_vae(ours).train())
+    assert type(ours.encoder) is type(reference.encoder)
+    assert type(ours.decoder) is type(reference.decoder)
+    assert [id(p) for p in ours.parameters()] == parameters
+    assert ours.decoder.training
+    assert ours.tile_sample_min_size == reference.tile_sample_min_size
+    assert ours.tile_latent_min_size == reference.tile_latent_min_size
+    z = torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(ours.eval().decode(z).sample, reference.decode(z).sample)
+
+
+def test_restore_leaves_what_was_never_adopted_and_refuses_what_is_no_vae():
+    vae = AutoencoderKL(**CONFIGS["f1"])
+    encoder = vae.encoder
+    assert restore_vae(vae).encoder is encoder
+    with pytest.raises(TypeError, match="AutoencoderKL"):
+        restore_vae(encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_prints_what_it_measured(dtype, capsys):
+    vae = AutoencoderKL(**CONFIGS["photo-f8c16"]).eval().type(dtype)
+    optimize_vae(vae, check=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of the range")[0].rsplit(" ", 1)[0] for line in lines] == [
+        f"{what} in {dtype}:" for what in ("encode", "decode")
+    ]
+    errors = [float(line.split(": ")[1].split(" ")[0]) for line in lines]
+    assert max(errors) < (1e-4 if dtype == torch.float32 else 0.1)
+    assert max(errors) > 0
+
+
+def test_tiling_and_slicing_change_nothing():
+    _, ours = pair(CONFIGS["sd"])
+    x = torch.rand(2, 3, 80, 64)
+    with torch.no_grad():
+        before = ours(x).sample
+        ours.enable_tiling()
+        ours.enable_slicing()
+        assert (ours(x).sample - before).abs().max() <= 1e-5
+
+
+# ---- the fused functions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_functions_equal_the_eager_ones(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", 0)
+    fused = kernels.compiled("cpu")
+    assert fused is not EAGER
+    with torch.inference_mode():
+        x, y = (torch.randn(2, 70, 48).to(dtype) for _ in range(2))
+        scale, shift, bias = torch.randn(2, 1, 48), torch.randn(2, 1, 48), torch.randn(48)
+        tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+        for activation in (F.silu, strips._unchanged):
+            results = [torch.empty_like(x) for _ in range(2)]
+            for form, result in zip((EAGER, fused), results, strict=True):
+                form.normalise_(result, x, scale, shift, activation)
+            torch.testing.assert_close(*results, **tolerance)
+        results = [x.clone(), x.clone()]
+        for form, result in zip((EAGER, fused), results, strict=True):
+            form.add_(result, y, bias)
+        torch.testing.assert_close(*results, **tolerance)
+        torch.testing.assert_close(EAGER.sums(x, shift), fused.sums(x, shift), rtol=1e-4, atol=1e-3)
+
+
+def test_without_a_compiler_the_functions_run_as_they_are_and_say_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_has_compiler", lambda device_type: False)
+    kernels.compiled.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert kernels.compiled("cpu") is EAGER
+            assert kernels.compiled("cpu") is EAGER
+        assert len([r for r in caplog.records if "no compiler" in r.message]) == 1
+    finally:
+        kernels.compiled.cache_clear()
