@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--codec", required=True, help="folder, hub id, .safetensors file or bundled name")
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
-    parser.add_argument("--images", help="folder of images; drawn pictures without it")
+    parser.add_argument(
+        "--images", help=f"folder of images, {SIDE} pixels a side or more; default: drawn pictures"
+    )
     settings = parser.parse_args(arguments)
     torch.manual_seed(0)
     logging.set_verbosity_error()  # that no text encoder is saved is no news here
@@ -69,18 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _images(folder: str | None, channels: int) -> list[Tensor]:
-    """Square centres [1, C, H, W] of the first readable images."""
+    """Square centres [1, C, 256, 256] of the first images that are readable and large enough."""
     if folder is None:
         source = SyntheticSource(channels)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
     images = []
     for path in find_images(folder):
         try:
-            images.append(centre_crop(load_image(path, channels), SIDE))
+            x = load_image(path, channels)
+            if min(x.shape[-2:]) < SIDE:
+                raise UnreadableImage(
+                    f"{path}: {x.shape[-2]} x {x.shape[-1]} pixels, less than {SIDE} a side"
+                )
+            images.append(centre_crop(x, SIDE))
         except UnreadableImage as error:
             print(f"left out: {error}", file=sys.stderr)
         if len(images) == PICTURES:
             break
+    if not images:
+        raise ValueError(f"{folder}: none of its images can be used")
     return images
 
 

@@ -9,16 +9,17 @@ def write_whole(path: Path, content: bytes) -> None:
     """Writes beside `path`, then renames: nobody sees half a file, and one that was there stays until then.
 
     Missing folders are made; permissions follow the umask. A killed process leaves at worst a hidden `.tmp` beside
-    it, an error nothing. Raises `OSError` where the disk refuses.
+    it, an error nothing. Raises `OSError` naming `path` where the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         beside.write_bytes(content)
         os.replace(beside, path)
-    except BaseException:  # an interrupt leaves no litter either
-        beside.unlink(missing_ok=True)
-        raise
+    except OSError as error:  # of a full disk it names nothing, else the file beside
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        beside.unlink(missing_ok=True)  # an interrupt leaves no litter either
 
 
 def make_durable(path: Path) -> None:
