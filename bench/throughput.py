@@ -1,6 +1,7 @@
 """How fast encode and decode are and how much memory they take: ours against diffusers' own class, in turn.
 
     python bench/throughput.py --codec CODEC --out FOLDER [--sizes 256 512 --batches 1 4 --dtypes bfloat16]
+        [--sides ours "diffusers best" "diffusers compiled" "diffusers tiled"]
 
 CODEC is whatever `LatentCodec.from_pretrained` takes, or a JSON file with the configuration of an
 AutoencoderKL, which then gets random weights: time and memory do not depend on their values. Prints a table,
@@ -10,7 +11,8 @@ single rounds.
 All sides hold the same weights and get the same call, `vae.encode(x).latent_dist.mode()` or
 `vae.decode(z).sample`. They are timed in turn, A B C A B C, after a warm-up of each, and a ratio is the median
 over the rounds of the ratio within a round, because the rate of a shared machine drifts. A matrix product
-takes its turn too: its best rate is the machine's peak, and the model's operations at that rate the floor.
+takes its turn too: its best rate is the machine's peak, and the fewest operations that the model can be computed
+with, at that rate, are the floor.
 
 Shapes: B batch, C channels, H W pixels, f downsampling factor, c latent channels.
 """
@@ -32,6 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -62,13 +65,16 @@ SIDES = {
     "diffusers": "diffusers' own class as it comes: contiguous weights",
     "diffusers best": "the same with channels_last weights",
     "diffusers compiled": "channels_last and torch.compile of encoder and decoder, with freezing",
+    "diffusers tiled": "channels_last and enable_tiling(): blended tiles, which give another image",
 }
+USUAL = ["ours", "diffusers", "diffusers best"]
 COLOURS = dict(zip(SIDES, SERIES, strict=False))
 DIRECTIONS = ("encode", "decode")
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate
 CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 NAN = float("nan")
+MAPS_AT_ONCE = 3  # of the widest layer, that diffusers holds: input, norm and activation
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Measurement:
     """One for every round; empty where the device had too little memory."""
     max_error: float = NAN
     """Largest absolute difference to diffusers in float32 with the same weights."""
+    rms_error: float = NAN
+    """The root mean square of the same differences."""
     peak_bytes: float = NAN
     """Memory above the loaded model."""
 
@@ -107,6 +115,8 @@ class Setup:
 
     source: str
     device: str
+    max_memory: int | None
+    """Bytes that ours may take; None: as it comes."""
 
     def codec(self, dtype: str) -> LatentCodec:
         """Raises `ValueError` or `OSError` naming what cannot be loaded."""
@@ -123,13 +133,15 @@ class Setup:
     def vae(self, side: str, dtype: str) -> AutoencoderKL:
         """A model in evaluation; all sides and dtypes start from the same float32 weights."""
         if side == "ours":
-            return optimize_vae(self.codec(dtype).vae)
+            return optimize_vae(self.codec(dtype).vae, self.max_memory or "auto")
         ours = self.codec("float32").vae
         vae = AutoencoderKL.from_config(ours.config)
         vae.load_state_dict(ours.state_dict())
         vae.to(self.device).type(getattr(torch, dtype)).eval()  # .to(dtype) warns of modules it does not have
         if side != "diffusers":
             vae.to(memory_format=torch.channels_last)
+        if side == "diffusers tiled":
+            vae.enable_tiling()
         if side == "diffusers compiled":
             torch._dynamo.config.recompile_limit = 64  # a graph for each shape, however many there are
             for part in ("encoder", "decoder"):
@@ -150,7 +162,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtypes", choices=dtypes, nargs="+", default=["float32", "bfloat16"], help="(%(default)s)")
     add("--repeats", type=int, default=5, help="rounds; in each every side once (%(default)s)")
-    add("--compile", action="store_true", help="also diffusers under torch.compile; takes minutes")
+    add("--sides", choices=SIDES, nargs="+", default=USUAL, help="(%(default)s); compiling takes minutes")
+    add("--max_memory", type=int, help="bytes of activations that ours may take (half of what is free)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
     return parser.parse_args(argv)
@@ -158,7 +171,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    setup = Setup(options.codec, options.device)
+    setup = Setup(options.codec, options.device, options.max_memory)
     try:
         codec = check(setup, options)
     except (ValueError, OSError) as error:
@@ -182,6 +195,8 @@ def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
             raise ValueError(f"--sizes {size}: not a multiple of the codec's {codec.downsampling_factor}")
     if min(options.batches) < 1 or options.repeats < 1:
         raise ValueError("--batches and --repeats: at least 1")
+    if "ours" not in options.sides:
+        raise ValueError("--sides: ours is what the others are measured against")
     return codec
 
 
@@ -192,7 +207,7 @@ def measure_all(
     setup: Setup, codec: LatentCodec, options: argparse.Namespace
 ) -> tuple[Results, dict[str, float]]:
     """Every case on every side, and the machine's peak in operations per second by dtype."""
-    sides = [side for side in SIDES if options.compile or side != "diffusers compiled"]
+    sides = [side for side in SIDES if side in options.sides]
     models = {dtype: {side: setup.vae(side, dtype) for side in sides} for dtype in options.dtypes}
     reference = models["float32"]["diffusers"] if "float32" in models else setup.vae("diffusers", "float32")
     cases = [Case(*case) for case in product(DIRECTIONS, options.dtypes, options.sizes, options.batches)]
@@ -210,20 +225,17 @@ def measure(
     case: Case, models: dict[str, AutoencoderKL], reference: AutoencoderKL, value: Tensor, repeats: int
 ) -> tuple[dict[str, Measurement], float]:
     """All sides in turn, and the best rate of the matrix product that had its turn with them."""
-    try:
+    expected = torch.tensor(NAN, device=value.device)  # where float32 does not fit, no error is known
+    if fits("diffusers", reference, case):
         expected = call(reference, case.direction, value)
-    except torch.OutOfMemoryError:
-        expected = torch.tensor(NAN, device=value.device)  # then no error is known
     value = value.to(getattr(torch, case.dtype))
     measured = {side: Measurement() for side in models}
-    able = []
-    for side, vae in models.items():
-        try:
-            output = call(vae, case.direction, value)
-        except torch.OutOfMemoryError:
-            continue
-        measured[side].max_error = (output.float() - expected).abs().max().item()
-        able.append(side)
+    able = [side for side, vae in models.items() if fits(side, vae, case)]
+    for side in able:
+        output = call(models[side], case.direction, value)
+        error = output.float() - expected
+        measured[side].max_error = error.abs().max().item()
+        measured[side].rms_error = error.square().mean().sqrt().item()
     matrix = torch.randn(2 * [PEAK_SIDE[value.device.type]], device=value.device).to(value)
     matrix @ matrix
     products = []
@@ -233,6 +245,17 @@ def measure(
             measured[side].seconds.append(seconds(run, value.device))
         products.append(seconds(lambda: matrix @ matrix, value.device))
     return measured, 2 * len(matrix) ** 3 / min(products)
+
+
+def fits(side: str, vae: AutoencoderKL, case: Case) -> bool:
+    """Whether a side's feature maps fit into the free memory; asked first, since Linux ends who asks for too much."""
+    if side in ("ours", "diffusers tiled"):
+        return True
+    widths = vae.config.block_out_channels
+    channels = widths[0] if case.direction == "encode" else max(widths[:2])
+    needed = MAPS_AT_ONCE * channels * case.batch * case.size**2 * vae.dtype.itemsize
+    free = torch.cuda.mem_get_info()[0] if vae.device.type == "cuda" else psutil.virtual_memory().available
+    return needed < free
 
 
 def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -308,15 +331,14 @@ def peak_bytes(setup: Setup, side: str, cases: Sequence[Case]) -> list[float]:
     def peak(case: Case, size: int, batch: int, start: int) -> float:
         channels, cell = shapes[case.direction]
         value = torch.rand(batch, channels, size // cell, size // cell, device=device, dtype=vae.dtype)
-        forget_peak(device)
-        try:
-            call(vae, case.direction, value)
-        except torch.OutOfMemoryError:
+        if not fits(side, vae, case):
             return NAN
+        forget_peak(device)
+        call(vae, case.direction, value)
         return memory_in_use(device, peak=True) - start
 
     for case in cases:
-        peak(case, max(8 * f, 64), 1, start=0)
+        peak(case, 32 * f, 1, start=0)  # large enough for ours to be compiled
     forget_peak(device)
     start = memory_in_use(device)
     return [peak(case, case.size, case.batch, start) for case in cases]
@@ -343,7 +365,10 @@ def memory_in_use(device: torch.device, peak: bool = False) -> int:
 
 
 def operations(config: Mapping[str, Any], case: Case) -> int:
-    """Operations of the model's convolutions and matrix products: 2 for a multiplication and its addition."""
+    """The fewest operations of the model's convolutions and matrix products: 2 for a multiplication and its addition.
+
+    Of the nine taps of a convolution after nearest-neighbour doubling four are enough (`convolutions.py`).
+    """
     cells = case.size // downsampling_factor(config)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
@@ -353,7 +378,11 @@ def operations(config: Mapping[str, Any], case: Case) -> int:
             value = torch.empty(case.batch, config["latent_channels"], cells, cells)
     with FlopCounterMode(display=False) as counter:
         call(vae, case.direction, value)
-    return counter.get_total_flops()
+    saved = 0
+    if case.direction == "decode":
+        for power, channels in enumerate(reversed(config["block_out_channels"][1:]), start=1):
+            saved += 2 * (9 - 4) * channels**2 * case.batch * (cells << power) ** 2
+    return counter.get_total_flops() - saved
 
 
 def summary(
@@ -392,6 +421,7 @@ def record(case: Case, side: str, measured: dict[str, Measurement], floor: float
         "megapixels_per_s": case.megapixels / typical,
         "peak_mib": own.peak_bytes / 2**20,
         "max_error": own.max_error,
+        "rms_error": own.rms_error,
         "time_over_ours": median(ratios or [NAN]),
         "floor_ms": 1e3 * floor,
         "floor_megapixels_per_s": case.megapixels / floor,
@@ -401,14 +431,15 @@ def record(case: Case, side: str, measured: dict[str, Measurement], floor: float
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = ["", "dtype", "pixels", "side", "ms", "img/s", "Mpx/s"]
-    header += ["of peak", "peak MiB", "max error", "ours is"]
+    header += ["of peak", "peak MiB", "rms error", "max error", "ours is"]
     rows, previous = [], None
     for r in records:
         case = [r["direction"], r["dtype"], f"{r['batch']} x {r['size']}\u00b2"]
         cells = case if case != previous else ["", "", ""]  # said once for all sides
         cells = [*cells, r["side"], number(r["ms"], 1), number(r["images_per_s"], 2)]
         cells += [number(r["megapixels_per_s"], 3), number(100 * r["floor_ms"] / r["ms"], 0) + " %"]
-        cells += [number(r["peak_mib"], 1), f"{r['max_error']:.1e}", number(r["time_over_ours"], 2) + "x"]
+        cells += [number(r["peak_mib"], 1), f"{r['rms_error']:.1e}", f"{r['max_error']:.1e}"]
+        cells += [number(r["time_over_ours"], 2) + "x"]
         rows.append(cells)
         previous = case
     return header, rows
@@ -453,8 +484,8 @@ def build_page(data: dict[str, Any]) -> Page:
         *table(data["results"]),
         caption="ours is: the time of that row over ours, the median of the ratios within the rounds; above "
         "1 ours is faster. of peak: the time the model's convolutions and matrix products would take at the "
-        "best rate a matrix product of that dtype reached in this run, over the time taken; more than 100 % "
-        "needs fewer operations. max error: largest difference to diffusers in float32 with the same weights, "
+        "best rate a matrix product of that dtype reached in this run, over the time taken. rms error and "
+        "max error: root mean square and largest of the differences to diffusers in float32 with the same weights, "
         "over all values of the output. peak MiB: memory above the loaded model.",
     )
     page.section("How it was measured", "The configuration of both sides and of the machine.")
