@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from small_runs import differing, everything, metrics, recorded, reset, small, write_config, write_images
 from test_trainer import assert_equal_but_for_rounding
+from two_processes import LONGER
 
 from latentcodec import LatentCodec, load_image
 from latentcodec.training import checkpoint
@@ -63,9 +65,9 @@ def lines(output: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def launch(*command, log: Path) -> subprocess.Popen:
-    """A launcher in a session of its own, one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def launch(*command, log: Path, **variables: str) -> subprocess.Popen:
+    """A launcher in a session of its own, one thread a process, with these variables in its environment."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | variables
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", *map(str, command)],
@@ -108,6 +110,28 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(tmp_path, images, ru
     assert signal.getsignal(number) == handler
     assert checkpoint.newest(output / "checkpoints").step == metrics(output)[-1]["step"] >= 2
     wait_until(lambda: not _children())  # the data workers
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, images, monkeypatch):
+    """There is nothing to save yet, and a process that waits for another one in vain may never take that step."""
+    config = write_config(small(tmp_path / "run", images), tmp_path / "config.yaml")
+
+    def wait_in_vain(*_) -> None:
+        (tmp_path / "waiting").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr("latentcodec.training.trainer.open_images", wait_in_vain)
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), "--config", str(config)])
+    reset()
+    child = os.fork()
+    if child == 0:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+        os._exit(0)
+    wait_until((tmp_path / "waiting").exists)
+    sent = time.monotonic()
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert time.monotonic() - sent < 10
 
 
 def _children() -> list[str]:
@@ -294,6 +318,45 @@ def test_a_signal_to_torchrun_ends_all_processes_with_a_checkpoint(two):
     assert two["orphans"] == []
     output = two["out"] / "signal"
     assert checkpoint.newest(output / "checkpoints").step == metrics(output)[-1]["step"] >= 2
+
+
+# ---- two machines, as two agents of torchrun on one (docs/several-machines.md) ----
+
+
+def launch_agent(port: int, *command, log: Path) -> subprocess.Popen:
+    """One of two agents that meet at a port of this machine, with one process each."""
+    meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "run")
+    shape = ("--nnodes", 2, "--nproc_per_node", 1, "--max_restarts", 3)
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return launch("torch.distributed.run", *shape, *meeting, *command, log=log, **variables)
+
+
+def workers_of(agent: subprocess.Popen) -> list[int]:
+    tasks = Path(f"/proc/{agent.pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_two_agents_of_which_one_loses_its_process_restart_and_end_as_an_undisturbed_run(
+    tmp_path, images, two
+):
+    output = tmp_path / "run"
+    config = write_config(small(output, images, workers=1, **LONGER), tmp_path / "config.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = [launch_agent(port, TRAIN, "--config", config, log=tmp_path / f"{n}.log") for n in (0, 1)]
+    wait_until(lambda: lines(output) >= 7, agents[0])
+    (worker,) = workers_of(agents[0])
+    os.kill(worker, signal.SIGKILL)
+    assert [agent.wait(PATIENCE_SECONDS) for agent in agents] == [0, 0]
+    said = "".join((tmp_path / f"{n}.log").read_text() for n in (0, 1))
+    assert f"resumed {output} at step" in said
+    peace = two["out"] / "peace"
+    assert metrics(output) == metrics(peace)
+    weights = "codec/diffusion_pytorch_model.safetensors"
+    assert (output / weights).read_bytes() == (peace / weights).read_bytes()
+    assert processes_naming(config) == []
 
 
 # ---- users' mistakes ----

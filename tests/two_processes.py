@@ -12,6 +12,7 @@ import torch
 from small_runs import everything, recorded, reset, small, start, state, train
 
 TRAIN = Path(__file__).parents[1] / "train/train.py"
+LONGER = {"batch_size": 2, "max_steps": 60, "checkpoint_every": 5, "validate_every": 0}  # of TrainConfig
 
 
 def equality(images: Path, out: Path) -> dict:
@@ -42,6 +43,11 @@ def bad_numbers(images: Path, out: Path) -> dict:
     return {"states": states, "step": trainer.step, "draw": trainer.draw}
 
 
+def peace(images: Path, out: Path) -> None:
+    """A run that nothing disturbs, against which others are held."""
+    train(start(small(out / "peace", images, **LONGER)))
+
+
 def corrupt_images(images: Path, out: Path) -> None:
     """A run over a folder in which some images cannot be read."""
     train(start(small(out / "corrupt", images.with_name("corrupt"), batch_size=2)))
@@ -49,7 +55,7 @@ def corrupt_images(images: Path, out: Path) -> None:
 
 def main(images: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    cases = (equality, resume, bad_numbers, corrupt_images)
+    cases = (equality, resume, bad_numbers, peace, corrupt_images)
     found = {case.__name__: case(images, out) for case in cases}
     torch.save(found, out / f"found-{torch.distributed.get_rank()}.pt")
     reset()

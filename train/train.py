@@ -7,7 +7,7 @@ Without --data.path it trains on drawn pictures, so it runs anywhere. The same c
 runs/NAME/codec/ (a plain diffusers AutoencoderKL folder), metrics.jsonl, samples/, checkpoints/, config.yaml and, in
 the end, result.json. `--help` lists every setting. Ends with code 0 when the run is complete, 128 + signal after a
 signal (143 SIGTERM, 130 Ctrl-C, 138 SIGUSR1) with a checkpoint of the last step, 2 for a wrong setting, 1 for any
-other error.
+other error. Several machines: docs/several-machines.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from latentcodec.training.trainer import Trainer
 def main() -> int:
     config = parse()
     every = config.train
-    with StopRequest() as stop:
-        trainer = Trainer(config)
-        trainer.resume()
-        if trainer.finished:
-            trainer.journal.say(f"{config.output_dir} is finished; raise train.max_steps to train it on")
-            return 0
+    stop = StopRequest()
+    trainer = Trainer(config)
+    trainer.resume()
+    if trainer.finished:
+        trainer.journal.say(f"{config.output_dir} is finished; raise train.max_steps to train it on")
+        return 0
+    with stop:  # before the first step there is nothing to save, so until here a signal ends the run at once
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
             if report is None:  # a number was not finite: nothing has changed

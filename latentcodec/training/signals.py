@@ -5,16 +5,19 @@ note a request; the loop reads it once a step, saves a checkpoint and leaves wit
 
     SIGTERM 143 | SIGINT (Ctrl-C) 130 | SIGUSR1 138 | the launcher died 143
 
-A second Ctrl-C, later than a second after the first, ends the process at once; so does SIGKILL. Nothing that
-was committed is lost then.
+A second Ctrl-C, later than a second after the first, ends the process at once; so does SIGKILL, and so does any of
+the three before the first step, when there is nothing to save. Nothing that was committed is lost then.
 
-What launchers make of a signal that is sent to them alone (torch 2.15, accelerate 1.15, both tried):
+What launchers make of a signal that is sent to them alone, and the code that they end with themselves (torch 2.15,
+accelerate 1.15, all tried):
 
-- `torchrun` passes SIGTERM and SIGINT on, waits 30 s (`--shutdown-timeout`) before it kills, and ends with
-  code 1 whatever the workers returned. SIGUSR1 is passed on only with
-  `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1`; otherwise it kills torchrun.
-- `accelerate launch` with several processes is torchrun inside, and takes that option from the environment:
-  `PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1`. With one process it passes nothing on and dies.
+                                      SIGTERM         SIGINT          SIGUSR1
+    torchrun                          passed on, 1    passed on, 1    dies of it
+    torchrun --signals-to-handle ...  passed on, 1    passed on, 1    passed on, 1    (SIGTERM,SIGINT,SIGUSR1)
+    accelerate launch, one process    dies of it      dies of it      dies of it
+
+`torchrun` kills what has not left after 30 s (`--shutdown-timeout`). `accelerate launch` with several processes is
+torchrun inside, and takes the option from the environment: `PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1`.
 
 Where a launcher dies, the run notices at its next step that it has been orphaned, saves and leaves. So every
 signal to every launcher ends in a checkpoint, and only the launcher's own exit code varies.
