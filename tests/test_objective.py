@@ -52,6 +52,8 @@ def test_noise_belongs_to_the_position_and_not_to_the_batch():
     )
     assert not torch.equal(whole.noise, objective.inputs(x, torch.tensor([8, 9, 10]), draw=0).noise)
     assert abs(whole.noise.std() - 1) < 0.1
+    added = whole.transform(torch.zeros_like(z))  # by the latent noise, which is another one
+    assert abs(torch.corrcoef(torch.stack([added.flatten(), whole.noise.flatten()]))[0, 1]) < 0.2
 
 
 def test_without_regularizers_the_decoder_gets_the_latent_and_the_target_is_the_image():
