@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def measure(codec: Codec, images: Sequence[Tensor], f: int, what: str) -> dict[s
     """Mean PSNR in dB on `images` [C, H, W] by what was done to the latents."""
     disturbances: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda z: z, "int8": int8}
     for deviation in NOISES:
-        disturbances[f"noise {deviation}"] = lambda z, deviation=deviation: noisy(z, deviation)
+        disturbances[f"noise {deviation}"] = partial(noisy, deviation=deviation)
     rows = {}
     bar = tqdm(disturbances.items(), desc=what, unit="disturbance", leave=False)
     for name, disturb in bar:
