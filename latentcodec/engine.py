@@ -43,18 +43,20 @@ class Engine:
         So gradients, autocast, tracing, hooks on inner layers and adapters get the plain modules.
         """
         return (
-            x.device.type in STRIP_BYTES
+            not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and x.device.type in STRIP_BYTES
             and all(map(_is_plain, network.modules()))
         )
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
         stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(encoder.down_blocks)]
-        with torch.inference_mode():  # where views are plain tensors, for which one compiled function fits all
+        with (
+            torch.inference_mode()
+        ):  # where views are plain tensors, for which one compiled function fits all
             strips = self._plan(x, stages).encode(encoder, x)
         return _joined(strips, x.dtype)
 
