@@ -19,13 +19,8 @@ from latentcodec.strips import StripPass
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # stays in the cache of a CPU, and fills a GPU
 STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
-PLAIN = {
-    nn.Conv2d,
-    nn.Linear,
-    nn.GroupNorm,
-    nn.ModuleList,
-    *ACTIVATIONS.values(),
-}  # leaves that strips can run
+# The leaves that strips can run.
+PLAIN = {nn.Conv2d, nn.Linear, nn.GroupNorm, nn.ModuleList, *ACTIVATIONS.values()}
 
 
 @dataclass
@@ -33,7 +28,7 @@ class Engine:
     """How an Encoder or a Decoder runs when no gradient is asked for; `optimize_vae` sets it."""
 
     max_memory: int | None = None
-    """Bytes of activations, output included; None: up to half of the free memory."""
+    """Bytes of feature maps; None: up to half of the free memory."""
     compiled: bool = False
     """Whether the pointwise functions are compiled at their first use."""
 
@@ -46,17 +41,16 @@ class Engine:
             not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
             and x.device.type in STRIP_BYTES
+            and not torch.is_autocast_enabled(x.device.type)
             and all(map(_is_plain, network.modules()))
         )
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
         stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(encoder.down_blocks)]
-        with (
-            torch.inference_mode()
-        ):  # where views are plain tensors, for which one compiled function fits all
+        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
+        with torch.inference_mode():
             strips = self._plan(x, stages).encode(encoder, x)
         return _joined(strips, x.dtype)
 
@@ -98,7 +92,7 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is what it was built as: no adapter, no forward of its own, nobody who waits for its outputs."""
+    """Whether a layer is what it was built as: no adapter, no forward of its own, nobody waiting for its outputs."""
     listeners = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not listeners and (bool(module._modules) or type(module) in PLAIN)
 
