@@ -467,10 +467,49 @@ def test_two_processes_fine_tune_and_finish_as_one_does(tmp_path, images, follow
 # ---- the configurations that come with the project ----
 
 
-@pytest.mark.parametrize("name", ["distill-f8c4", "finetune-decoder"])
-def test_the_fine_tuning_configurations_are_valid(name):
-    config = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", "runs/x"])
-    assert config.model.keeps_latents
+def a_short_run_of(name, output, images, *settings) -> Config:
+    """A configuration of the project on small crops: its recipe, but for what is given here."""
+    small = ["resolution=32", "val_images=2", "val_resolution=32", "workers=0"]
+    short = ["max_steps=24", "batch_size=4", "checkpoint_every=8", "statistics_images=8", "lr=5e-3"]
+    arguments = [f"--data.{text}" for text in [f"path={images}", *small]] + [f"--train.{t}" for t in short]
+    return parse(
+        ["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", str(output), *arguments, *settings]
+    )
+
+
+def test_the_distillation_configuration_brings_a_student_closer_to_its_teacher(tmp_path, images):
+    teacher = f"--model.teacher={saved(tiny(), tmp_path / 'teacher')}"
+    student = ["--model.block_out_channels=[16,16,16]", "--model.norm_num_groups=2"]
+    train(start(a_short_run_of("distill-f8c4", tmp_path / "run", images, teacher, *student)))
+    first, _, last = reported(tmp_path / "run", "latent_drift")
+    assert last < 0.95 * first
+    assert f"off by {last:.4f}" in (tmp_path / "run/codec/README.md").read_text()
+
+
+class RandomFeatures(nn.Module):
+    """In the place of LPIPS, whose trained network is no part of a checkout."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, 2))
+        self.requires_grad_(False)
+
+    def forward(self, y, x):
+        return (self.features(y) - self.features(x)).square().mean((1, 2, 3))
+
+
+def test_the_decoder_configuration_lowers_its_perceptual_loss_and_keeps_the_latents(
+    tmp_path, images, monkeypatch
+):
+    monkeypatch.setattr("latentcodec.perceptual.load_lpips", lambda *_: RandomFeatures())
+    source = saved(tiny(), tmp_path / "parent")
+    parent = [f"--model.from_pretrained={source}", "--loss.lpips_net=squeeze"]
+    train(start(a_short_run_of("finetune-decoder", tmp_path / "run", images, *parent)))
+    distances = reported(tmp_path / "run", "lpips")
+    assert sum(distances[-6:]) < 0.9 * sum(distances[:6])
+    x = torch.rand(1, 3, 32, 40) * 2 - 1
+    ours, theirs = (LatentCodec.from_pretrained(path).encode(x) for path in (tmp_path / "run/codec", source))
+    assert torch.equal(ours, theirs)
 
 
 def test_adapted_channels_can_be_given_on_the_command_line():
