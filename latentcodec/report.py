@@ -168,15 +168,15 @@ def require_folder(out: Path) -> None:
         raise ValueError(f"--out {out}: no results can be written there ({error.strerror})") from error
 
 
-def write(page: Page, data: Mapping[str, Any], out: Path, stem: str) -> dict[str, str]:
-    """Write `stem`.json and `stem`.html into `out`, which is made where missing; their paths by suffix.
+def write(page: Page, data: Mapping[str, Any], out: Path, name: str) -> dict[str, str]:
+    """Write `name`.json and `name`.html (see `stem`) into `out`, made where missing; their paths by suffix.
 
     Each file appears whole or not at all. Raises `OSError` where the disk refuses.
     """
     texts = {"json": json.dumps(finite(data), indent=1) + "\n", "html": page.render()}
     for suffix, text in texts.items():
-        write_whole(out / f"{stem}.{suffix}", text.encode())
-    return {suffix: str(out / f"{stem}.{suffix}") for suffix in texts}
+        write_whole(out / f"{name}.{suffix}", text.encode())
+    return {suffix: str(out / f"{name}.{suffix}") for suffix in texts}
 
 
 def print_last_line(data: Mapping[str, Any]) -> None:
