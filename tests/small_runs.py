@@ -13,6 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from latentcodec.training import survey
 from latentcodec.training.config import Config
 from latentcodec.training.data import DataConfig
 from latentcodec.training.discriminator import DiscriminatorConfig
@@ -182,7 +183,7 @@ def recorded(config: Config) -> dict[str, torch.Tensor]:
     train(trainer)
     record |= {"end": _flat(trainer.parameters), "averages": _flat(trainer.ema.parameters())}
     record["discriminator"] = _flat(trainer.adversary.plain.parameters())
-    moments = trainer._latent_moments()
+    moments = survey.moments(trainer)
     record["latents"] = torch.cat([moments.mean, moments.covariance.flatten()])
     return record
 

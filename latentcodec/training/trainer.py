@@ -1,7 +1,8 @@
 """The training step and everything a run must remember between two of them.
 
 `train/train.py` reads the loop aloud; each of its lines is a method here. What of it survives a restart is in
-`memory.py`; how weights move, what the losses are and who writes them down have files of their own.
+`memory.py`, what is measured outside the steps in `survey.py`; how weights move, what the losses are and who writes
+them down have files of their own.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +27,12 @@ from latentcodec.autoencoder import downsampling_factor
 from latentcodec.codec import LatentCodec
 from latentcodec.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training import checkpoint as checkpoints
-from latentcodec.training import memory
+from latentcodec.training import memory, survey
 from latentcodec.training.adversary import Adversary
 from latentcodec.training.crops import Batch
 from latentcodec.training.data import held_out, open_images, training_batches
 from latentcodec.training.finish import finish, write_codec
 from latentcodec.training.journal import Journal
-from latentcodec.training.latents import LatentMoments, latent_moments
 from latentcodec.training.losses import objective
 from latentcodec.training.model import TrainedCodec, image_channels, load_parent, new_vae
 from latentcodec.training.objective import Objective
@@ -43,12 +44,11 @@ from latentcodec.training.optimization import (
 )
 from latentcodec.training.preflight import check_held_out, find_checkpoint, new_accelerator, smallest_crop
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.teacher import Drift, Teacher
+from latentcodec.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
 
-START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB
 BAD_STEPS_BEFORE_ROLLBACK = 3
 ROLLBACKS_BEFORE_GIVING_UP = 3
 
@@ -75,7 +75,7 @@ class Trainer:
         check_held_out(self.held_out)
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
-        vae = new_vae(start, parent, self.teacher, self._start_crops)
+        vae = new_vae(start, parent, self.teacher, partial(survey.start_crops, self.images))
         self.layout = torch.channels_last if train.channels_last else torch.contiguous_format
         self.codec = TrainedCodec(vae, config.loss.scale, config.loss.learn_scale)
         self.codec.to(device).to(memory_format=self.layout)
@@ -210,10 +210,11 @@ class Trainer:
 
     def save_codec(self, evaluation: Evaluation | None = None) -> None:
         """Write codec/: the averaged weights, finished; those of a complete run with the precision certificate."""
-        moments, drift = self._latent_moments(), self._drift()
+        moments, drift = survey.moments(self), survey.drift(self)
         if self.accelerator.is_main_process:
             vae, settings = copy.deepcopy(self.ema), self.config.finish
-            crops = self._start_crops()[: settings.certificate_images] if self.progress >= 1 else []
+            count = settings.certificate_images if self.progress >= 1 else 0
+            crops = survey.start_crops(self.images)[:count] if count else []
             sections = [self.journal.card(self, evaluation), finish(vae, settings, moments, crops)]
             if drift is not None:
                 self.journal.drifted(self.step, drift)
@@ -317,31 +318,3 @@ class Trainer:
             "waited_seconds": self.batches.waited_seconds - self._waited_before,
             "minutes": self.seconds / 60,
         }
-
-    # ---- the start and the finish ----------------------------------------------------------------------------
-
-    def _start_crops(self) -> list[Tensor]:
-        return list(next(iter(training_batches(self.images, START_CROPS, steps=1)))["pixels"])
-
-    def _latent_moments(self) -> LatentMoments | None:
-        """Of the averaged weights' latents; None where another codec's normalisation holds."""
-        if self.config.model.keeps_latents:
-            return None
-        with self.accelerator.autocast():
-            return latent_moments(self.ema, self._survey(), self._sum)
-
-    def _drift(self) -> Drift | None:
-        return None if self.teacher is None else self.teacher.drift(self.ema, self._survey(), self._sum)
-
-    def _survey(self) -> Iterator[Tensor]:
-        """[B, C, H, W]: this process's share of the training crops over which the latents are measured."""
-        train, world = self.config.train, self.accelerator.num_processes
-        steps = -(-train.statistics_images // (train.batch_size * world))
-        rank = self.accelerator.process_index
-        for batch in training_batches(
-            self.images, train.batch_size, steps=steps, rank=rank, world_size=world
-        ):
-            yield batch["pixels"].to(self.accelerator.device, memory_format=self.layout)
-
-    def _sum(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
