@@ -4,12 +4,15 @@ Several processes are in test_train.py.
 """
 
 import json
+import resource
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from small_runs import (
     Stop,
     differing,
@@ -522,6 +525,52 @@ def test_the_share_of_waiting_for_data_can_be_read_from_the_metrics(tmp_path, im
     for line in [line for line in lines if "total" in line]:
         assert 0.1 <= line["waited_seconds"] <= line["step_seconds"]
         assert line["images_per_second"] == pytest.approx(2 / line["step_seconds"])
+
+
+def test_the_wait_of_the_slowest_process_counts(tmp_path, images):
+    trainer = start(small(tmp_path / "run", images, max_steps=2))
+    other = torch.tensor(
+        [0.0] * 3 + [9.0]
+    )  # its notes: no time, no signal, nothing rejected, nine seconds of waiting
+    gather = trainer.accelerator.gather
+    trainer.accelerator.gather = lambda row: gather(
+        torch.cat([row, torch.cat([row[:, :-4], other[None]], 1)])
+    )
+    assert trainer.train_step(next(trainer.steps(Stop())))["waited_seconds"] == 9
+
+
+def test_an_alarm_sounds_when_the_discriminator_has_won(tmp_path, images):
+    config = everything(small(tmp_path / "run", images))
+    config = replace(config, discriminator=replace(config.discriminator, alarm_after_steps=2))
+    trainer = start(config)
+    step = trainer.adversary.step
+    trainer.adversary.step = lambda report: step(report | {"d_accuracy": 1.0})
+    with pytest.warns(UserWarning, match=r"the discriminator has won.*lower discriminator\.lr"):
+        train(trainer, kill_at=4)
+
+
+def test_shards_of_two_optimizers_are_refused_and_not_tried(tmp_path, images, monkeypatch):
+    sharded = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("latentcodec.training.preflight.Accelerator", lambda **_: sharded)
+    with pytest.raises(ValueError, match=r"FSDP cannot train .*torchrun"):
+        new_trainer(small(tmp_path / "run", images))
+
+
+def test_a_full_disk_is_an_error_that_names_the_diary_and_its_bytes(tmp_path, images):
+    trainer = start(small(tmp_path / "run", images))
+    train(trainer, kill_at=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (trainer.journal.metrics.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"metrics\.jsonl cannot be written, it needs \d+ bytes: .*File too large"
+        ):
+            train(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    trainer = start(small(tmp_path / "run", images))  # half a line was written, and is forgotten
+    train(trainer)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "total" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_samples_and_numbers_reach_tensorboard(tmp_path, images):

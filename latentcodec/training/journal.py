@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +70,13 @@ class Journal:
         """One step: a line in metrics.jsonl, the trackers and the progress bar; `progress` in (0, 1] of the run."""
         if self.bar is None:
             return
-        self._append({"step": step, **report})
+        _append(self.metrics, _json({"step": step, **report}))
         self.accelerator.log(report, step=step)
         shown = {
             "loss": f"{report['total']:.4g}",
             "kl": f"{report['kl']:.4g}",
             "img/s": f"{report['images_per_second']:.1f}",
+            "waiting": f"{report['waited_seconds'] / report['step_seconds']:.0%}",
         }
         if self.last_psnr is not None:
             shown["val dB"] = f"{self.last_psnr:.2f}"
@@ -88,7 +90,7 @@ class Journal:
         """The scores of the held-out images."""
         scores = _scores(evaluation)
         self.last_psnr = scores["psnr"]
-        self._append({"step": step, "minutes": seconds / 60, **scores})
+        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores}))
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
         self.say(
             f"step {step}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} on {scores['images']} images"
@@ -96,7 +98,7 @@ class Journal:
 
     def drifted(self, step: int, drift: Drift) -> None:
         """How far the latents are from the teacher's, over the training crops."""
-        self._append({"step": step, **drift.record()})
+        _append(self.metrics, _json({"step": step, **drift.record()}))
         self.say(f"step {step}: latents {drift.rms:.4f} deviations from the teacher's")
 
     def samples(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -125,8 +127,7 @@ class Journal:
         for line in (text.replace("\n", " ") for text in lines):
             if line not in self.listed:
                 self.listed.add(line)
-                with (self.output / "rejected.txt").open("a") as file:
-                    file.write(line + "\n")
+                _append(self.output / "rejected.txt", line)
                 self.say(f"left out ({len(self.listed)} so far, all in rejected.txt): {line}")
 
     def skipped(self, step: int, draw: int, names: list[str]) -> None:
@@ -136,8 +137,7 @@ class Journal:
         positions = range(draw * self._batch, (draw + 1) * self._batch)
         names = [name for name in names if "/" not in name]  # a bad channel makes the whole bad
         line = {"step": step, "draw": draw, "not_finite": names, "positions": [*positions]}
-        with (self.output / "skipped.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self.output / "skipped.jsonl", json.dumps(line))
         self.say(f"step {step}: {names[0]} is not finite; nothing was changed, the batch is in skipped.jsonl")
 
     def rolled_back(self, step: int, to: int) -> None:
@@ -188,10 +188,6 @@ class Journal:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(_json(record) + "\n")
-
     @property
     def _batch(self) -> int:
         """Images of an optimizer step, of all processes."""
@@ -228,8 +224,25 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _append(path: Path, line: str) -> None:
+    with _named_on_failure(path, line), path.open("a") as file:
+        file.write(line + "\n")
+
+
 def _write(path: Path, text: str) -> None:
     """Replace a small file whole."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    with _named_on_failure(path, text):
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+
+
+@contextmanager
+def _named_on_failure(path: Path, text: str) -> Iterator[None]:
+    """The system's error for a full disk names no file; ours does, and says how many bytes it needs."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written, it needs {len(text.encode()):,} bytes: {error}. The checkpoints are untouched."
+        ) from error

@@ -255,17 +255,18 @@ class Trainer:
 
     def _exchange(self, sums: dict[str, Tensor], rejected: list[str]) -> dict[str, float]:
         """What all processes must know of each other's step, in one exchange: the means of the losses, the time,
-        a request to stop, and whether any image was rejected."""
+        a request to stop, whether any image was rejected, and the longest wait for data, which holds up all."""
         now = time.perf_counter()
-        notes = [now - self._exchanged, float(self.stop.received), float(len(rejected))]
+        waited = self.batches.waited_seconds - self._waited_before
+        notes = [now - self._exchanged, float(self.stop.received), float(len(rejected)), waited]
         self._exchanged = now
         device = self.accelerator.device
         row = torch.cat(
             [torch.stack([v.detach().float() for v in sums.values()]), torch.tensor(notes, device=device)]
         )
         table = self.accelerator.gather(row[None])  # [processes, numbers]
-        *means, seconds, _, _ = table.mean(0).tolist()
-        *_, stopped_by, any_rejected = table.amax(0).tolist()
+        *means, seconds, _, _, _ = table.mean(0).tolist()
+        *_, stopped_by, any_rejected, self._waited = table.amax(0).tolist()
         self.seconds += seconds
         self.stopped_by = int(stopped_by)
         if any_rejected:
@@ -315,6 +316,6 @@ class Trainer:
         return {
             "images_per_second": images / seconds,
             "step_seconds": seconds,
-            "waited_seconds": self.batches.waited_seconds - self._waited_before,
+            "waited_seconds": self._waited,
             "minutes": self.seconds / 60,
         }
