@@ -24,23 +24,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from latentcodec import report
 from latentcodec.codec import LatentCodec
 from latentcodec.klt import KLT
 from latentcodec.metrics import Codec, evaluate, reconstruct
 from latentcodec.pixels import UnreadableImage, find_images, load_image
-from latentcodec.report import (
-    OURS,
-    SECOND,
-    Page,
-    hardware,
-    machine_facts,
-    number,
-    plot_style,
-    print_last_line,
-    print_table,
-    stem,
-    write,
-)
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
 STEPS = 255  # between the 256 levels of 8 bits
@@ -144,6 +132,7 @@ def open_images(folder: Path, channels: int, f: int) -> tuple[list[Tensor], int]
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
+        report.require_folder(options.out)
         codec = LatentCodec.from_pretrained(options.codec)
         f, c = codec.downsampling_factor, codec.latent_channels
         images, skipped = open_images(options.images, codec.image_channels, f)
@@ -154,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data: dict[str, Any] = {
         "bench": "robustness",
         "date": date.today().isoformat(),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": report.hardware(torch.device("cpu")),
         "codec": options.codec,
         "latent": f"f{f}c{c}",
         "folder": str(options.images),
@@ -163,12 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "psnr": own,
         "klt_psnr": linear,
     }
-    print_table(*table(data))
+    report.print_table(*table(data))
     print(f"\n{len(images)} images; KLT fitted on them")
-    name = stem([options.codec], data["hardware"], "robustness")
-    files = write(build_page(data, codec, images), data, options.out, name)
+    name = report.stem([options.codec], data["hardware"], "robustness")
+    files = report.write(build_page(data, codec, images), data, options.out, name)
     print("\n".join(files.values()))
-    print_last_line(data | {"files": files})
+    report.print_last_line(data | {"files": files})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -190,13 +179,13 @@ def table(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name in own:
         reference = "half-size image" if name.startswith("half") else "none"
         losses = [f"{scores[name] - scores[reference]:+.3f}" for scores in (own, linear)]
-        rows.append([name, number(own[name], 2), losses[0], number(linear[name], 2), losses[1]])
+        rows.append([name, report.number(own[name], 2), losses[0], report.number(linear[name], 2), losses[1]])
     return ["latents", "PSNR dB", "change", "KLT dB", "change"], rows
 
 
-def build_page(data: dict[str, Any], codec: LatentCodec, images: Sequence[Tensor]) -> Page:
+def build_page(data: dict[str, Any], codec: LatentCodec, images: Sequence[Tensor]) -> report.Page:
     own = data["psnr"]
-    page = Page(
+    page = report.Page(
         "What the latents bear",
         f"{data['codec']}, {data['latent']}, on {data['images']} images of {data['folder']}: its latents are "
         "rounded to 8 bits, given noise, or scaled to half their size, and then decoded.",
@@ -222,15 +211,18 @@ def build_page(data: dict[str, Any], codec: LatentCodec, images: Sequence[Tensor
         page.pictures(pictures(codec, even_cells(image, codec.downsampling_factor)[None]), "")
     page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
     skipped = f"{data['images']} of {data['folder']}; {data['skipped']} skipped"
-    page.facts({"images": skipped, **machine_facts(data["hardware"]), "date": data["date"]})
+    page.facts({"images": skipped, **report.machine_facts(data["hardware"]), "date": data["date"]})
     return page
 
 
 def plot_noise(data: dict[str, Any]) -> Figure:
-    with plot_style():
+    with report.plot_style():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        for key, label, colour in (("psnr", data["codec"], OURS), ("klt_psnr", "its KLT", SECOND)):
+        for key, label, colour in (
+            ("psnr", data["codec"], report.OURS),
+            ("klt_psnr", "its KLT", report.SECOND),
+        ):
             values = [data[key]["none"], *(data[key][f"noise {deviation}"] for deviation in NOISES)]
             axes.plot([0, *NOISES], values, marker="o", color=colour, label=label)
         axes.set(xlabel="deviation of the noise", ylabel="PSNR, dB")

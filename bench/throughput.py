@@ -44,21 +44,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from latentcodec import report
 from latentcodec.autoencoder import build, downsampling_factor, optimize_vae
 from latentcodec.codec import LatentCodec
-from latentcodec.report import (
-    INK,
-    SERIES,
-    Page,
-    hardware,
-    machine_facts,
-    number,
-    plot_style,
-    print_last_line,
-    print_table,
-    stem,
-    write,
-)
 
 SIDES = {
     "ours": "optimize_vae(codec.vae)",
@@ -68,7 +56,7 @@ SIDES = {
     "diffusers tiled": "channels_last and enable_tiling(): blended tiles, which give another image",
 }
 USUAL = ["ours", "diffusers", "diffusers best"]
-COLOURS = dict(zip(SIDES, SERIES, strict=False))
+COLOURS = dict(zip(SIDES, report.SERIES, strict=False))
 DIRECTIONS = ("encode", "decode")
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate
 CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
@@ -180,15 +168,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, peaks = measure_all(setup, codec, options)
     measure_memory(setup, results)
     data = summary(codec, results, peaks, options)
-    print_table(*table(data["results"]))
-    files = write(build_page(data), data, options.out, stem([options.codec], data["hardware"], "throughput"))
+    report.print_table(*table(data["results"]))
+    files = report.write(
+        build_page(data), data, options.out, report.stem([options.codec], data["hardware"], "throughput")
+    )
     print("\n".join(["", *files.values()]))
     short = [{key: value for key, value in r.items() if key != "rounds_ms"} for r in data["results"]]
-    print_last_line(data | {"results": short, "files": files})
+    report.print_last_line(data | {"results": short, "files": files})
 
 
 def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
     """The codec in float32. Raises `ValueError` or `OSError` naming the argument that cannot be used."""
+    report.require_folder(options.out)
     codec = setup.codec("float32")
     for size in options.sizes:
         if size < 1 or size % codec.downsampling_factor:
@@ -395,7 +386,7 @@ def summary(
     return {
         "bench": "throughput",
         "date": date.today().isoformat(),
-        "hardware": hardware(torch.device(options.device)),
+        "hardware": report.hardware(torch.device(options.device)),
         "codec": options.codec,
         "weights": "random" if options.codec.endswith(".json") else "the codec's",
         "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",
@@ -436,10 +427,13 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     for r in records:
         case = [r["direction"], r["dtype"], f"{r['batch']} x {r['size']}\u00b2"]
         cells = case if case != previous else ["", "", ""]  # said once for all sides
-        cells = [*cells, r["side"], number(r["ms"], 1), number(r["images_per_s"], 2)]
-        cells += [number(r["megapixels_per_s"], 3), number(100 * r["floor_ms"] / r["ms"], 0) + " %"]
-        cells += [number(r["peak_mib"], 1), f"{r['rms_error']:.1e}", f"{r['max_error']:.1e}"]
-        cells += [number(r["time_over_ours"], 2) + "x"]
+        cells = [*cells, r["side"], report.number(r["ms"], 1), report.number(r["images_per_s"], 2)]
+        cells += [
+            report.number(r["megapixels_per_s"], 3),
+            report.number(100 * r["floor_ms"] / r["ms"], 0) + " %",
+        ]
+        cells += [report.number(r["peak_mib"], 1), f"{r['rms_error']:.1e}", f"{r['max_error']:.1e}"]
+        cells += [report.number(r["time_over_ours"], 2) + "x"]
         rows.append(cells)
         previous = case
     return header, rows
@@ -448,8 +442,8 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 # --- the page
 
 
-def build_page(data: dict[str, Any]) -> Page:
-    page = Page(
+def build_page(data: dict[str, Any]) -> report.Page:
+    page = report.Page(
         "Speed and memory of encode and decode",
         f"{data['codec']} ({data['latent']}, {data['parameters'] / 1e6:.1f} M parameters, {data['weights']} "
         f"weights) on {data['hardware']['device']}: ours against diffusers' own AutoencoderKL with the same "
@@ -491,7 +485,7 @@ def build_page(data: dict[str, Any]) -> Page:
     page.section("How it was measured", "The configuration of both sides and of the machine.")
     rates = ", ".join(f"{rate:.3g} in {dtype}" for dtype, rate in data["peak_tflops"].items())
     rounds = f"{data['rounds']}, after one warm-up of every side"
-    facts = {"rounds": rounds, "peak rate, TFLOP/s": rates, **machine_facts(data["hardware"])}
+    facts = {"rounds": rounds, "peak rate, TFLOP/s": rates, **report.machine_facts(data["hardware"])}
     page.facts(data["sides"] | facts | {"date": data["date"]})
     return page
 
@@ -515,7 +509,7 @@ def plot_bars(data: dict[str, Any], key: str, label: str) -> Figure:
     dtypes, sides = list(data["peak_tflops"]), list(data["sides"])
     shapes = sorted({(r["size"], r["batch"]) for r in data["results"]}, reverse=True)
     step = len(sides) + 1  # bars of a group and a gap
-    with plot_style():
+    with report.plot_style():
         figure = Figure(
             figsize=(9.6, 0.4 + (0.7 + 0.19 * len(shapes) * step) * len(dtypes)), layout="constrained"
         )
@@ -527,7 +521,9 @@ def plot_bars(data: dict[str, Any], key: str, label: str) -> Figure:
             panel.barh(place, r[key], height=0.86, color=COLOURS[r["side"]])
             if key == "megapixels_per_s":
                 ends = place - 0.5, place + 0.5
-                panel.vlines(r["floor_megapixels_per_s"], *ends, color=INK, linestyle="--", linewidth=1)
+                panel.vlines(
+                    r["floor_megapixels_per_s"], *ends, color=report.INK, linestyle="--", linewidth=1
+                )
         middles = [group * step + (len(sides) - 1) / 2 for group in range(len(shapes))]
         panels[0][0].set_yticks(middles, [f"{batch} x {size}\u00b2" for size, batch in shapes])
         for dtype, row in zip(dtypes, panels, strict=True):
@@ -542,7 +538,7 @@ def plot_bars(data: dict[str, Any], key: str, label: str) -> Figure:
 def plot_rounds(data: dict[str, Any]) -> Figure:
     """Milliseconds of every round in the case of most pixels, in the last dtype."""
     dtype = list(data["peak_tflops"])[-1]
-    with plot_style():
+    with report.plot_style():
         figure = Figure(figsize=(9.6, 3), layout="constrained")
         for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
             group = [r for r in data["results"] if (r["direction"], r["dtype"]) == (direction, dtype)]

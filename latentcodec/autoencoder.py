@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latentcodec.blocks import ACTIVATIONS, DownStage, UNetMidBlock2D, UpStage, group_norm
+from latentcodec.blocks import ACTIVATIONS, DownStage, Shape, UNetMidBlock2D, UpStage, group_norm
 from latentcodec.engine import Engine
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
@@ -39,20 +39,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        attention = _attention_per_stage(config, "down_block_types", DOWN_BLOCKS)
         channels, groups, activation = _widths(config)
+        attention = _attention_per_stage(config, "down_block_types", DOWN_BLOCKS)
+        shapes = _shapes(config, channels, config["layers_per_block"], attention)
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownStage(
-                in_channels=channels[max(i - 1, 0)],
-                out_channels=channels[i],
-                layers=config["layers_per_block"],
-                groups=groups,
-                activation=activation,
-                attention=attention[i],
-                downsample=i < len(channels) - 1,
-            )
-            for i in range(len(channels))
+            DownStage(shape, downsample=i < len(channels) - 1) for i, shape in enumerate(shapes)
         )
         self.mid_block = UNetMidBlock2D(channels[-1], groups, activation, config["mid_block_add_attention"])
         self.conv_norm_out = group_norm(channels[-1], groups)
@@ -79,21 +71,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        attention = _attention_per_stage(config, "up_block_types", UP_BLOCKS)
         channels, groups, activation = _widths(config)
         channels = channels[::-1]
+        attention = _attention_per_stage(config, "up_block_types", UP_BLOCKS)
+        # The decoder is one block a stage deeper than the encoder.
+        shapes = _shapes(config, channels, config["layers_per_block"] + 1, attention)
         self.conv_in = nn.Conv2d(config["latent_channels"], channels[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
-            UpStage(
-                in_channels=channels[max(i - 1, 0)],
-                out_channels=channels[i],
-                layers=config["layers_per_block"] + 1,  # the decoder is one block deeper than the encoder
-                groups=groups,
-                activation=activation,
-                attention=attention[i],
-                upsample=i < len(channels) - 1,
-            )
-            for i in range(len(channels))
+            UpStage(shape, upsample=i < len(channels) - 1) for i, shape in enumerate(shapes)
         )
         self.mid_block = UNetMidBlock2D(channels[0], groups, activation, config["mid_block_add_attention"])
         self.conv_norm_out = group_norm(channels[-1], groups)
@@ -256,6 +241,17 @@ def _attention_per_stage(config: Mapping[str, Any], key: str, known: Mapping[str
             "each width needs one block type"
         )
     return [known[block_type] for block_type in config[key]]
+
+
+def _shapes(
+    config: Mapping[str, Any], channels: list[int], layers: int, attention: list[bool]
+) -> list[Shape]:
+    """Of the stages in the order in which they run, `channels` being their widths."""
+    _, groups, activation = _widths(config)
+    return [
+        Shape(before, after, layers, groups, activation, attends)
+        for before, after, attends in zip([channels[0], *channels], channels, attention, strict=False)
+    ]
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[list[int], int, str]:

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W rows and columns, n = H * W attention tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -98,20 +99,30 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the residual blocks of a stage are made of."""
+
+    in_channels: int
+    out_channels: int
+    layers: int
+    groups: int
+    activation: str
+    attention: bool
+
+
 class Stage(nn.Module):
     """The residual blocks of one resolution, each followed by an attention layer where the stage has them."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, layers: int, groups: int, activation: str, attention: bool
-    ) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        widths = [in_channels] + [out_channels] * layers
+        self.in_channels, self.out_channels = shape.in_channels, shape.out_channels
+        widths = [shape.in_channels] + [shape.out_channels] * shape.layers
         self.attentions = nn.ModuleList(
-            Attention(out_channels, groups) for _ in range(layers if attention else 0)
+            Attention(shape.out_channels, shape.groups) for _ in range(shape.layers if shape.attention else 0)
         )
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(before, after, groups, activation) for before, after in pairwise(widths)
+            ResnetBlock2D(before, after, shape.groups, shape.activation) for before, after in pairwise(widths)
         )
 
     def refine(self, x: Tensor) -> Tensor:
@@ -126,18 +137,9 @@ class Stage(nn.Module):
 class DownStage(Stage):
     """A stage of the encoder: refine, then halve the resolution unless it is the last one."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        layers: int,
-        groups: int,
-        activation: str,
-        attention: bool,
-        downsample: bool,
-    ) -> None:
-        super().__init__(in_channels, out_channels, layers, groups, activation, attention)
-        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
+    def __init__(self, shape: Shape, downsample: bool) -> None:
+        super().__init__(shape)
+        self.downsamplers = nn.ModuleList([Downsample(shape.out_channels)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.refine(x)
@@ -149,18 +151,9 @@ class DownStage(Stage):
 class UpStage(Stage):
     """A stage of the decoder: refine, then double the resolution unless it is the last one."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        layers: int,
-        groups: int,
-        activation: str,
-        attention: bool,
-        upsample: bool,
-    ) -> None:
-        super().__init__(in_channels, out_channels, layers, groups, activation, attention)
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+    def __init__(self, shape: Shape, upsample: bool) -> None:
+        super().__init__(shape)
+        self.upsamplers = nn.ModuleList([Upsample(shape.out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.refine(x)

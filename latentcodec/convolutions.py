@@ -29,7 +29,7 @@ _kept: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakK
 def convolution(layer: nn.Conv2d, dtype: torch.dtype, bias: bool = True) -> Callable[[Tensor], Tensor]:
     """`layer` for windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'], with or without its bias."""
     return _for_windows(
-        layer, dtype, bias, partial(_direct, stride=layer.stride[0], columns=layer.padding[1])
+        layer, dtype, bias, partial(_direct, stride=layer.stride[0], columns=int(layer.padding[1]))
     )
 
 

@@ -69,7 +69,7 @@ def compiled(device_type: str) -> Kernels:
             "no compiler for %s was found: the fused functions run uncompiled, slower but equal", device_type
         )
         return EAGER
-    return Kernels(*map(_compiled, EAGER))
+    return Kernels(*(_compiled(function) for function in EAGER))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

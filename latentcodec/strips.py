@@ -152,18 +152,18 @@ class StripPass:
         activation = FUNCTIONS[type(block.nonlinearity)]
         norm1 = feature.moments.norm(block.norm1, activation)
         conv1, conv2 = (convolution(layer, self.dtype, bias=False) for layer in (block.conv1, block.conv2))
-        bias = block.conv2.bias.float()
+        bias = _bias(block.conv2)
         shortcut: Callable[[Tensor], Tensor] = lambda strip: strip  # noqa: E731
         if block.conv_shortcut is not None:
             shortcut = convolution(block.conv_shortcut, self.dtype, bias=False)
-            bias = bias + block.conv_shortcut.bias.float()
+            bias = bias + _bias(block.conv_shortcut)
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
             for above, strip, below in _with_neighbours(feature.strips(last)):
                 yield conv1(self._window(above, strip, below, norm1)), shortcut(strip) if last else strip
 
         inner, pairs = self._surveyed(branches)
-        norm2 = inner.norm(block.norm2, activation, block.conv1.bias)
+        norm2 = inner.norm(block.norm2, activation, _bias(block.conv1))
 
         def joined() -> Iterator[Tensor]:
             for above, (h, residual), below in _with_neighbours(pairs):
@@ -298,7 +298,12 @@ def _drained(items: deque[T]) -> Iterator[T]:
         yield items.popleft()
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None  # every convolution of an AutoencoderKL has one
+    return layer.bias.float()
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
