@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
+from image_sets import write_folder, write_set
 from small_runs import (
     Stop,
     differing,
@@ -106,6 +107,28 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_identical_with_workers(tmp_pa
     assert trainer.draw * 4 % len(trainer.images.train) > 0
     train(trainer)
     assert differing(state(trainer), state(undisturbed)) == []
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
+
+
+@pytest.mark.parametrize("kind", ["buckets", "streaming"])
+def test_a_run_over_buckets_or_a_stream_is_resumed_bit_for_bit_too(tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "buckets":
+        for size in ((96, 48), (48, 96), (64, 64)):
+            write_folder(data / f"{size}", 5, size)
+    else:
+        data.mkdir()
+        data = write_set(data, "parquet", range(12))
+
+    def config(name):
+        run = small(tmp_path / name, data, max_steps=6, validate_every=0)
+        return replace(run, data=replace(run.data, resolution=96, **{kind: True}))
+
+    shapes = set()
+    train(start(config("peace")), spoil=lambda _, batches: shapes.add(batches[0]["pixels"].shape))
+    assert len(shapes) > 1 or kind == "streaming"
+    train(start(config("run")), kill_at=3)
+    train(start(config("run")))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
 
 
