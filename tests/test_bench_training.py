@@ -1,0 +1,177 @@
+"""bench/training.py: what it reads from a run is what the run wrote, and its operations are those of the model."""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from small_runs import small, start, train, write_images
+from torch import nn
+
+SCRIPT = Path(__file__).parents[1] / "bench/training.py"
+ARCHITECTURE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "mid_block_add_attention": False,
+}
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.PEAK_SIDE, module.PEAK_SECONDS = {"cpu": 64}, 0.01
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of the real trainer: six steps of two crops."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(start(small(folder / "run", write_images(folder / "images"))))
+    return folder / "run"
+
+
+def write_run(folder: Path, steps: list[tuple[float, float, float]], **train_settings) -> Path:
+    """A run as the trainer leaves it; each step is (seconds, of these waited, minutes of the run so far)."""
+    (folder / "codec").mkdir(parents=True)
+    (folder / "codec/config.json").write_text(json.dumps(ARCHITECTURE))
+    settings = {"batch_size": 4, "accumulation": 2, "mixed_precision": None, **train_settings}
+    config = {"model": {"part": "all"}, "data": {"resolution": 32}, "train": settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [
+        {
+            "step": step,
+            "images_per_second": 16 / seconds,
+            "step_seconds": seconds,
+            "waited_seconds": waited,
+            "minutes": minutes,
+        }
+        for step, (seconds, waited, minutes) in enumerate(steps, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def forward_operations(part: nn.Module, x: torch.Tensor) -> tuple[dict[str, int], torch.Tensor]:
+    """2 x multiply-adds of each convolution, counted from the shapes that pass through it; and the output."""
+    counts = {}
+
+    def count(name: str, conv: nn.Conv2d, output: torch.Tensor) -> None:
+        counts[name] = 2 * output.numel() * conv.weight[0].numel()
+
+    hooks = [
+        module.register_forward_hook(lambda conv, _, output, name=name: count(name, conv, output))
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    with torch.no_grad():
+        output = part(x)
+    for hook in hooks:
+        hook.remove()
+    return counts, output
+
+
+@pytest.mark.parametrize("part", ["all", "decoder", "encoder"])
+def test_the_operations_are_those_of_every_convolution_forward_and_backward(training, part):
+    vae = AutoencoderKL.from_config(ARCHITECTURE)
+    encoder, moments = forward_operations(
+        nn.Sequential(vae.encoder, vae.quant_conv), torch.zeros(1, 3, 32, 32)
+    )
+    decoder, _ = forward_operations(nn.Sequential(vae.post_quant_conv, vae.decoder), moments[:, :4])
+    # A backward pass costs a forward pass for the input's gradient and another for the weight's. There is no gradient
+    # of the image; the encoder alone needs no gradient of the decoder's weights, and quant convs belong to neither.
+    first = encoder["0.conv_in"]
+    both, quant = sum(encoder.values()) + sum(decoder.values()), encoder["1"]
+    expected = {
+        "all": 3 * both - first,
+        "decoder": both + 2 * sum(decoder.values()) - 2 * decoder["0"] - decoder["1.conv_in"],
+        "encoder": both + 2 * sum(encoder.values()) - first - quant + sum(decoder.values()),
+    }
+    assert training.operations(ARCHITECTURE, 32, part) == expected[part]
+
+
+def test_speed_and_shares_follow_from_the_steps(training, tmp_path):
+    run = training.read(
+        write_run(tmp_path / "run", [(2.0, 0.5, 0.05), (1.0, 0.0, 0.1), (4.0, 1.5, 0.2)]), "bfloat16"
+    )
+    assert run["images_per_s"] == 8  # the median
+    assert run["images_per_s_overall"] == pytest.approx(3 * 16 / 12)
+    assert run["shares"] == pytest.approx(
+        {"computing": 5 / 12, "waiting for data": 2 / 12, "everything else": 5 / 12}
+    )
+    assert (run["images_per_step"], run["processes"], run["steps"]) == (16, 2, 3)
+    assert run["psnr"] is None  # it validated nothing
+
+
+def test_the_precision_of_the_config_counts_before_that_of_the_command_line(training, tmp_path):
+    steps = [(1.0, 0.0, 0.1)]
+    told = write_run(tmp_path / "told", steps, mixed_precision="bf16")
+    untold = write_run(tmp_path / "untold", steps)
+    assert training.read(told, "float16")["dtype"] == "bfloat16"
+    assert training.read(untold, "float16")["dtype"] == "float16"
+    assert training.read(untold, None)["dtype"] == "float32"
+
+
+def test_a_run_that_is_still_writing_can_be_read(training, tmp_path):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1), (1.0, 0.0, 0.2)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "images_per')
+    assert training.read(run, None)["steps"] == 2
+
+
+def test_a_long_run_is_drawn_with_few_points_and_none_of_its_steps_left_out(training):
+    steps = [{"minutes": float(step), "images_per_second": float(step)} for step in range(1001)]
+    curve = training.speed_curve(steps)
+    assert len(curve) <= training.CURVE_POINTS
+    assert curve[-1][0] == 1000
+    assert curve[0] == [5.0, 2.5]  # steps 0 to 5
+
+
+def test_a_run_of_the_trainer_becomes_a_table_a_page_and_a_line_of_json(training, trained, tmp_path, capsys):
+    other = write_run(tmp_path / "other", [(1.0, 0.0, 0.1)], mixed_precision="bf16")
+    training.main(["--runs", str(trained), str(other), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    *said, last = capsys.readouterr().out.strip().splitlines()
+    assert said[0].split()[:2] == ["run", "dtype"]
+    data = json.loads(last, parse_constant=lambda name: pytest.fail(name))
+    run, bare = data["runs"]
+    scores = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in scores if "psnr" in line]
+    assert (run["steps"], run["images_per_step"], run["processes"]) == (6, 2, 1)
+    assert run["psnr"] == scores[-1]["psnr"]
+    assert run["share_of_peak"] == pytest.approx(
+        run["images_per_s"] * run["operations_per_image"] / data["peak_tflops"]["float32"] / 1e12
+    )
+    assert math.isclose(sum(run["shares"].values()), 1)
+    assert bare["psnr"] is None
+    page = Path(data["files"]["html"]).read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", page)
+    assert "http" not in page
+    written = json.loads(Path(data["files"]["json"]).read_text())["runs"][0]
+    assert written["psnr_curve"] == [[line["minutes"], line["psnr"]] for line in scores]
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "codec/config.json"])
+def test_a_folder_that_is_no_run_is_refused_by_the_name_of_what_it_lacks(training, tmp_path, missing):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+    (run / missing).unlink()
+    with pytest.raises(SystemExit, match=re.escape(str(run / missing))):
+        training.main(["--runs", str(run), "--out", str(tmp_path / "out")])
+
+
+def test_a_run_without_a_step_is_refused(training, tmp_path):
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl: no step"):
+        training.main(["--runs", str(write_run(tmp_path / "run", [])), "--out", str(tmp_path / "out")])
