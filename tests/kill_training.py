@@ -5,24 +5,29 @@
     python tests/kill_training.py --kills 20 --signal TERM --to launcher --launcher "accelerate launch --cpu"
     python tests/kill_training.py --kills 10 -- --config train/configs/NAME.yaml --train.max_steps 100
 
-The kills fall at random into the start, the steps and the saves, a third each. Every start is held against
-the checkpoint that it found, every number that any start ever wrote to metrics.jsonl against the run in peace
-(as a hexadecimal float), and so are the final codec (as SHA-256) and the list of the files left behind.
+Of ten kills two fall anywhere into the start and two anywhere into the steps. The other six are aimed: the training
+stands still just before a file operation (a file that is made, a flush to the disk, a rename, a removal), and is killed
+there; each kind of operation that the run in peace did takes its turn, so that every phase of a save, and of the
+finish, is met. Every start is held against the checkpoint that it found, every number that any start ever wrote to
+metrics.jsonl against the run in peace (as a hexadecimal float), and so are the final codec (as SHA-256) and the list
+of the files left behind.
 
-Prints a table and ends with one line of JSON; exit code 1 if anything was lost, refused or left behind. Linux
-only. pytest does not collect this script.
+Without --launcher the trainings are forked from this process, which has imported all they need: 100 kills then take
+minutes. Prints a table and ends with one line of JSON; exit code 1 if anything was lost, refused or left behind.
+Linux only. pytest does not collect this script.
 """
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,15 +36,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from watched_training import AIM, FOLDER, FORK, REPORT, Start
+
+import latentcodec.training.trainer  # noqa: F401 - whatever is forked has it then
 from latentcodec.training.checkpoint import newest
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
-    "--model.block_out_channels [16,16,32] --model.latent_channels 4 --model.norm_num_groups 4 "
+    "--model.block_out_channels [8,8,16] --model.latent_channels 4 --model.norm_num_groups 2 --model.init default "
     "--data.resolution 32 --data.val_images 2 --data.val_resolution 32 --data.workers 2 "
     "--discriminator.weight 0.1 --discriminator.start_step 10 --discriminator.channels 8 "
-    "--train.max_steps 60 --train.batch_size 4 --train.accumulation 2 --train.seed 7 "
-    "--train.checkpoint_every 3 --train.validate_every 20 --train.keep_last 1 --train.statistics_images 16"
+    "--train.max_steps 30 --train.batch_size 2 --train.accumulation 2 --train.seed 7 "
+    "--train.checkpoint_every 3 --train.validate_every 10 --train.keep_last 1 --train.statistics_images 8 "
+    "--finish.certificate_images 1"
 )
 CLOCKS = ("second", "minute")  # keys of metrics.jsonl that contain one of these tell the time
 PATIENCE_SECONDS = 300  # for a start to do something, and for an end
@@ -53,7 +61,12 @@ class Tally:
     """What happened in all rounds: first the experiment, then the faults, which must stay 0."""
 
     kills: int = 0
-    kills_inside_a_save: int = 0
+    kills_in_the_start: int = 0
+    kills_in_the_steps: int = 0
+    kills_at_an_operation: int = 0
+    kinds_of_operations: int = 0
+    kinds_killed_at: int = 0
+    kills_with_a_checkpoint_of_a_step: int = 0
     rounds_completed: int = 0
     resumes: int = 0
     numbers_compared: int = 0
@@ -62,6 +75,7 @@ class Tally:
     refused_resumes: int = 0
     restarts_from_zero: int = 0
     resumes_at_another_step: int = 0
+    checkpoints_lost: int = 0
     polite_ends_without_checkpoint: int = 0
     hangs: int = 0
     orphans: int = 0
@@ -80,17 +94,19 @@ class Tally:
         """The table."""
         for name, count in vars(self).items():
             shown = dict(sorted(count.items())) if isinstance(count, Counter) else count
-            print(f"{name.replace('_', ' '):32}{shown}")
+            print(f"{name.replace('_', ' '):36}{shown}")
 
 
 @dataclass
 class Run:
     """One training in one folder, over all its starts."""
 
-    command: list[str]
+    launcher: str
+    settings: list[str]
     folder: Path
     lines: list[str] = field(default_factory=list)  # metrics.jsonl as it was last read
     written: list[Line] = field(default_factory=list)  # by all starts, also what a later one forgot
+    session: int = -1  # of the latest start
 
     def __post_init__(self) -> None:
         atexit.register(self.clear)
@@ -110,39 +126,41 @@ class Run:
     def log(self) -> Path:
         return self.folder.with_suffix(".log")
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start the training in a session of its own."""
-        command = [*self.command, "--output_dir", str(self.folder)]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # this interpreter's torchrun and accelerate
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PATH": path},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    @property
+    def report(self) -> Path:
+        return self.folder.with_suffix(".operations")
+
+    def start(self, aim: str | None = None) -> Start:
+        """Start the training, which stands still where it is told to."""
+        self.report.unlink(missing_ok=True)
+        environment = {FOLDER: str(self.folder), REPORT: str(self.report)} | ({AIM: aim} if aim else {})
+        started = Start(
+            self.launcher, [*self.settings, "--output_dir", str(self.folder)], environment, self.log
+        )
+        self.session = started.pid
+        return started
 
     def processes(self) -> list[int]:
-        """The launcher, its workers and their data workers: the processes whose command names the folder."""
+        """The launcher, its workers and their data workers: by their session, or by the folder in their command."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and os.fsencode(self.folder) in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                if not entry.name.isdigit():
+                    continue
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                named = os.fsencode(self.folder) in (entry / "cmdline").read_bytes()
             except OSError:
                 continue  # it has just ended
+            if state not in "ZX" and (
+                int(session) == self.session or (named and int(entry.name) != os.getpid())
+            ):
+                found.append(int(entry.name))
         return found
 
     def committed_step(self) -> int:
         """Step of the newest checkpoint, 0 without one. A damaged one warns: a kill makes none."""
         checkpoint = newest(self.folder / "checkpoints")
         return checkpoint.step if checkpoint else 0
-
-    def unfinished(self) -> set[Path]:
-        """The checkpoints that are being built or taken down, or were when a kill came."""
-        return set((self.folder / "checkpoints").glob(".tmp-*"))
 
     def has_stepped(self) -> bool:
         """Whether metrics.jsonl ends with a line that it did not hold when it was last read."""
@@ -169,56 +187,75 @@ class Run:
         return {name: hashlib.sha256(names[name].read_bytes()).hexdigest() for name in {*names} - committed}
 
 
-def wait_for_a_moment(options: argparse.Namespace, run: Run, launcher: subprocess.Popen[bytes]) -> str:
-    """Wait for a random moment of a start: "start", "steps" or "save"; "end" if the training ended before."""
-    litter = run.unfinished()
-    moment, reached, seconds = options.chance.choice(
-        [
-            ("start", lambda: True, options.start_seconds),
-            ("steps", run.has_stepped, options.steps_seconds),
-            ("save", lambda: run.unfinished() - litter, 0.02),
-        ]
-    )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached():
-        if launcher.poll() is not None:
-            return "end"
-        if time.monotonic() > deadline:
-            return "hang"
-        time.sleep(0.001)
-    time.sleep(options.chance.uniform(0, seconds))
-    return str(moment) if launcher.poll() is None else "end"
+@dataclass
+class Killer:
+    """When the next kill comes, and how."""
 
+    options: argparse.Namespace
+    start_seconds: float  # of the run in peace, until its first step
+    steps_seconds: float  # and from then until two saves later
+    operations: Counter[str]  # of the run in peace
+    chance: random.Random
+    aims: list[str] = field(default_factory=list)  # kinds of operations whose turn is still to come
+    met: set[str] = field(default_factory=set)
 
-def send(options: argparse.Namespace, run: Run, launcher: subprocess.Popen[bytes]) -> None:
-    """Send the signal, to the launcher first."""
-    number = signal.Signals[f"SIG{options.signal}"]
-    others = [process for process in run.processes() if process != launcher.pid]
-    launcher.send_signal(number)
-    if options.to == "all":
-        for process in others:
-            try:
+    def next_moment(self) -> tuple[str, str | None]:
+        """A moment, and for an operation the aim."""
+        moment = self.chance.choices(["start", "steps", "operation"], [2, 2, 6])[0]
+        if moment != "operation":
+            return moment, None
+        if not self.aims:
+            self.aims = sorted(self.operations)
+            self.chance.shuffle(self.aims)
+        name = self.aims.pop()
+        return moment, f"{self.chance.randint(1, min(2, self.operations[name]))} {name}"
+
+    def wait(self, moment: str, run: Run, started: Start) -> str:
+        """Wait for that moment of a start; returns it, or "end" if the training ended before, or "hang"."""
+        reached = {"start": lambda: True, "steps": run.has_stepped, "operation": run.report.exists}[moment]
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not reached():
+            if started.poll() is not None:
+                return "end"
+            if time.monotonic() > deadline:
+                return "hang"
+            time.sleep(0.002)
+        if moment != "operation":
+            time.sleep(
+                self.chance.uniform(0, self.start_seconds if moment == "start" else self.steps_seconds)
+            )
+        return moment if started.poll() is None else "end"
+
+    def kill(self, run: Run, started: Start) -> None:
+        """Send the signal, to the launcher first, and wake what stands still."""
+        number = signal.Signals[f"SIG{self.options.signal}"]
+        others = [process for process in run.processes() if process != started.pid]
+        for process in [started.pid, *(others if self.options.to == "all" else [])]:
+            with contextlib.suppress(ProcessLookupError):  # the launcher was faster
                 os.kill(process, number)
-            except ProcessLookupError:
-                continue  # the launcher was faster
+        for process in run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
-def wait_for_the_end(run: Run, launcher: subprocess.Popen[bytes], tally: Tally) -> int:
+def wait_for_the_end(run: Run, started: Start, tally: Tally) -> int:
     """The launcher's exit code, once nothing of the run is alive any more."""
     patience = time.monotonic() + PATIENCE_SECONDS
-    while launcher.poll() is None and time.monotonic() < patience:
+    while started.poll() is None and time.monotonic() < patience:
         time.sleep(0.01)
-    if launcher.poll() is None:
+    if started.poll() is None:
         tally.hangs += 1
         run.clear()
     patience = time.monotonic() + ORPHAN_SECONDS
     while run.processes() and time.monotonic() < patience:
         time.sleep(0.05)
     tally.orphans += run.clear()
-    return launcher.wait()
+    while (code := started.poll()) is None:
+        time.sleep(0.01)
+    return code
 
 
-def play(options: argparse.Namespace, run: Run, tally: Tally) -> bool:
+def play(killer: Killer, run: Run, tally: Tally) -> bool:
     """One round: start and kill the training until it is complete; False if it refuses to go on.
 
     After the last kill it is left in peace.
@@ -226,23 +263,30 @@ def play(options: argparse.Namespace, run: Run, tally: Tally) -> bool:
     code = None
     while code != 0:
         found = run.committed_step()
-        launcher = run.start()
-        moment = wait_for_a_moment(options, run, launcher) if tally.kills < options.kills else "peace"
-        killed = moment in ("start", "steps", "save")
+        moment, aim = killer.next_moment() if tally.kills < killer.options.kills else ("peace", None)
+        started = run.start(aim)
+        if moment != "peace":
+            moment = killer.wait(moment, run, started)
+        killed = moment in ("start", "steps", "operation")
         if killed:
-            send(options, run, launcher)
-        tally.kills += killed
-        tally.kills_inside_a_save += moment == "save"
+            killer.kill(run, started)
+            count_kill(moment, aim, found, killer, tally)
+        elif aim is not None:
+            killer.aims.insert(0, aim.partition(" ")[2])  # not done in this start: it has its turn later
         tally.hangs += moment == "hang"
-        code = wait_for_the_end(run, launcher, tally)
+        code = wait_for_the_end(run, started, tally)
         steps = [line["step"] for line in run.new_lines() if "psnr" not in line]
         reached = run.committed_step()
         walked = f"{steps[0]} to {steps[-1]}" if steps else "none"
-        print(f"found {found}, {moment}, code {code}, steps {walked}, left {reached}", flush=True)
+        where = f"before {aim}" if moment == "operation" else moment
+        print(
+            f"{tally.kills}: found {found}, {where}, code {code}, steps {walked}, left {reached}", flush=True
+        )
         judge_start(found, steps, tally)
+        tally.checkpoints_lost += reached < found
         if killed:
             tally.exit_codes[code] += 1
-            polite = options.signal != "KILL"
+            polite = killer.options.signal != "KILL"
             tally.polite_ends_without_checkpoint += polite and bool(steps) and reached < steps[-1]
         elif code != 0:
             tally.refused_resumes += 1
@@ -250,6 +294,18 @@ def play(options: argparse.Namespace, run: Run, tally: Tally) -> bool:
             return False
     tally.rounds_completed += 1
     return True
+
+
+def count_kill(moment: str, aim: str | None, found: int, killer: Killer, tally: Tally) -> None:
+    """Count a kill, and the kinds of operations that have been met."""
+    tally.kills += 1
+    tally.kills_in_the_start += moment == "start"
+    tally.kills_in_the_steps += moment == "steps"
+    tally.kills_with_a_checkpoint_of_a_step += found > 0
+    if moment == "operation" and aim is not None:
+        tally.kills_at_an_operation += 1
+        killer.met.add(aim.partition(" ")[2])
+        tally.kinds_killed_at = len(killer.met)
 
 
 def judge_start(found: int, steps: list[int], tally: Tally) -> None:
@@ -289,27 +345,45 @@ def compare(run: Run, peace: Run, tally: Tally) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options, with the source of chance among them."""
+    """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT", "USR1"], default="KILL")
     parser.add_argument("--to", choices=["all", "launcher"], default="all", help="which processes get it")
-    parser.add_argument("--launcher", default=sys.executable, help="what stands before the script")
-    parser.add_argument("--script", default="train/train.py")
-    parser.add_argument("--start-seconds", type=float, default=10.0, help="in which the early kills fall")
-    parser.add_argument(
-        "--steps-seconds", type=float, default=4.0, help="after the first step, for the others"
-    )
+    parser.add_argument("--launcher", default=FORK, help="the command before the script; default: no command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, help="where the runs are kept; a temporary folder by default")
     parser.add_argument("settings", nargs="*", help="of the training, after --, instead of the small ones")
     options = parser.parse_args()
-    options.chance = random.Random(options.seed)
     options.settings = options.settings or shlex.split(SMALL)
     options.out = (options.out or Path(tempfile.mkdtemp(prefix="kill-training-"))).resolve()
     return options
+
+
+def in_peace(options: argparse.Namespace, tally: Tally) -> tuple[Run, Killer]:
+    """A run that nobody kills, and the killer who has watched it."""
+    run = Run(options.launcher, options.settings, options.out / "peace")
+    began = time.monotonic()
+    started = run.start()
+    while not run.has_stepped() and started.poll() is None:
+        time.sleep(0.01)
+    first_step = time.monotonic()
+    code = wait_for_the_end(run, started, tally)
+    if code != 0:
+        sys.exit(f"even the run in peace failed, with code {code}:\n{run.log.read_text()[-3000:]}")
+    run.new_lines()
+    operations = Counter(run.report.read_text().splitlines())
+    saves = max(
+        1, sum(count for name, count in operations.items() if re.match(r"rename checkpoints/.tmp", name))
+    )
+    steps_seconds = 2 * (time.monotonic() - first_step) / saves
+    tally.kinds_of_operations = len(operations)
+    print(
+        f"in peace: {first_step - began:.1f} s to the first step, {saves} saves, {steps_seconds / 2:.2f} s each"
+    )
+    return run, Killer(options, first_step - began, steps_seconds, operations, random.Random(options.seed))
 
 
 def main() -> int:
@@ -317,26 +391,18 @@ def main() -> int:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `Run.clear` is called
-    command = [*shlex.split(options.launcher), options.script, *options.settings]
     tally = Tally()
-    peace = Run(command, options.out / "peace")
-    code = wait_for_the_end(peace, peace.start(), tally)
-    if code != 0:
-        sys.exit(f"even the run in peace failed, with code {code}:\n{peace.log.read_text()[-3000:]}")
-    peace.new_lines()
+    peace, killer = in_peace(options, tally)
     for number in itertools.count(1):
         if tally.kills >= options.kills or tally.refused_resumes == 3:
             break
-        run = Run(command, options.out / f"round-{number:03d}")
-        if play(options, run, tally):
+        run = Run(options.launcher, options.settings, options.out / f"round-{number:03d}")
+        if play(killer, run, tally):
             compare(run, peace, tally)
     tally.print()
-    settings = {
-        "launcher": options.launcher,
-        "signal": options.signal,
-        "to": options.to,
-        "seed": options.seed,
-    }
+    never = sorted(killer.operations.keys() - killer.met)
+    print(f"never killed before: {', '.join(never) or 'none'}")
+    settings = {name: getattr(options, name) for name in ("launcher", "signal", "to", "seed")}
     print(json.dumps(settings | vars(tally) | {"faults": tally.faults()}))
     return int(tally.faults() > 0)
 
