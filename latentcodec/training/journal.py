@@ -52,6 +52,8 @@ class Journal:
         _keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
         _keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
+        for unfinished in (self.output / "samples").glob(".*.tmp"):  # what a kill left half written
+            unfinished.unlink()
         rejected = self.output / "rejected.txt"
         self.listed = set(rejected.read_text().splitlines()) if rejected.exists() else set()
         if self.config.train.trackers:
