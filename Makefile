@@ -27,10 +27,12 @@ demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS
 	$(BIN)/python bench/reconstruction.py --codec $(DEMO)/codec --images $(DEMO)/pipeline/originals --lpips_net none \
 		--out $(DEMO)/reconstruction
 	$(BIN)/python bench/throughput.py --codec $(DEMO)/codec --sizes 256 --batches 1 --out $(DEMO)/throughput
+	$(BIN)/python bench/pipeline.py --codec photo-f8c16 --out $(DEMO)/bundled $(if $(PHOTOS),--images $(PHOTOS))
 	@echo
 	@echo "The trained codec        $(DEMO)/codec"
 	@echo "Its progress in pictures $(DEMO)/samples"
 	@echo "Through a pipeline       $(DEMO)/pipeline/pipeline.png"
+	@echo "By the bundled codec     $(DEMO)/bundled/pipeline.png"
 	@echo "The reports, to open in a browser:"
 	@ls $(DEMO)/reconstruction/*.html $(DEMO)/throughput/*.html
 
