@@ -179,7 +179,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
     """The codec in float32. Raises `ValueError` or `OSError` naming the argument that cannot be used."""
-    report.require_folder(options.out)
     codec = setup.codec("float32")
     for size in options.sizes:
         if size < 1 or size % codec.downsampling_factor:
@@ -188,6 +187,7 @@ def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
         raise ValueError("--batches and --repeats: at least 1")
     if "ours" not in options.sides:
         raise ValueError("--sides: ours is what the others are measured against")
+    report.require_folder(options.out)
     return codec
 
 

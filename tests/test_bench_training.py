@@ -33,7 +33,7 @@ def training() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.PEAK_SIDE, module.PEAK_SECONDS = {"cpu": 64}, 0.01
+    module.PEAK_SIDES, module.PEAK_SECONDS = {"cpu": (64, 96)}, 0.01
     return module
 
 
@@ -175,3 +175,12 @@ def test_a_folder_that_is_no_run_is_refused_by_the_name_of_what_it_lacks(trainin
 def test_a_run_without_a_step_is_refused(training, tmp_path):
     with pytest.raises(SystemExit, match=r"metrics\.jsonl: no step"):
         training.main(["--runs", str(write_run(tmp_path / "run", [])), "--out", str(tmp_path / "out")])
+
+
+def test_a_peak_below_what_the_run_did_is_pointed_out(training, tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+    command = ["--runs", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for peak, pointed_out in (1.0, True), (1e15, False):
+        monkeypatch.setattr(training, "peak_rate", lambda dtype, device, peak=peak: peak)
+        training.main(command)
+        assert ("the machine is busier" in capsys.readouterr().out) == pointed_out

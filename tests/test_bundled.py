@@ -38,10 +38,10 @@ def test_it_is_small_and_names_no_place_of_the_machine_it_was_made_on(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LATENTS)
 def test_its_latents_are_white(name, photos):
-    """Over whole validation photographs, which it never saw: near zero mean, unit variance, no correlation."""
+    """Over forty validation photographs, which it never saw: near zero mean, unit variance, no correlation."""
     codec = LatentCodec.from_pretrained(name)
-    images = [load_image(path)[0] for path in find_images(photos / "val")[::10]]
-    z = torch.cat([codec.encode(image[None]).flatten(2)[0] for image in images], 1)  # [c, cells]
+    images = [load_image(path)[..., 100:356, 100:356] for path in find_images(photos / "val")]
+    z = torch.cat([codec.encode(image).flatten(2)[0] for image in images], 1)  # [c, cells]
     assert z.mean(1).abs().max() < 0.7
     assert ((z.std(1) > 0.5) & (z.std(1) < 2)).all()
     correlation = torch.corrcoef(z) - torch.eye(len(z))
