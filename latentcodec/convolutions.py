@@ -1,7 +1,8 @@
 """Convolutions of strips, with weights that are made ready once: folded, cast and, on CPUs, packed for oneDNN.
 
 A strip comes as a window [B, rows, W, C], channels last, that already holds the rows around it; only columns are
-padded here. Packing moves weights about, and folding adds them: the results are those of `torch.nn.functional`.
+padded here. Packing moves weights about, and folding adds them: the results are those of `torch.nn.functional`, but for
+the bias and a residual, which oneDNN adds before it rounds: a mean that a bias cancels would cost bfloat16 its digits.
 """
 
 from __future__ import annotations
@@ -18,37 +19,43 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-Convolution = Callable[[Tensor, Tensor | None], Tensor]
-"""[B, C, rows, W] and a bias [C'] or None -> [B, C', rows', W']."""
+Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""[B, C, rows, W], a bias [C'] and perhaps a residual [B, C', rows', W'], which is added -> [B, C', rows', W']."""
+OfWindows = Callable[..., Tensor]
+"""[B, rows, W, C] and perhaps a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
 PROBES = 64  # values of a weight that are looked at to see whether it has changed
 
 _kept: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakKeyDictionary()
 
 
-def convolution(layer: nn.Conv2d, dtype: torch.dtype, bias: bool = True) -> Callable[[Tensor], Tensor]:
-    """`layer` for windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'], with or without its bias."""
-    return _for_windows(
-        layer, dtype, bias, partial(_direct, stride=layer.stride[0], columns=int(layer.padding[1]))
-    )
+def convolution(layer: nn.Conv2d, dtype: torch.dtype) -> OfWindows:
+    """`layer` for windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C']."""
+    return _for_windows(layer, dtype, partial(_direct, stride=layer.stride[0], columns=int(layer.padding[1])))
 
 
-def doubled_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def doubled_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> OfWindows:
     """Nearest neighbour times two, then the 3x3 `layer`: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
 
     A pixel of the doubled map sees only 2x2 different pixels of the map, so the nine taps add up to four, others for
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _for_windows(layer, dtype, True, _doubling)
+    return _for_windows(layer, dtype, _doubling)
 
 
 def _for_windows(
-    layer: nn.Conv2d, dtype: torch.dtype, bias: bool, prepare: Callable[[Tensor, torch.dtype], Convolution]
-) -> Callable[[Tensor], Tensor]:
+    layer: nn.Conv2d, dtype: torch.dtype, prepare: Callable[[Tensor, torch.dtype], Convolution]
+) -> OfWindows:
     ready = _ready(layer, dtype, prepare)
-    added = layer.bias.to(dtype) if bias and layer.bias is not None else None
-    return lambda window: ready(window.permute(0, 3, 1, 2), added).permute(0, 2, 3, 1).contiguous()
+    assert layer.bias is not None  # every convolution of an AutoencoderKL has one
+    bias = layer.bias.to(dtype)
+
+    def convolve(window: Tensor, residual: Tensor | None = None) -> Tensor:
+        added = None if residual is None else residual.permute(0, 3, 1, 2)
+        return ready(window.permute(0, 3, 1, 2), bias, added).permute(0, 2, 3, 1).contiguous()
+
+    return convolve
 
 
 def _ready(
@@ -70,7 +77,7 @@ def _ready(
 def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
     weight = weight.to(dtype, memory_format=torch.channels_last)
     if not _packs(weight.device.type, dtype):
-        return lambda x, bias: F.conv2d(x, weight, bias, stride, (0, columns))
+        return lambda x, bias, added: _plus(F.conv2d(x, weight, bias, stride, (0, columns)), added)
     return _packed_direct(weight, stride, columns)
 
 
@@ -81,8 +88,12 @@ def _doubling(weight: Tensor, dtype: torch.dtype) -> Convolution:
     folded = torch.einsum("oiyx,ay,bx->ioab", weight.float(), sums, sums)
     folded = folded.to(dtype, memory_format=torch.channels_last)
     if not _packs(folded.device.type, dtype):
-        return lambda x, bias: F.conv_transpose2d(x, folded, bias, 2, (3, 1))
+        return lambda x, bias, added: _plus(F.conv_transpose2d(x, folded, bias, 2, (3, 1)), added)
     return _packed_doubling(folded)
+
+
+def _plus(result: Tensor, added: Tensor | None) -> Tensor:
+    return result if added is None else result.add_(added)
 
 
 # --- oneDNN
@@ -92,14 +103,20 @@ def _packed_direct(weight: Tensor, stride: int, columns: int) -> Convolution:
     shape: Any = [0, columns], [stride, stride], [1, 1], 1  # padding, stride, dilation, groups
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape)
     run = torch.ops.mkldnn._convolution_pointwise
-    return lambda x, bias: run(x, packed, bias, *shape, "none", [], "")
+
+    def convolve(x: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
+        if added is None:
+            return run(x, packed, bias, *shape, "none", [], "")
+        return run.binary(x, added, packed, bias, *shape, "add", 1.0, None, [], None)
+
+    return convolve
 
 
 def _packed_doubling(weight: Tensor) -> Convolution:
     shape: Any = [3, 1], [0, 0], [2, 2], [1, 1], 1  # padding, output padding, stride, dilation, groups
     packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *shape)
     run = torch.ops.mkldnn._convolution_transpose_pointwise
-    return lambda x, bias: run(x, packed, bias, *shape, "none", [], "")
+    return lambda x, bias, added: _plus(run(x, packed, bias, *shape, "none", [], ""), added)
 
 
 @cache
@@ -112,14 +129,18 @@ def _packs(device_type: str, dtype: torch.dtype) -> bool:
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
-    x, direct, doubling = (
-        torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
-        for shape in ((1, 32, 6, 7), (48, 32, 3, 3), (32, 48, 4, 4))
+    x, direct, doubling, bias, added = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((1, 32, 6, 7), (48, 32, 3, 3), (32, 48, 4, 4), (48,), (1, 48, 4, 7))
+    )
+    x, direct, doubling, added = (
+        value.to(memory_format=torch.channels_last) for value in (x, direct, doubling, added)
     )
     try:
         pairs = (
-            (_packed_direct(direct, 1, 1)(x, None), F.conv2d(x, direct, None, 1, (0, 1))),
-            (_packed_doubling(doubling)(x, None), F.conv_transpose2d(x, doubling, None, 2, (3, 1))),
+            (_packed_direct(direct, 1, 1)(x, bias, None), F.conv2d(x, direct, bias, 1, (0, 1))),
+            (_packed_direct(direct, 1, 1)(x, bias, added), F.conv2d(x, direct, bias, 1, (0, 1)) + added),
+            (_packed_doubling(doubling)(x, bias, None), F.conv_transpose2d(x, doubling, bias, 2, (3, 1))),
         )
     except (AttributeError, RuntimeError) as error:
         log.warning("this torch does not pack %s weights, and convolutions are slower: %s", dtype, error)

@@ -33,14 +33,6 @@ def normalise_(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation:
     out.copy_(activation(x.float() * scale + shift))
 
 
-def add_(x: Tensor, residual: Tensor, bias: Tensor) -> None:
-    """x <- x + residual + bias in float32, rounded once; 3 n C s bytes.
-
-    x, residual [B, n, C]; bias [C] float32, that of the convolutions which gave the two.
-    """
-    x.copy_(x.float() + residual.float() + bias)
-
-
 def sums(x: Tensor, pivot: Tensor) -> Tensor:
     """[B, n, C] -> [2, B, C] float32: the sums of x - pivot and of its square; n C s bytes.
 
@@ -54,11 +46,10 @@ class Kernels(NamedTuple):
     """The functions above in one of their two forms."""
 
     normalise_: Callable[[Tensor, Tensor, Tensor, Tensor, Activation], None]
-    add_: Callable[[Tensor, Tensor, Tensor], None]
     sums: Callable[[Tensor, Tensor], Tensor]
 
 
-EAGER = Kernels(normalise_, add_, sums)
+EAGER = Kernels(normalise_, sums)
 
 
 @cache

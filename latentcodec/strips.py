@@ -68,16 +68,15 @@ class Moments:
         self.sums += self.kernels.sums(strip.flatten(1, 2), self.pivot)
         self.pixels += strip.shape[1] * strip.shape[2]
 
-    def norm(self, layer: nn.GroupNorm, activation: Activation, bias: Tensor | None = None) -> Norm:
-        """`layer` on this map, or on the map that it becomes when `bias` [C] is added."""
+    def norm(self, layer: nn.GroupNorm, activation: Activation) -> Norm:
+        """`layer` on this map."""
         distance, square = self.sums / self.pixels  # [B, C]
-        offset = 0.0 if bias is None else bias.double()
-        mean, variance = self.pivot[:, 0] + distance + offset, square - distance.square()
+        mean, variance = self.pivot[:, 0] + distance, square - distance.square()
         groups = len(mean), layer.num_groups, -1
         centre = mean.view(groups).mean(2, keepdim=True)  # [B, groups, 1]
         spread = (variance.view(groups) + (mean.view(groups) - centre).square()).mean(2, keepdim=True)
         scale = layer.weight * (spread + layer.eps).rsqrt().expand_as(mean.view(groups)).flatten(1)
-        shift = layer.bias + (offset - centre.expand_as(mean.view(groups)).flatten(1)) * scale
+        shift = layer.bias - centre.expand_as(mean.view(groups)).flatten(1) * scale
         return Norm(scale.float()[:, None], shift.float()[:, None], activation)
 
 
@@ -148,28 +147,24 @@ class StripPass:
         return self._residual(block.resnets[1], feature)
 
     def _residual(self, block: ResnetBlock2D, feature: Map) -> Map:
-        """shortcut(x) + conv2(norm2(conv1(norm1(x)))); each convolution's bias is left to what comes after it."""
+        """shortcut(x) + conv2(norm2(conv1(norm1(x))))."""
         activation = FUNCTIONS[type(block.nonlinearity)]
         norm1 = feature.moments.norm(block.norm1, activation)
-        conv1, conv2 = (convolution(layer, self.dtype, bias=False) for layer in (block.conv1, block.conv2))
-        bias = _bias(block.conv2)
+        conv1, conv2 = (convolution(layer, self.dtype) for layer in (block.conv1, block.conv2))
         shortcut: Callable[[Tensor], Tensor] = lambda strip: strip  # noqa: E731
         if block.conv_shortcut is not None:
-            shortcut = convolution(block.conv_shortcut, self.dtype, bias=False)
-            bias = bias + _bias(block.conv_shortcut)
+            shortcut = convolution(block.conv_shortcut, self.dtype)
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
             for above, strip, below in _with_neighbours(feature.strips(last)):
                 yield conv1(self._window(above, strip, below, norm1)), shortcut(strip) if last else strip
 
         inner, pairs = self._surveyed(branches)
-        norm2 = inner.norm(block.norm2, activation, _bias(block.conv1))
+        norm2 = inner.norm(block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
             for above, (h, residual), below in _with_neighbours(pairs):
-                strip = conv2(self._window(above and above[0], h, below and below[0], norm2))
-                self.kernels.add_(strip.flatten(1, 2), residual.flatten(1, 2), bias)
-                yield strip
+                yield conv2(self._window(above and above[0], h, below and below[0], norm2), residual)
 
         return self._kept(joined())
 
@@ -182,8 +177,7 @@ class StripPass:
         q, k, v = (_linear(part, normed)[:, None] for part in (layer.to_q, layer.to_k, layer.to_v))
         queries = max(1, QUERY_BYTES // (4 * len(x) * x.shape[1]))
         seen = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, 2)], 2)
-        out = _linear(layer.to_out[0], seen[:, 0])
-        self.kernels.add_(out, x, x.new_zeros(x.shape[2], dtype=torch.float32))
+        out = _linear(layer.to_out[0], seen[:, 0]).add_(x)
         parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
         return self._kept(part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True))
 
@@ -296,11 +290,6 @@ def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 def _drained(items: deque[T]) -> Iterator[T]:
     while items:
         yield items.popleft()
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None  # every convolution of an AutoencoderKL has one
-    return layer.bias.float()
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

@@ -328,18 +328,14 @@ def test_compiled_functions_equal_the_eager_ones(dtype, monkeypatch):
     fused = kernels.compiled("cpu")
     assert fused is not EAGER
     with torch.inference_mode():
-        x, y = (torch.randn(2, 70, 48).to(dtype) for _ in range(2))
-        scale, shift, bias = torch.randn(2, 1, 48), torch.randn(2, 1, 48), torch.randn(48)
+        x = torch.randn(2, 70, 48).to(dtype)
+        scale, shift = torch.randn(2, 1, 48), torch.randn(2, 1, 48)
         tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
         for activation in (F.silu, strips._unchanged):
             results = [torch.empty_like(x) for _ in range(2)]
             for form, result in zip((EAGER, fused), results, strict=True):
                 form.normalise_(result, x, scale, shift, activation)
             torch.testing.assert_close(*results, **tolerance)
-        results = [x.clone(), x.clone()]
-        for form, result in zip((EAGER, fused), results, strict=True):
-            form.add_(result, y, bias)
-        torch.testing.assert_close(*results, **tolerance)
         torch.testing.assert_close(EAGER.sums(x, shift), fused.sums(x, shift), rtol=1e-4, atol=1e-3)
 
 
