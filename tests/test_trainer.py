@@ -36,9 +36,10 @@ from latentcodec.training.optimization import ema_decay, learning_rate, paramete
 # of n additions by up to half of 2^-23, at random, so by sqrt(n) 2^-23 = 8e-6 of the gradient's norm altogether.
 PIXELS = 4 * 32 * 32
 ROUNDING = PIXELS**0.5 * 2**-23
-# AdamW divides by the gradient's own size, so a weight with a gradient near zero may go the other way. Such weights are
-# few: in norm, and measured by how far the weights have come, they add one digit.
-AMPLIFIED = 10 * ROUNDING
+# AdamW divides by the gradient's own size, so a weight with a gradient near zero may go the other way; Muon lifts the
+# weakest directions of a gradient 3.4445^5 = 485 times. Such weights and directions are few: in norm, and measured by
+# how far the weights have come, they add a digit and a half.
+AMPLIFIED = 30 * ROUNDING
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +506,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, images):
     )
     train(trainer, kill_at=2)
     assert norms == pytest.approx([0.01, 0.01], rel=1e-4)
-    assert all(line["grad_norm"] > "0x1.0p-6" for line in metrics(tmp_path / "run"))
+    assert all(float.fromhex(line["grad_norm"]) > 0.011 for line in metrics(tmp_path / "run"))
 
 
 def test_the_average_follows_the_weights_by_its_formula(tmp_path, images):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from latentcodec.perceptual import LpipsNet
 
-Likelihood = Literal["gaussian", "laplace", "bernoulli"]
+Likelihood = Literal["gaussian", "student", "laplace", "bernoulli"]
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution, which decodes what we train
 PIXEL_STEP = 1 / 127.5  # the distance of two 8-bit levels in [-1, 1]
@@ -34,16 +34,17 @@ HIGH_PASS_RADIUS = 3  # pixels: three sigma, 99.7 % of the blur
 class LossConfig:
     """Weights of the reconstruction losses and of the KL divergence. A weight of 0 costs no computation."""
 
-    likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
-    """Distribution of a pixel given the decoder's output: the squared, the absolute or the binary
-    cross-entropy error. A bernoulli decoder still puts out pixels in [-1, 1]."""
+    likelihood: Likelihood = "gaussian"
+    """Distribution of an image given the decoder's output: the squared error, its logarithm image by image
+    (student), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student
+    optimises. A bernoulli decoder still puts out pixels in [-1, 1]."""
     scale: float = 1.0
-    """Sigma of the gaussian or b of the laplace, in pixel units of [-1, 1]; the start of a learned scale.
-    At 1 the gaussian is half the summed squared error, as in most published recipes."""
+    """Sigma of the gaussian and the student or b of the laplace, in pixel units of [-1, 1]; the start of a
+    learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes."""
     learn_scale: bool = False
-    """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian)
-    or the mean absolute error (laplace). The KL then counts less beside the likelihood: for the gaussian as
-    if its weight were scale^2 times the one given."""
+    """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian), that
+    of a typical image (student) or the mean absolute error (laplace). The KL then counts less beside the
+    likelihood: for the gaussian as if its weight were scale^2 times the one given."""
     kl_weight: float = 1e-6
     """Factor of the KL in nats per image, against the likelihood in nats per image (both sums). 1 is the
     evidence lower bound, 1e-6 that of latent diffusion. The start value where a rate target is given."""
@@ -97,10 +98,12 @@ def objective(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor
 def negative_log_likelihood(
     likelihood: Likelihood, y: Tensor, x: Tensor, log_scale: Tensor | float
 ) -> Tensor:
-    """[B] nats, summed over an image: -log p(x | y) with y the decoder's output; one of the three below."""
+    """[B] nats, summed over an image: -log p(x | y) with y the decoder's output; one of the four below."""
     match likelihood:
         case "gaussian":
             return gaussian_nll(y, x, log_scale)
+        case "student":
+            return student_nll(y, x, log_scale)
         case "laplace":
             return laplace_nll(y, x, log_scale)
         case "bernoulli":
@@ -116,6 +119,22 @@ def gaussian_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
     log_scale = torch.as_tensor(log_scale, dtype=torch.float32, device=x.device)
     error = (x.float() - y.float()) * torch.exp(-log_scale)
     return (error.square() / 2 + log_scale + math.log(2 * math.pi) / 2).flatten(1).sum(1)
+
+
+def student_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
+    """[B] nats, summed over an image: a gaussian whose sigma^2 is unknown, an image at a time.
+
+    With the prior InverseGamma(D / 2, D s^2 / 2) of sigma^2 the image is a multivariate Student t with D degrees of
+    freedom and scale s = e^log_scale, and -log p = D log(1 + mse / s^2) + D log s + D log(D pi) / 2 + log G(D / 2)
+    - log G(D) with the gamma function G. An image far above s counts by its PSNR, one far below by its squared error,
+    since a small crop with little in it says nothing of the rest of its image. Learned, s is where the mean of
+    mse / (s^2 + mse) is 1/2.
+    """
+    log_scale = torch.as_tensor(log_scale, dtype=torch.float32, device=x.device)
+    error = ((x.float() - y.float()) * torch.exp(-log_scale)).square().flatten(1)
+    D = error.shape[1]
+    constant = D * math.log(D * math.pi) / 2 + math.lgamma(D / 2) - math.lgamma(D)
+    return D * (torch.log1p(error.mean(1)) + log_scale) + constant
 
 
 def laplace_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:

@@ -15,7 +15,10 @@ from torch import nn
 
 Schedule = Literal["cosine", "linear", "constant"]
 
-REFERENCE_FAN_IN = 288  # of a 3x3 convolution from 32 channels, which gets the learning rate as it is
+REFERENCE_FAN_IN = 288  # of a 3x3 convolution from 32 channels, which gets AdamW's learning rate as it is
+ORTHOGONAL_SCALE = (
+    10.0  # singular values of an orthogonal step, in learning rates (measured in LOG.md, 2026-11-26)
+)
 
 
 @dataclass
@@ -34,11 +37,11 @@ class TrainConfig:
     seed: int = 0
     """Of everything random: weights, order, crops, noise."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate: of AdamW, and a tenth of that of Muon, which moves the weights inside the blocks."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging factors."""
     weight_decay: float = 1e-4
-    """AdamW's decay, of convolution and projection weights only."""
+    """Decay of convolution and projection weights, in learning rates."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = 0.02
@@ -86,23 +89,27 @@ class TrainConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by fan-in; "scale" is what a group's learning rate is multiplied with.
+    """Trainable parameters for `Muon`; "scale" is what a group's learning rate is multiplied with.
 
-    AdamW moves every weight by about the learning rate, so a layer's output moves with its fan-in. Dividing by the
-    fan-in (Yang et al. 2022, arXiv:2203.03466, table 3) lets one learning rate fit narrow and wide layers, and a
-    codec of any width. Weights of convolutions and projections decay; norms and biases neither decay nor scale.
+    Weights inside the blocks, from feature map to feature map, are "orthogonal". AdamW moves every weight by about the
+    learning rate, so the output of any other layer moves with its fan-in: dividing by the fan-in (Yang et al. 2022,
+    arXiv:2203.03466, table 3) lets one learning rate fit narrow and wide layers, and a codec of any width. Weights
+    of convolutions and projections decay; norms and biases neither decay nor scale.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    by_fan_in: dict[int, list[nn.Parameter]] = defaultdict(list)
-    for parameter in trainable:
-        by_fan_in[parameter[0].numel() if parameter.ndim >= 2 else 0].append(parameter)
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fan_in = parameter[0].numel() if parameter.ndim >= 2 else 0
+            inner = "block" in name and fan_in > 0
+            groups[inner, 0 if inner else fan_in].append(parameter)
     return [
         {
             "params": parameters,
-            "scale": min(1.0, REFERENCE_FAN_IN / fan_in) if fan_in else 1.0,
-            "weight_decay": weight_decay if fan_in else 0.0,
+            "orthogonal": inner,
+            "scale": ORTHOGONAL_SCALE if inner else min(1.0, REFERENCE_FAN_IN / max(1, fan_in)),
+            "weight_decay": weight_decay if inner or fan_in else 0.0,
         }
-        for fan_in, parameters in sorted(by_fan_in.items())
+        for (inner, fan_in), parameters in sorted(groups.items(), key=lambda entry: entry[0])
     ]
 
 

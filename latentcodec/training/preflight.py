@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from latentcodec.metrics import SSIM_WINDOW
+from latentcodec.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.data import HeldOut
 from latentcodec.training.finish import recover_codec
@@ -46,7 +47,6 @@ FIXED = (
     "model.use_quant_conv",
 )
 FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
-LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side, below which nothing is left to pool
 
 
 def new_accelerator(config: Config) -> Accelerator:
@@ -71,7 +71,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that cannot change within a run, by key: part of every checkpoint's state."""
     keys = FIXED + (FIXED_WITH_DISCRIMINATOR if config.discriminator.weight else ())
     values = {key: attrgetter(key)(config) for key in keys}
-    return values | {"discriminator": "on" if config.discriminator.weight else "off"}
+    return values | {"optimizer": "muon", "discriminator": "on" if config.discriminator.weight else "off"}
 
 
 def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
@@ -83,8 +83,7 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
     accelerator.wait_for_everyone()
     saved = checkpoints.newest(output / "checkpoints")
     if saved is not None:
-        present = fixed_settings(config)
-        saved.require_same({}, {key: value for key, value in present.items() if key in saved.state})
+        saved.require_same({}, fixed_settings(config))
         return saved
     for name in ("codec", "metrics.jsonl"):
         if (output / name).exists():
@@ -111,9 +110,9 @@ def smallest_crop(config: Config, f: int) -> int:
     cells = sides[0] // f
     if settings.equivariance_probability or settings.low_resolution_probability:
         cells = max(1, round(cells * min(EQUIVARIANCE_SCALES)))
-    if loss.lpips_weight and cells * f < LPIPS_SMALLEST[loss.lpips_net]:
+    if loss.lpips_weight and cells * f < SMALLEST_SIDE[loss.lpips_net]:
         raise ValueError(
-            f"loss.lpips_net {loss.lpips_net} needs images of {LPIPS_SMALLEST[loss.lpips_net]} pixels a side, and "
+            f"loss.lpips_net {loss.lpips_net} needs images of {SMALLEST_SIDE[loss.lpips_net]} pixels a side, and "
             f"training shows it some of {cells * f}; raise data.resolution"
         )
     return cells * f

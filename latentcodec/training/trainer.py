@@ -35,6 +35,7 @@ from latentcodec.training.finish import finish, write_codec
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses import objective
 from latentcodec.training.model import TrainedCodec, image_channels, load_parent, new_vae
+from latentcodec.training.muon import Muon
 from latentcodec.training.objective import Objective
 from latentcodec.training.optimization import (
     ema_decay,
@@ -81,9 +82,8 @@ class Trainer:
         self.codec.to(device).to(memory_format=self.layout)
         self.ema = copy.deepcopy(vae).requires_grad_(False).eval()
         self.parameters = [p for p in self.codec.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.codec, train.weight_decay), betas=train.betas, fused=True
-        )
+        groups = parameter_groups(self.codec, train.weight_decay)
+        self.optimizer = Muon(groups, betas=train.betas, fused=True)
         self.model = self.accelerator.prepare(self.codec)
         self.objective = Objective(config, int(vae.config.latent_channels), f, device)
         self.journal = Journal(self.output, self.accelerator, config)

@@ -1,0 +1,97 @@
+"""Muon against the singular value decomposition and against torch's own AdamW and Muon."""
+
+import copy
+
+import pytest
+import torch
+
+from latentcodec.training.muon import Muon, orthogonal
+from latentcodec.training.optimization import load_optimizer
+
+
+def matrix(rows: int, columns: int, condition: float = 30.0) -> torch.Tensor:
+    """[rows, columns] with singular values between 1 and 1 / condition."""
+    generator = torch.Generator().manual_seed(rows)
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=generator), full_matrices=False)
+    return u @ torch.diag(torch.logspace(0, -torch.tensor(condition).log10(), len(v))) @ v
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 288), (96, 96), (64, 8), (1, 9)])
+def test_steps_are_orthogonal_and_keep_the_singular_vectors(rows, columns):
+    g = matrix(rows, columns)
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    core = u.T @ orthogonal(g) @ v.T
+    assert 0.65 < core.diagonal().min() <= core.diagonal().max() < 1.25
+    torch.testing.assert_close(core, torch.diag(core.diagonal()), atol=2e-4, rtol=0)
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert not orthogonal(torch.zeros(4, 6)).any()
+
+
+def test_steps_are_those_of_torch_for_gradients_of_any_size():
+    """torch.optim.Muon knows matrices only and computes in bfloat16."""
+    ours, theirs = (torch.nn.Parameter(matrix(48, 96)) for _ in range(2))
+    group = {"params": [ours], "orthogonal": True, "weight_decay": 0.1, "lr": 0.02}
+    optimizer = Muon([group], fused=True)
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
+    start = ours.detach().clone()
+    for scale in (1.0, 1e-4, 3.0):
+        gradient = scale * torch.randn(48, 96, generator=torch.Generator().manual_seed(7))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+def test_kernels_move_as_the_matrices_they_are_in_either_layout():
+    kernel = torch.randn(32, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(torch.zeros_like(kernel).to(memory_format=layout))
+        weight.grad = kernel.clone()
+        Muon([{"params": [weight], "orthogonal": True, "weight_decay": 0.0, "lr": 1.0}], fused=True).step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(*steps)
+    torch.testing.assert_close(-steps[0].flatten(1), orthogonal(kernel.flatten(1)), atol=1e-4, rtol=0)
+
+
+def test_tall_matrices_move_further():
+    weight = torch.nn.Parameter(torch.zeros(64, 16))
+    weight.grad = matrix(64, 16)
+    Muon([{"params": [weight], "orthogonal": True, "weight_decay": 0.0, "lr": 1.0}], fused=True).step()
+    assert 2 * 0.65 < torch.linalg.matrix_norm(weight, 2) < 2 * 1.25
+
+
+def test_other_groups_are_torchs_adamw():
+    ours, theirs = (torch.nn.Parameter(matrix(8, 8)) for _ in range(2))
+    optimizer = Muon([{"params": [ours], "orthogonal": False}], lr=1e-2, betas=(0.9, 0.95), fused=True)
+    reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for _ in range(3):
+        ours.grad, theirs.grad = matrix(8, 8), matrix(8, 8)
+        optimizer.step()
+        reference.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_a_saved_optimizer_goes_on_to_the_bit():
+    def optimizer() -> tuple[Muon, list[torch.nn.Parameter]]:
+        weights = [torch.nn.Parameter(matrix(8, 8)) for _ in range(2)]
+        groups = [{"params": [w], "orthogonal": o} for w, o in zip(weights, (True, False), strict=True)]
+        return Muon(groups, lr=1e-2, fused=True), weights
+
+    def step(muon: Muon, weights: list[torch.nn.Parameter], seed: int) -> None:
+        for weight in weights:
+            weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+        muon.step()
+
+    muon, weights = optimizer()
+    step(muon, weights, 1)
+    again, copies = optimizer()
+    load_optimizer(again, copy.deepcopy(muon.state_dict()))
+    with torch.no_grad():
+        for new, weight in zip(copies, weights, strict=True):
+            new.copy_(weight)
+    step(muon, weights, 2)
+    step(again, copies, 2)
+    assert all(torch.equal(new, weight) for new, weight in zip(copies, weights, strict=True))
