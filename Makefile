@@ -7,7 +7,7 @@ PHOTOS ?=
 # Photographs of your own get a run of their own: the same folder would resume the one on drawn pictures.
 DEMO := runs/demo$(if $(PHOTOS),-$(notdir $(abspath $(PHOTOS))))
 
-.PHONY: help install demo test test-fast check format clean
+.PHONY: help install demo test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -36,11 +36,11 @@ demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS
 	@echo "The reports, to open in a browser:"
 	@ls $(DEMO)/reconstruction/*.html $(DEMO)/throughput/*.html
 
-test: install ## the whole test suite, under five minutes on two cores
-	$(BIN)/python -m pytest -q -n 2
-
-test-fast: install ## what runs in seconds
+test: install ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: install ## what takes longer: real kills, large images, compilers, the bundled codecs on photographs
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 check: install ## linter, formatter and type checker
 	$(BIN)/ruff check .
