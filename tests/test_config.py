@@ -1,5 +1,7 @@
 """The configuration is read strictly: what is not known, or cannot be, ends the program with one line that names it."""
 
+import os
+import threading
 from dataclasses import asdict
 
 import pytest
@@ -48,7 +50,6 @@ def test_no_argument_but_the_folder_gives_the_defaults():
         (["--train.max_steps", "1.5"], ["train.max_steps", "1.5"]),
         (["--train.betas", "[0.9]"], ["train.betas", "0.9"]),
         (["--train.schedule", "cosinus"], ["train.schedule", "cosinus", "cosine"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     ],
 )
 def test_unknown_key_or_wrong_type_on_the_command_line_is_named(capsys, arguments, names):
@@ -62,14 +63,54 @@ def test_unknown_key_or_wrong_type_on_the_command_line_is_named(capsys, argument
         ("train:\n  max_step: 3\n", ["train", "max_step"]),
         ("trian:\n  lr: 1e-3\n", ["trian.lr"]),
         ("train:\n  lr: fast\n", ["train.lr", "fast"]),
-        ("train:\n  lr: [1\n", ["line 2"]),
-        ("- 1\n", ["config"]),
+        ("train: 5\n", ["train", "5"]),
+        ("train:\n  # lr: 1e-3\n", ["train", "None"]),
+        ("model:\n  adapt: 3\n", ["model.adapt", "3"]),
     ],
 )
 def test_unknown_key_or_wrong_type_in_the_file_is_named(capsys, tmp_path, text, names):
     (tmp_path / "a.yaml").write_text(text)
     said = refusal(capsys, "--config", str(tmp_path / "a.yaml"))
     assert all(name in said for name in names), said
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"train:\n  lr: [1\n", "line 2"),
+        (b"train:\n\tlr: 1\n", "line 2"),
+        (b"train: {lr: !!python/name:os.system }\n", "line 1"),
+        (b"caf\xe9: 1\n", "utf-8"),
+        (b"a: '\x01'\n", "x0001"),
+        (b"", "no keys"),
+        (b"# train:\n", "no keys"),
+        (b"- 1\n", "no keys"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named_with_its_fault(capsys, tmp_path, content, reason):
+    (tmp_path / "a.yaml").write_bytes(content)
+    said = refusal(capsys, "--config", str(tmp_path / "a.yaml"))
+    assert str(tmp_path / "a.yaml") in said
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere.yaml", "No such file"), (".", "Is a directory"), ("file/a.yaml", "Not a directory")],
+)
+def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    said = refusal(capsys, "--config", str(tmp_path / name))
+    assert f"{tmp_path / name}: {reason}" in said
+
+
+def test_the_settings_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("train:\n  batch_size: 5\n",))
+    writer.start()
+    config = parse(["--config", str(tmp_path / "pipe"), "--output_dir", "runs/x"])
+    writer.join()
+    assert config.train.batch_size == 5
 
 
 @pytest.mark.parametrize(

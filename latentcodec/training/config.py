@@ -10,8 +10,12 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from latentcodec.training.data import DataConfig
 from latentcodec.training.discriminator import DiscriminatorConfig
@@ -48,6 +52,21 @@ class Config:
             )
 
 
+class ConfigFile(ActionConfigFile):
+    """A YAML file of keys. What keeps it from being read is said with its name, which the library leaves out."""
+
+    def __call__(self, parser: Any, settings: Any, path: Any, option: Any = None) -> None:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")  # once: it may be a pipe
+            if not isinstance(yaml.safe_load(StringIO(text)), dict):  # of a string, errors would quote parts
+                raise ValueError("it holds no keys, such as output_dir: runs/a")
+            super().__call__(parser, settings, text, option)
+        except OSError as error:
+            raise ValueError(f"--config {path}: {error.strerror}") from error
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"--config {path}: {error}") from error
+
+
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
 
@@ -60,12 +79,22 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = ArgumentParser(
         prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     try:
         settings: Namespace = parser.parse_args(arguments)
         settings.pop("config")
+        _require_sections(settings, parser.get_defaults())
         return Config(**parser.instantiate(settings))
     except (ArgumentError, ValueError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
+
+
+def _require_sections(settings: Namespace, defaults: Namespace) -> None:
+    """Refuse a section without keys, as one is whose lines are all commented out: the library lets it pass."""
+    for key, value in defaults.items(branches=True):  # a section before what is in it
+        if isinstance(value, Namespace) and not isinstance(settings[key], Namespace):
+            raise ValueError(
+                f"{key} is a section: it needs keys of its own, or must be left out, and cannot be {settings[key]!r}"
+            )
