@@ -45,6 +45,7 @@ TURNS = {  # EXIF orientation, as stored -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # height and width change places
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of Pillow's own mode "L"
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # every 8-bit grey once
 SEPARATOR_PIXELS = 2  # between the pictures of a grid
@@ -109,23 +110,45 @@ def decode_image(
     try:
         if isinstance(source, Image.Image):
             return _read(source, channels, name)
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=FORMATS) as image:
+        with _opened(source) as image:
             _refuse_bomb(*image.size)
             return _read(image, channels, name)
     except Exception as error:  # Pillow's decoders raise nearly every type; one bad file must not end a run
         raise UnreadableImage(f"{name}: {_reason(error)}") from error
 
 
-def save_image(x: Tensor, path: str | Path) -> None:
-    """Writes [1, C, H, W] or [C, H, W] in [-1, 1], C 1 (grey), 3 (RGB) or 4 (RGB, alpha), clamped, at 8 bits.
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Height and width in pixels that `decode_image` gives, from the header of a file or of its bytes alone.
 
-    PNG and WebP keep every 8-bit value, JPEG is written at quality 95 without chroma subsampling. Missing
-    folders are made. The file appears whole or not at all: a killed process leaves an earlier file as it was,
-    and at worst a hidden `.tmp` beside it. Raises `ValueError` naming the path for another suffix or shape,
-    or pixels that are not finite; `OSError` where the disk refuses.
+    Raises `UnreadableImage` where there is no header; what follows a sound one may still be broken.
     """
-    path = Path(path)
+    name = name or _name(source)
+    try:
+        with _opened(source) as image:
+            width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size Pillow has turned already
+                return height, width
+            return (width, height) if _turn(image, name) in SIDEWAYS else (height, width)
+    except Exception as error:  # as in `decode_image`
+        raise UnreadableImage(f"{name}: {_reason(error)}") from error
+
+
+def save_image(x: Tensor, path: str | Path) -> None:
+    """Writes [1, C, H, W] or [C, H, W] in [-1, 1], C 1 (grey), 3 (RGB) or 4 (RGB, alpha), as `encode_image` does.
+
+    Missing folders are made. The file appears whole or not at all: a killed process leaves an earlier file as
+    it was, and at worst a hidden `.tmp` beside it. Raises `OSError` where the disk refuses, and `ValueError`
+    as `encode_image`.
+    """
+    write_whole(Path(path), encode_image(x, Path(path)))
+
+
+def encode_image(x: Tensor, path: Path) -> bytes:
+    """The bytes that a file of this name is to hold: [1, C, H, W] or [C, H, W] in [-1, 1], clamped, at 8 bits.
+
+    PNG and WebP keep every 8-bit value, JPEG has quality 95 without chroma subsampling. Raises `ValueError`
+    naming the path for another suffix or shape, or pixels that are not finite.
+    """
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"{path}: pictures are written as {', '.join(WRITERS)}, not as {path.suffix!r}")
     file_format, options = WRITERS[path.suffix.lower()]
@@ -141,7 +164,7 @@ def save_image(x: Tensor, path: str | Path) -> None:
         image.save(encoded, file_format, **options)
     except (OSError, ValueError) as error:  # JPEG has no alpha; JPEG and WebP have a largest size
         raise ValueError(f"{path}: the picture cannot be written as {file_format} ({error})") from error
-    write_whole(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -200,6 +223,11 @@ def image_grid(images: Sequence[Tensor], columns: int) -> Tensor:
     return grid
 
 
+def _opened(source: str | Path | bytes) -> Image.Image:
+    """A file, or the bytes of one, of which Pillow has read the header."""
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
 def _name(source: object) -> str:
     """What messages call a source that came without a name."""
     if isinstance(source, str | Path):
@@ -256,12 +284,17 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     Not by `ImageOps.exif_transpose`, which writes the EXIF block anew and fails on a damaged entry that has
     nothing to do with the orientation.
     """
+    turn = _turn(image, name)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image, name: str) -> Image.Transpose | None:
+    """What makes the picture upright, if anything need be done."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # a damaged block raises nearly every type; the pixels are sound
         warnings.warn(f"{name}: broken EXIF data ignored ({_reason(error)})", stacklevel=2)
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _eight_bit(image: Image.Image, name: str) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from latentcodec.pixels import (
     find_images,
     from_uint8,
     image_grid,
+    image_size,
     load_image,
     pad_to_multiple,
     save_image,
@@ -219,6 +220,17 @@ def test_broken_exif_data_cost_a_warning_and_no_pixels(tmp_path):
     with pytest.warns(UserWarning, match=r"photo\.png: broken EXIF"):
         x = load_image(path)
     close(x[0], pixels_of(noise()))
+    with pytest.warns(UserWarning, match=r"photo\.png: broken EXIF"):
+        assert image_size(path) == x.shape[2:]
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_the_size_in_the_header_is_that_of_the_picture(orientation, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), file_format, exif=exif.tobytes())
+    assert image_size(data) == decode_image(data).shape[1:]
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])

@@ -7,18 +7,15 @@ what was tried. Data sets too big to be fetched first are in `remote.py`. Shapes
 
 import re
 import tarfile
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import datasets
-from PIL import Image
 from torch import Tensor
 
-from latentcodec.pixels import FORMATS, IMAGE_SUFFIXES, UnreadableImage, decode_image, find_images
+from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, decode_image, find_images, image_size
 from latentcodec.training.synthetic import SyntheticSource
 
-ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap height and width
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix of a file -> who reads it in `datasets`
 
 
@@ -55,14 +52,7 @@ class EncodedSource:
         return decode_image(self.encoded(index), self.channels, name=self.name(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        encoded = self.encoded(index)
-        file = BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                turned = image.getexif().get(ORIENTATION, 1) >= 5
-                return (image.width, image.height) if turned else (image.height, image.width)
-        except Exception as error:  # a broken header can make Pillow raise almost anything
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+        return image_size(self.encoded(index), name=self.name(index))
 
 
 class FolderSource(EncodedSource):
