@@ -425,6 +425,15 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.parametrize("below", ["", "checkpoints", "deep/checkpoints"])
+def test_a_file_where_a_folder_must_be_is_named_once(tmp_path: Path, below: str):
+    (tmp_path / "run").write_text("precious")
+    with pytest.raises(CheckpointError) as refusal:
+        prepare(tmp_path / "run" / below)
+    said = f"no checkpoints can be kept in {tmp_path / 'run' / below}: {tmp_path / 'run'} is a file, not a folder"
+    assert str(refusal.value) == said
+
+
 def assert_nothing_lost(folder: Path, refusal: CheckpointError) -> None:
     assert str(folder) in str(refusal)
     assert "bytes" in str(refusal)

@@ -68,7 +68,7 @@ def test_inference_needs_nothing_of_training():
         ("latentcodec.metrics", {"perceptual", "pixels"}),
         ("latentcodec.single_file", {"autoencoder"}),
         ("latentcodec.codec", {"autoencoder", "files", "pixels", "single_file"}),
-        ("latentcodec.training.checkpoint", set()),
+        ("latentcodec.training.checkpoint", {"files"}),
         ("latentcodec.training.signals", set()),
         ("latentcodec.training.randomness", set()),
     ],

@@ -384,6 +384,10 @@ def a_file(path: Path) -> Path:
     return path
 
 
+def below_a_file(path: Path) -> Path:
+    return a_file(path.with_name("file.txt")) / "run"
+
+
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
@@ -393,7 +397,8 @@ def a_file(path: Path) -> Path:
         ({"data.path": only_corrupt_images, "data.val_images": 0}, ["{data.path}"]),
         ({"data.path": tiny_images}, ["{data.path}", "8 x 8", "data.val_path"]),
         ({"data.val_images": 12}, ["data.val_images"]),
-        ({"output_dir": a_file}, ["{output_dir}"]),
+        ({"output_dir": a_file}, ["error: no checkpoints", "{output_dir}", "is a file"]),
+        ({"output_dir": below_a_file}, ["error: no checkpoints", "file.txt is a file"]),
         ({"output_dir": "/proc/nowhere"}, ["/proc/nowhere"]),
         ({"data.resolution": 30}, ["data.resolution", "30", "factor 4"]),
         ({"discriminator.weight": 1, "data.resolution": 16}, ["discriminator.layers 3", "24", "16"]),

@@ -30,6 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from latentcodec.files import make_durable
+
 STATE = "state.json"
 MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # the step, and the attempt if it was saved again
@@ -38,6 +40,9 @@ UNCOMMITTED = ".tmp-"  # the prefix of folders that are being built or taken dow
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; `errno` is the system's, the message names the path."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)  # the message alone; an OSError would put the number before it
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -105,8 +110,13 @@ def prepare(folder: Path) -> None:
     """Create the folder of the checkpoints and remove what killed runs left half built in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        message = f"no checkpoints can be kept in {folder}: {file} is a file, not a folder"
+        raise CheckpointError(error.errno, message) from error
     except OSError as error:
-        raise CheckpointError(error.errno, f"no checkpoints can be kept in {folder}: {error}") from error
+        message = f"no checkpoints can be kept in {folder}: {error.strerror}"
+        raise CheckpointError(error.errno, message) from error
     for litter in folder.glob(f"{UNCOMMITTED}*"):
         _remove(litter)
 
@@ -176,9 +186,9 @@ def _commit(folder: Path, step: int, contents: Mapping[str, Callable[[], bytes]]
         unfinished.mkdir()
         manifest = {name: _write(unfinished / name, serialise()) for name, serialise in contents.items()}
         _write(unfinished / MANIFEST, _json_bytes(manifest))
-        _make_durable(unfinished)
+        make_durable(unfinished)
         os.rename(unfinished, path)  # the commit: before it there is no checkpoint, after it a whole one
-        _make_durable(folder)
+        make_durable(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # after the rename there is nothing under this name
     return path
@@ -208,15 +218,6 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 def _manifest_entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _make_durable(folder: Path) -> None:
-    """Fsync a folder: the names in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Files are serialised to memory and written by `_write`: the libraries' own writers turn a full disk into
