@@ -6,7 +6,7 @@ a folder that is replaced whole. The training itself is over here: nothing chang
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentcodec.codec import LatentCodec
+from latentcodec.codec import CONFIG, LatentCodec
+from latentcodec.files import make_durable
 from latentcodec.training.latents import LatentMoments, normalise, whiten, whitening
 from latentcodec.training.precision import certify
 
@@ -79,16 +80,25 @@ def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
         shutil.rmtree(litter, ignore_errors=True)
     try:
         codec.save_pretrained(new, card)
+        _forget_parent(new / CONFIG)
         for path in (*new.iterdir(), new):
-            _make_durable(path)
+            make_durable(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"cannot write the codec to {folder}: {error}; what was there is untouched") from error
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    _make_durable(folder.parent)
+    make_durable(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_parent(config: Path) -> None:
+    """Without the path that a fine-tuned codec's parent was loaded from, which diffusers hands on: it is another model,
+    and the path may be of this machine alone."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")  # diffusers' own layout
 
 
 def recover_codec(folder: Path) -> None:
@@ -104,11 +114,3 @@ def recover_codec(folder: Path) -> None:
 def _beside(folder: Path) -> tuple[Path, Path]:
     """The hidden names under which the new codec is built and the old one is put aside."""
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
