@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from latentcodec.files import write_whole
 from latentcodec.metrics import Evaluation
-from latentcodec.pixels import image_grid, save_image, to_uint8
+from latentcodec.pixels import encode_image, image_grid, to_uint8
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
@@ -48,14 +48,15 @@ class Journal:
         if not self.accelerator.is_main_process:
             return
         self.output.mkdir(parents=True, exist_ok=True)
-        _write(self.output / "config.yaml", yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False))
+        for unfinished in (*self.output.glob(".*.tmp"), *(self.output / "samples").glob(".*.tmp")):
+            unfinished.unlink()  # what a kill left half written
+        settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
+        _write(self.output / "config.yaml", settings.encode())
         _keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
         _keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
-        for unfinished in (self.output / "samples").glob(".*.tmp"):  # what a kill left half written
-            unfinished.unlink()
         rejected = self.output / "rejected.txt"
-        self.listed = set(rejected.read_text().splitlines()) if rejected.exists() else set()
+        self.listed = set(rejected.read_text("utf-8").splitlines()) if rejected.exists() else set()
         if self.config.train.trackers:
             flat = {
                 f"{s}.{k}": str(v)
@@ -114,7 +115,8 @@ class Journal:
         grid = image_grid([picture for row in rows for picture in row], columns=len(pairs))
         if grid.shape[0] not in (1, 3, 4):
             return  # no picture has two channels, or five
-        save_image(grid, self.output / "samples" / f"step-{step:08d}.png")
+        path = self.output / "samples" / f"step-{step:08d}.png"
+        _write(path, encode_image(grid, path))
         shown = {"samples": to_uint8(grid).permute(1, 2, 0).numpy()[None]}  # [1, H, W, C]
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -154,7 +156,8 @@ class Journal:
         """result.json: the last file of a complete run, which says that there is nothing left to do."""
         if self.accelerator.is_main_process:
             scores = {} if evaluation is None else _scores(evaluation)
-            _write(self.result, _json({"step": step, "minutes": seconds / 60, **scores}) + "\n")
+            line = _json({"step": step, "minutes": seconds / 60, **scores}) + "\n"
+            _write(self.result, line.encode())
 
     def finished_step(self) -> int | None:
         """The step at which the run was finished; None if it was not, or its codec is gone."""
@@ -216,7 +219,7 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
-        _write(path, "".join(line for line in whole if wanted(json.loads(line))))
+        _write(path, "".join(line for line in whole if wanted(json.loads(line))).encode())
 
 
 def _plain(value: Any) -> Any:
@@ -227,24 +230,23 @@ def _plain(value: Any) -> Any:
 
 
 def _append(path: Path, line: str) -> None:
-    with _named_on_failure(path, line), path.open("a") as file:
-        file.write(line + "\n")
+    content = f"{line}\n".encode()
+    with _named_on_failure(path, content), path.open("ab") as file:
+        file.write(content)
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace a small file whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with _named_on_failure(path, text):
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+def _write(path: Path, content: bytes) -> None:
+    with _named_on_failure(path, content):
+        write_whole(path, content)
 
 
 @contextmanager
-def _named_on_failure(path: Path, text: str) -> Iterator[None]:
+def _named_on_failure(path: Path, content: bytes) -> Iterator[None]:
     """The system's error for a full disk names no file; ours does, and says how many bytes it needs."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written, it needs {len(text.encode()):,} bytes: {error}. The checkpoints are untouched."
+            f"{path} cannot be written, it needs {len(content):,} bytes: {error.strerror}. "
+            "The checkpoints are untouched."
         ) from error
