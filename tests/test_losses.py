@@ -48,21 +48,21 @@ def test_gaussian_and_laplace_equal_torch_distributions_summed_over_the_image() 
         torch.testing.assert_close(nll(y, x, math.log(scale)), expected)
 
 
-def test_student_equals_scipys_multivariate_t_of_each_image() -> None:
+def test_student_t_equals_scipys_multivariate_t_of_each_image() -> None:
     y, x, scale = pixels(*SHAPE), pixels(*SHAPE), 0.3
     D = x[0].numel()
     expected = [
         -multivariate_t(image.flatten().numpy(), scale**2 * np.eye(D), df=D).logpdf(target.flatten().numpy())
         for image, target in zip(y, x, strict=True)
     ]
-    torch.testing.assert_close(losses.student_nll(y, x, math.log(scale)), torch.tensor(expected).float())
+    torch.testing.assert_close(losses.student_t_nll(y, x, math.log(scale)), torch.tensor(expected).float())
 
 
-def test_student_weighs_an_image_by_the_inverse_of_its_error() -> None:
+def test_student_t_weighs_an_image_by_the_inverse_of_its_error() -> None:
     x, y = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.1)
     y[1] = 1.0
     y.requires_grad_()
-    losses.student_nll(y, x, math.log(0.1)).sum().backward()
+    losses.student_t_nll(y, x, math.log(0.1)).sum().backward()
     gradient = y.grad[:, 0, 0, 0]
     # d/dy of D log(1 + mse / s^2), a pixel: 2 y / (s^2 + mse)
     torch.testing.assert_close(gradient, torch.tensor([0.2 / 0.02, 2 / 1.01]))
@@ -104,7 +104,10 @@ def test_a_bernoulli_decoder_learns_all_256_levels_as_pixels() -> None:
     [
         (losses.gaussian_nll, lambda error: error.square().mean().sqrt()),
         (losses.laplace_nll, lambda error: error.abs().mean()),
-        (lambda y, x, s: losses.student_nll(y[:1], x[:1], s), lambda error: error[:1].square().mean().sqrt()),
+        (
+            lambda y, x, s: losses.student_t_nll(y[:1], x[:1], s),
+            lambda error: error[:1].square().mean().sqrt(),
+        ),
     ],
 )
 def test_a_learned_scale_converges_to_the_error_of_the_decoder(
@@ -136,7 +139,7 @@ def test_the_likelihood_named_in_the_config_is_the_one_computed() -> None:
     y, x = pixels(*SHAPE), pixels(*SHAPE)
     for name, expected in (
         ("gaussian", losses.gaussian_nll(y, x, 0.5)),
-        ("student", losses.student_nll(y, x, 0.5)),
+        ("student_t", losses.student_t_nll(y, x, 0.5)),
         ("laplace", losses.laplace_nll(y, x, 0.5)),
         ("bernoulli", losses.bernoulli_nll(y, x)),
     ):

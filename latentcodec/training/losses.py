@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from latentcodec.perceptual import LpipsNet
 
-Likelihood = Literal["gaussian", "student", "laplace", "bernoulli"]
+Likelihood = Literal["gaussian", "student_t", "laplace", "bernoulli"]
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution, which decodes what we train
 PIXEL_STEP = 1 / 127.5  # the distance of two 8-bit levels in [-1, 1]
@@ -36,14 +36,14 @@ class LossConfig:
 
     likelihood: Likelihood = "gaussian"
     """Distribution of an image given the decoder's output: the squared error, its logarithm image by image
-    (student), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student
+    (student_t), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student_t
     optimises. A bernoulli decoder still puts out pixels in [-1, 1]."""
     scale: float = 1.0
-    """Sigma of the gaussian and the student or b of the laplace, in pixel units of [-1, 1]; the start of a
+    """Sigma of the gaussian and the student_t or b of the laplace, in pixel units of [-1, 1]; the start of a
     learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes."""
     learn_scale: bool = False
     """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian), that
-    of a typical image (student) or the mean absolute error (laplace). The KL then counts less beside the
+    of a typical image (student_t) or the mean absolute error (laplace). The KL then counts less beside the
     likelihood: for the gaussian as if its weight were scale^2 times the one given."""
     kl_weight: float = 1e-6
     """Factor of the KL in nats per image, against the likelihood in nats per image (both sums). 1 is the
@@ -102,8 +102,8 @@ def negative_log_likelihood(
     match likelihood:
         case "gaussian":
             return gaussian_nll(y, x, log_scale)
-        case "student":
-            return student_nll(y, x, log_scale)
+        case "student_t":
+            return student_t_nll(y, x, log_scale)
         case "laplace":
             return laplace_nll(y, x, log_scale)
         case "bernoulli":
@@ -121,7 +121,7 @@ def gaussian_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
     return (error.square() / 2 + log_scale + math.log(2 * math.pi) / 2).flatten(1).sum(1)
 
 
-def student_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
+def student_t_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
     """[B] nats, summed over an image: a gaussian whose sigma^2 is unknown, an image at a time.
 
     With the prior InverseGamma(D / 2, D s^2 / 2) of sigma^2 the image is a multivariate Student t with D degrees of

@@ -42,7 +42,7 @@ class TrainConfig:
     """AdamW's averaging factors."""
     weight_decay: float = 1e-4
     """Decay of convolution and projection weights, in learning rates."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = 0.02
     """Share of the run over which the learning rate rises from 0."""
