@@ -78,7 +78,8 @@ class Engine:
                 f"feature map alone needs {remade:,}"
             )
         kernels = compiled(device) if self.compiled else EAGER
-        return StripPass(dtype, kernels, strip_bytes, keeps=kept <= bound)
+        scratch = torch.empty(0, dtype=dtype, device=x.device)
+        return StripPass(dtype, kernels, strip_bytes, kept <= bound, scratch)
 
 
 def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

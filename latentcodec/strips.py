@@ -14,6 +14,7 @@ Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class StripPass:
     """Of a strip of a stage's widest map."""
     keeps: bool
     """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
+    scratch: Tensor
+    """[values] of `dtype` on the device of the images, grown to the largest window."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
@@ -187,7 +190,7 @@ class StripPass:
         for _, strip, below in _with_neighbours(feature.strips(True)):
             batch, rows, columns, channels = strip.shape
             if rows > 1:
-                window = strip.new_zeros(batch, rows + 1, columns + 1, channels)
+                window = self._scratch(batch, rows + 1, columns + 1, channels).zero_()
                 window[:, :rows, :columns] = strip
                 if below is not None:
                     window[:, rows:, :columns] = below[:, :1]
@@ -220,7 +223,7 @@ class StripPass:
     ) -> Tensor:
         """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
         batch, rows, columns, channels = strip.shape
-        window = strip.new_empty(batch, rows + 2, columns, channels, dtype=self.dtype)
+        window = self._scratch(batch, rows + 2, columns, channels)
         around = (
             (window[:, :1], None if above is None else above[:, -1:]),
             (window[:, 1:-1], strip),
@@ -234,6 +237,14 @@ class StripPass:
             else:
                 self.kernels.normalise_(place.flatten(1, 2), part.flatten(1, 2), *norm)
         return window
+
+    def _scratch(self, *shape: int) -> Tensor:
+        """A window for the next convolution, always in the same memory: freed between two strips that stay, windows
+        would leave holes that no strip fits into."""
+        values = math.prod(shape)
+        if self.scratch.numel() < values:
+            self.scratch.resize_(values)
+        return self.scratch[:values].view(shape)
 
     def _kept(self, strips: Iterable[Tensor]) -> Map:
         moments, kept = Moments(self.kernels), deque[Tensor]()

@@ -26,7 +26,16 @@ def whole_and_strips(configuration, batch=1, height=40, width=24, **settings):
     f = 2 ** (len(configuration["block_out_channels"]) - 1)
     x = torch.rand(batch, ours.config.in_channels, height, width) * 2 - 1
     z = torch.randn(batch, ours.config.latent_channels, max(2, height // f), max(2, width // f))
-    run = StripPass(**{"dtype": torch.float32, "kernels": EAGER, "strip_bytes": 1, "keeps": True} | settings)
+    run = StripPass(
+        **{
+            "dtype": torch.float32,
+            "kernels": EAGER,
+            "strip_bytes": 1,
+            "keeps": True,
+            "scratch": torch.empty(0),
+        }
+        | settings
+    )
     with torch.inference_mode():
         expected = reference.encoder(x), reference.decoder(z)
         actual = run.encode(ours.encoder, x), run.decode(ours.decoder, z)
