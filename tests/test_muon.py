@@ -29,6 +29,43 @@ def test_a_gradient_of_zero_moves_nothing():
     assert not orthogonal(torch.zeros(4, 6)).any()
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-24, 1e-37])
+def test_the_step_of_a_tiny_gradient_is_that_of_the_same_gradient_at_any_other_size(scale):
+    g = matrix(8, 24)
+    torch.testing.assert_close(orthogonal(g * scale), orthogonal(g), atol=1e-3, rtol=0)
+
+
+def test_an_average_that_fades_to_nothing_leaves_the_weight_finite():
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    muon = Muon([{"params": [weight], "orthogonal": True, "weight_decay": 0.0, "lr": 1e-3}], fused=True)
+    for step in range(2200):  # 0.95^2200 is below the smallest subnormal
+        weight.grad = matrix(4, 6) if step == 0 else torch.zeros(4, 6)
+        muon.step()
+    assert weight.isfinite().all()
+
+
+def test_a_closure_is_evaluated_once_and_before_any_weight_moves():
+    ours, theirs = ([torch.nn.Parameter(matrix(8, 8)) for _ in range(2)] for _ in range(2))
+    optimizers = [
+        Muon(
+            [{"params": [w], "orthogonal": o} for w, o in zip(weights, (True, False), strict=True)],
+            fused=True,
+        )
+        for weights in (ours, theirs)
+    ]
+
+    def closure() -> torch.Tensor:
+        loss = (ours[0] @ ours[1]).square().sum()
+        loss.backward()
+        return loss
+
+    (theirs[0] @ theirs[1]).square().sum().backward()
+    expected = (theirs[0] @ theirs[1]).square().sum()
+    optimizers[1].step()
+    assert optimizers[0].step(closure) == expected
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_steps_are_those_of_torch_for_gradients_of_any_size():
     """torch.optim.Muon knows matrices only and computes in bfloat16."""
     ours, theirs = (torch.nn.Parameter(matrix(48, 96)) for _ in range(2))

@@ -33,13 +33,20 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of every group; gradients that made orthogonal steps are dropped."""
+        """One step of every group; gradients that made orthogonal steps are dropped. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = (
+                    closure()
+                )  # makes the gradients of all groups, so it comes before the first of them moves
         for group in self.param_groups:
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is not None:
                     self._move(weight, weight.grad, group["lr"], group["weight_decay"])
                     weight.grad = None  # which AdamW's own step passes over
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _move(self, weight: nn.Parameter, gradient: Tensor, lr: float, decay: float) -> None:
         state = self.state[weight]
@@ -65,7 +72,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     a, b, c = QUINTIC
-    matrix = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+    # The squares of a norm underflow where averages have faded below 1e-23, so the largest element is made 1 first.
+    tiny = torch.finfo(matrix.dtype).tiny
+    matrix = matrix / matrix.abs().amax().clamp_min(tiny)
+    matrix = matrix / matrix.norm().clamp_min(tiny)
     gram = matrix @ matrix.T
     product = identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(ROUNDS):
