@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentcodec.blocks import ACTIVATIONS, DownStage, Shape, UNetMidBlock2D, UpStage, group_norm
-from latentcodec.engine import Engine
+from latentcodec.engine import Engine, is_listened_to
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -120,7 +120,8 @@ def adopt(vae: AutoencoderKL) -> AutoencoderKL:
     exact result, because no tile is ever smaller than the image.
 
     Raises TypeError for anything but an AutoencoderKL, and ValueError for one whose encoder or decoder was
-    changed (an adapter was added, layers were replaced): such a model is no longer the one its config describes.
+    changed (an adapter was added, layers were replaced), since such a model is no longer the one its config
+    describes, or has hooks on its layers, which would be lost.
     """
     if not isinstance(vae, AutoencoderKL):
         raise TypeError(f"expected a diffusers.AutoencoderKL, got {type(vae).__name__}")
@@ -172,7 +173,16 @@ def restore_vae(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def _replace_networks(vae: AutoencoderKL, encoder: nn.Module, decoder: nn.Module) -> None:
-    """Let `encoder` and `decoder` take over the parameters and the state of those that `vae` has."""
+    """Let `encoder` and `decoder` take over the parameters and the state of those that `vae` has.
+
+    Raises ValueError where something listens to layers that would be replaced, as offloading does.
+    """
+    for name, module in (*vae.encoder.named_modules(), *vae.decoder.named_modules()):
+        if is_listened_to(module):
+            raise ValueError(
+                f"a hook, or a forward of its own, is on the VAE's {name or type(module).__name__}, and would be lost: "
+                "optimise the VAE first, then add hooks or offload it"
+            )
     for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
         _share_parameters(new, old)
         new.train(old.training)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -66,6 +67,9 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since diffusers adds a dropout
+        self.processor = (
+            AttnProcessor2_0()
+        )  # what it computes; some pipelines look at its type to upcast the VAE
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")

@@ -8,6 +8,7 @@ the bias and a residual, which oneDNN adds before it rounds: a mean that a bias 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -24,9 +25,9 @@ Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 OfWindows = Callable[..., Tensor]
 """[B, rows, W, C] and perhaps a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
-PROBES = 64  # values of a weight that are looked at to see whether it has changed
+PROBES = 4096  # values of a weight that are looked at to see whether it has changed
 
-_kept: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakKeyDictionary()
 
 
 def convolution(layer: nn.Conv2d, dtype: torch.dtype) -> OfWindows:
@@ -65,13 +66,25 @@ def _ready(
     weight = layer.weight.detach()
     if weight.device.type != "cpu":  # where there is no packing
         return prepare(weight, dtype)
-    probe = (
-        weight.flatten()[:: max(1, weight.numel() // PROBES)].double().sum().item()
-    )  # adapters write to .data
-    state = weight.data_ptr(), weight._version, probe, dtype
-    if layer not in _kept or _kept[layer][0] != state:
-        _kept[layer] = state, prepare(weight, dtype)
-    return _kept[layer][1]
+    version = 0 if weight.is_inference() else weight._version
+    state = weight.data_ptr(), version, _probe(weight), dtype
+    known, ready = _prepared.get(layer, (None, None))
+    if ready is None or known != state:
+        ready = prepare(weight, dtype)
+        _prepared[layer] = state, ready
+    return ready
+
+
+def _probe(weight: Tensor) -> float:
+    """A sum over values from all over [C', C, k, k], since adapters write to `.data`, which counts no version.
+
+    The step through the memory has no factor in common with C k k, so every tap and every channel has its turn.
+    """
+    step = max(1, weight.numel() // PROBES)
+    while math.gcd(step, weight[0].numel()) > 1:
+        step += 1
+    memory = weight.as_strided((weight.numel(),), (1,))  # of either layout, without a copy
+    return memory[::step].double().sum().item()
 
 
 def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:

@@ -12,15 +12,27 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from latentcodec.blocks import ACTIVATIONS, Stage
+from latentcodec.blocks import (
+    ACTIVATIONS,
+    Attention,
+    Downsample,
+    DownStage,
+    ResnetBlock2D,
+    Stage,
+    UNetMidBlock2D,
+    Upsample,
+    UpStage,
+)
 from latentcodec.kernels import EAGER, compiled
 from latentcodec.strips import StripPass
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # stays in the cache of a CPU, and fills a GPU
 STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
-# The leaves that strips can run.
-PLAIN = {nn.Conv2d, nn.Linear, nn.GroupNorm, nn.ModuleList, *ACTIVATIONS.values()}
+ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
+# What strips can run: these layers, put together by these blocks.
+LAYERS = {nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
+BLOCKS = {nn.ModuleList, DownStage, UpStage, UNetMidBlock2D, ResnetBlock2D, Attention, Downsample, Upsample}
 
 
 @dataclass
@@ -43,32 +55,42 @@ class Engine:
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
-            and all(map(_is_plain, network.modules()))
+            and x.dtype != torch.float64  # strips add up in float32
+            and not is_listened_to(network)
+            and all(_is_plain(module) for module in network.modules() if module is not network)
         )
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
         stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(encoder.down_blocks)]
+        if not min(stages[-1][:2]):
+            raise ValueError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than one latent cell"
+            )
         # In inference mode a view is a tensor like any other, and one compiled function fits them all.
         with torch.inference_mode():
-            strips = self._plan(x, stages).encode(encoder, x)
+            strips = self._plan(x, stages, encoder.mid_block).encode(encoder, x)
         return _joined(strips, x.dtype)
 
     def decode(self, decoder: Any, z: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, C, h f, w f]."""
         stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(decoder.up_blocks)]
         with torch.inference_mode():
-            strips = self._plan(z, stages).decode(decoder, z)
+            strips = self._plan(z, stages, decoder.mid_block).decode(decoder, z)
         return _joined(strips, z.dtype)
 
-    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]]) -> StripPass:
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device = x.device.type
         dtype = x.dtype if device != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
         bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
         strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
+        lowest = min(h * w for h, w, _ in stages)
+        widest = middle.resnets[0].conv1.out_channels
+        attended = lowest * widest * ATTENTION_MAPS if middle.attentions else 0
         kept, remade = (
-            max(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages) * len(x) * dtype.itemsize
+            max(attended, *(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages))
+            * (len(x) * dtype.itemsize)
             + STRIPS_AT_ONCE * strip_bytes
             for keeps in (True, False)
         )
@@ -89,13 +111,28 @@ def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _channels_at_once(stage: Stage, keeps: bool) -> int:
     """Channels of all maps that a block of a stage holds at most, its input being freed as it is read."""
+    if stage.attentions:
+        return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
 
 
+def is_listened_to(module: nn.Module) -> bool:
+    """Whether somebody waits for its inputs or outputs, or has given it a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+
+
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is what it was built as: no adapter, no forward of its own, nobody waiting for its outputs."""
-    listeners = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return not listeners and (bool(module._modules) or type(module) in PLAIN)
+    """Whether a layer is what it was built as: no adapter, no wrapper, no other padding, nobody listening."""
+    if is_listened_to(module):
+        return False
+    if isinstance(module, nn.Conv2d) and not _is_plain_convolution(module):
+        return False
+    return type(module) in (BLOCKS if module._modules else LAYERS | {nn.ModuleList})
+
+
+def _is_plain_convolution(layer: nn.Conv2d) -> bool:
+    settings = layer.padding_mode, layer.dilation, layer.groups
+    return settings == ("zeros", (1, 1), 1) and "_conv_forward" not in layer.__dict__
 
 
 def _is_fast_on_cpu(dtype: torch.dtype) -> bool:

@@ -64,15 +64,28 @@ def compiled(device_type: str) -> Kernels:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for what is large enough, with a line in the log for the time that compiling took."""
+    """`function` compiled for what is large enough, with a line in the log for the time that compiling took.
+
+    A compiler that is there but fails, as for want of Python's headers, leaves the function as it is.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
     fast = torch.compile(function, dynamic=True)
 
     @wraps(function)
     def call(x: Tensor, *others: Any) -> Any:
-        if x.numel() < WORTH_COMPILING:
+        nonlocal fast
+        if x.numel() < WORTH_COMPILING or fast is function:
             return function(x, *others)
         started = time.perf_counter()
-        result = fast(x, *others)
+        try:
+            result = fast(x, *others)
+        except (InductorError, BackendCompilerFailed) as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning("%s runs uncompiled, slower but equal: %s", function.__name__, reason)
+            fast = function
+            return function(x, *others)
         if (seconds := time.perf_counter() - started) > 1:
             log.warning(
                 "compiled %s for %s in %.0f s; later processes find it in inductor's cache",

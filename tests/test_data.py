@@ -27,6 +27,7 @@ from latentcodec.training import crops
 from latentcodec.training.crops import Cropping, CropStream
 from latentcodec.training.data import Batches, DataConfig, held_out, open_images, training_batches
 from latentcodec.training.order import EpochOrder
+from latentcodec.training.sources import EncodedSource
 
 # The tests ask for more workers than a small machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -207,6 +208,43 @@ def test_validation_images_that_lie_inside_the_training_folder_are_not_trained_o
     images = open_images(config_of(folder, val_path=str(tmp_path / "set/../set/val"), val_images=8), 3, 0)
     assert [Path(name).parent.name for name in held_out(images).names] == ["val"] * 3
     assert len(images.train) == 20
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "tar", "folder"])
+def test_a_validation_image_is_not_trained_on_whatever_its_set_is_called(tmp_path, monkeypatch, kind):
+    (tmp_path / "other").mkdir()
+    other = write_set(tmp_path / "other", "folder", range(4))
+    monkeypatch.chdir(tmp_path)
+    path = write_set(tmp_path, kind, range(20)).relative_to(tmp_path)
+    images = open_images(config_of(path, val_path=str(other), val_images=4), 3, 0)
+    assert images.train.tolist() == list(range(4, 20))
+    images = open_images(config_of(path, val_path=str(path.resolve()), val_images=4), 3, 0)
+    assert len(images.train) == 16
+
+
+def test_a_slice_of_the_training_split_is_not_trained_on(tmp_path):
+    path = write_set(tmp_path, "parquet", range(20))
+    images = open_images(config_of(path, val_split="train[:4]", val_images=4), 3, 0)
+    assert images.train.tolist() == list(range(4, 20))
+
+
+def test_only_images_as_long_as_a_validation_image_are_read_at_the_start(tmp_path, monkeypatch):
+    cells = [{"bytes": plain(number) + bytes(number), "path": None} for number in range(20)]
+    path = write_set(tmp_path, "parquet", range(20), cells)
+    read, content = [], EncodedSource.content
+    monkeypatch.setattr(EncodedSource, "content", lambda self, i: read.append(i) or content(self, i))
+    images = open_images(config_of(path, val_split="train[:1]", val_images=1), 3, 0)
+    assert images.train.tolist() == list(range(1, 20))
+    assert len(read) < 10
+
+
+def test_the_headers_for_buckets_are_read_once(tmp_path, monkeypatch):
+    read, size = [], EncodedSource.size
+    monkeypatch.setattr(EncodedSource, "size", lambda self, i: read.append(i) or size(self, i))
+    images = open_images(config_of(write_folder(tmp_path / "set", 5), buckets=True, resolution=32), 3, 0)
+    for _ in range(2):
+        list(training_batches(images, 2, steps=1))
+    assert read == list(range(5))
 
 
 def test_validation_images_of_their_own_are_the_same_for_every_seed(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 from test_autoencoder import CONFIGS, config, pair
+from torch._inductor.exc import InductorError
 
 from latentcodec import convolutions, engine, kernels, strips
 from latentcodec.autoencoder import adopt, optimize_vae, restore_vae
@@ -193,6 +194,55 @@ def test_results_of_inference_may_be_trained_on():
     (torch.ones(1, requires_grad=True) * z).sum().backward()
 
 
+def circular(ours):
+    for layer in ours.decoder.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.padding_mode = "circular"
+
+
+def a_wrapper(ours):
+    class Scaled(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    block = ours.decoder.mid_block.resnets[0]
+    block.conv1 = Scaled(block.conv1)
+
+
+def float64(ours):
+    ours.double()
+
+
+@pytest.mark.parametrize("change", [circular, a_wrapper, float64])
+def test_what_strips_cannot_run_is_left_to_the_modules(change, counted):
+    _, ours = pair(CONFIGS["sd"])
+    change(ours)
+    z = torch.randn(1, 4, 4, 4).to(ours.dtype)
+    with torch.no_grad():
+        without_gradient = ours.decode(z).sample
+    assert torch.equal(without_gradient, ours.decode(z).sample)
+    assert counted == []
+
+
+def test_hooks_on_layers_are_not_lost_by_adopting():
+    stock, _ = pair(CONFIGS["sd"])
+    stock.decoder.mid_block.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"mid_block.*first"):
+        adopt(stock)
+
+
+def test_weights_made_in_inference_mode_run_and_an_image_without_a_cell_is_refused():
+    with torch.inference_mode():
+        _, ours = pair(CONFIGS["sd"])
+        assert ours.decode(torch.randn(1, 4, 4, 4)).sample.shape == (1, 3, 32, 32)
+        with pytest.raises(ValueError, match="4 x 40 pixels is smaller than one latent cell"):
+            ours.encoder(torch.rand(1, 3, 4, 40))
+
+
 @pytest.mark.parametrize("what", ["gradients", "autocast", "a hook", "an adapter"])
 def test_plain_modules_run_where_something_listens(what, counted):
     _, ours = pair(CONFIGS["sd"])
@@ -241,6 +291,9 @@ def test_a_changed_weight_is_seen():
     for weight in weights:
         weight.data += 0.1
     compare()
+    for weight in weights:
+        weight.data[:, :, 1, 1] *= 2
+    compare()
     other, _ = pair(CONFIGS["sd"])
     ours.load_state_dict(other.state_dict())
     compare()
@@ -269,11 +322,19 @@ def test_a_bound_that_is_too_small_names_the_bytes():
         ours.decode(torch.randn(1, 4, 8, 8))
 
 
+def test_attention_counts_for_the_bound():
+    _, ours = pair(CONFIGS["sd"])
+    widest = ours.config.block_out_channels[-1]
+    maps = 64 * 64 * 7 * widest * 4
+    with pytest.raises(ValueError, match="is too little"), torch.no_grad():
+        optimize_vae(ours, max_memory=maps).decode(torch.randn(1, 4, 64, 64))
+
+
 def test_a_bound_decides_what_is_kept():
     _, ours = pair(CONFIGS["sd"])
     stages = [(8 << i, 8 << i, stage) for i, stage in enumerate(ours.decoder.up_blocks)]
     z = torch.randn(1, 4, 8, 8)
-    plan = partial(Engine._plan, x=z, stages=stages)
+    plan = partial(Engine._plan, x=z, stages=stages, middle=ours.decoder.mid_block)
     widest = 64 * 64 * 32 * 4  # bytes of the map that enters the last stage, and of two within it
     assert plan(Engine(int(1.4 * widest))).keeps
     assert not plan(Engine(int(1.2 * widest))).keeps
@@ -346,6 +407,20 @@ def test_compiled_functions_equal_the_eager_ones(dtype, monkeypatch):
                 form.normalise_(result, x, scale, shift, activation)
             torch.testing.assert_close(*results, **tolerance)
         torch.testing.assert_close(EAGER.sums(x, shift), fused.sums(x, shift), rtol=1e-4, atol=1e-3)
+
+
+def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, caplog):
+    def fail(*_):
+        raise InductorError(RuntimeError("Python.h: No such file"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", 0)
+    sums = kernels._compiled(EAGER.sums)
+    x, pivot = torch.randn(1, 8, 4), torch.zeros(1, 1, 4)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(sums(x, pivot), EAGER.sums(x, pivot))
+        assert torch.equal(sums(x, pivot), EAGER.sums(x, pivot))
+    assert caplog.text.count("Python.h") == 1
 
 
 def test_without_a_compiler_the_functions_run_as_they_are_and_say_so_once(monkeypatch, caplog):

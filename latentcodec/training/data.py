@@ -7,11 +7,13 @@ ranks with batch b see what one rank sees with batch R*b. Only `data.streaming` 
 C channels, H W pixels.
 """
 
+import hashlib
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from latentcodec.training.order import (
 )
 from latentcodec.training.remote import RemoteSource
 from latentcodec.training.signals import shield_data_worker
-from latentcodec.training.sources import ImageSource, Place, open_source
+from latentcodec.training.sources import EncodedSource, ImageSource, Place, open_source
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
 
@@ -104,13 +106,20 @@ class TrainingImages:
     val_source: ImageSource
     val: NDArray[np.int64]  # indices into val_source
 
+    @cached_property
+    def buckets(self) -> NDArray[np.int64]:
+        """The aspect-ratio bucket of every image of `train`; the headers are read once, not for every stream."""
+        assert not isinstance(self.source, RemoteSource)
+        sizes = bucket_sizes(self.config.resolution)
+        return np.array([_bucket(self.source, index, sizes) for index in self.train.tolist()])
+
 
 def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
     """Opens the images and sets some aside for validation.
 
     The seed chooses which of the training set are held out. From a `val_path` of their own they are taken
-    evenly, the same for every seed; an image that lies in both sets is not trained on. Raises `ValueError`
-    naming the path and the key when there is nothing to read, or nothing left to train on.
+    evenly, the same for every seed; an image that lies in both sets, under whatever name, is not trained on.
+    Raises `ValueError` naming the path and the key when there is nothing to read, or nothing left to train on.
     """
     if config.streaming:
         return _open_remote(config, channels, seed)
@@ -119,8 +128,7 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
         val_source = open_source(_val_place(config), config.image_column, channels)
         count = min(config.val_images, len(val_source))
         val = np.linspace(0, len(val_source) - 1, count).round().astype(np.int64)
-        taken = {val_source.name(index) for index in val.tolist()}
-        train = np.array([i for i in range(len(source)) if source.name(i) not in taken], dtype=np.int64)
+        train = _others(source, val_source, val)
     else:
         val_source = source
         order = shuffled(np.arange(len(source)), seed, HELD_OUT)
@@ -131,6 +139,29 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
             "to train on; lower data.val_images, or give data.val_path"
         )
     return TrainingImages(config, seed, source, train, val_source, val)
+
+
+def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The images of `source` that are none of the chosen ones of `val_source`: none of their files, byte by byte.
+
+    Of the training images only those are read whose files have the length of a validation image's.
+    """
+    if not (isinstance(source, EncodedSource) and isinstance(val_source, EncodedSource)):
+        names = {val_source.name(index) for index in val.tolist()}  # of the drawn set
+        return np.array([i for i in range(len(source)) if source.name(i) not in names], dtype=np.int64)
+    lengths = np.array(source.lengths())
+    held, length = {_digest(val_source, i) for i in val.tolist()}, np.array(val_source.lengths())[val]
+    alike = np.flatnonzero(np.isin(lengths, length[length >= 0]))
+    copies = [index for index in alike.tolist() if _digest(source, index) in held - {None}]
+    return np.setdiff1d(np.arange(len(source)), np.array(copies, dtype=np.int64))
+
+
+def _digest(source: EncodedSource, index: int) -> bytes | None:
+    """Of an image's file; None where there is none, which its turn to be read will say."""
+    try:
+        return hashlib.blake2b(source.content(index)).digest()
+    except UnreadableImage:
+        return None
 
 
 def _place(config: DataConfig) -> Place:
@@ -224,7 +255,7 @@ def training_batches(
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
     else:
         block = batch_size * accumulation * world_size
-        stream = CropStream(images.source, _order(images, images.source, block), cropping)
+        stream = CropStream(images.source, _order(images, block), cropping)
     loader: DataLoader[Batch | ValueError] = DataLoader(
         stream,
         sampler=None if isinstance(stream, IterableDataset) else positions,
@@ -238,13 +269,11 @@ def training_batches(
     return Batches(loader)
 
 
-def _order(images: TrainingImages, source: ImageSource, block: int) -> EpochOrder:
+def _order(images: TrainingImages, block: int) -> EpochOrder:
     resolution = images.config.resolution
     if not images.config.buckets:
         return EpochOrder(images.train, resolution, images.seed)
-    sizes = bucket_sizes(resolution)
-    buckets = np.array([_bucket(source, index, sizes) for index in images.train.tolist()])
-    return BucketedOrder(images.train, buckets, resolution, images.seed, block)
+    return BucketedOrder(images.train, images.buckets, resolution, images.seed, block)
 
 
 def _bucket(source: ImageSource, index: int, sizes: list[tuple[int, int]]) -> int:

@@ -5,12 +5,14 @@ A source knows how many images there are and reads image `index`; it knows nothi
 what was tried. Data sets too big to be fetched first are in `remote.py`. Shapes: C channels, H W pixels.
 """
 
+import os
 import re
 import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+from pyarrow import compute
 from torch import Tensor
 
 from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, decode_image, find_images, image_size
@@ -48,6 +50,18 @@ class EncodedSource:
         """The image's file name, or the bytes of its file."""
         raise NotImplementedError
 
+    def lengths(self) -> list[int]:
+        """Bytes of every image's file, none of which is read; -1 where there is no file."""
+        raise NotImplementedError
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's file; `UnreadableImage`, with its name, where there is none."""
+        encoded = self.encoded(index)
+        try:
+            return encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error.strerror}") from error
+
     def read(self, index: int) -> Tensor:
         return decode_image(self.encoded(index), self.channels, name=self.name(index))
 
@@ -70,6 +84,9 @@ class FolderSource(EncodedSource):
 
     def encoded(self, index: int) -> str:
         return self.files[index]
+
+    def lengths(self) -> list[int]:
+        return [_file_length(file) for file in self.files]
 
 
 class _Member(NamedTuple):
@@ -112,6 +129,9 @@ class TarSource(EncodedSource):
             shard.seek(member.offset)
             return shard.read(member.length)
 
+    def lengths(self) -> list[int]:
+        return [member.length for member in self.members]
+
 
 def _walk_shard(number: int, shard: str, field: str | None) -> list[_Member]:
     try:
@@ -153,6 +173,22 @@ class DatasetSource(EncodedSource):
 
     def encoded(self, index: int) -> str | bytes:
         return encoded_cell(self.dataset[index][self.column], self.name(index))
+
+    def lengths(self) -> list[int]:
+        found: list[int] = []
+        for rows in self.dataset.with_format("arrow").iter(batch_size=1000):
+            inside, path = (compute.struct_field(rows[self.column], key) for key in ("bytes", "path"))
+            # Of the images inside, arrow reads the offsets only.
+            for length, file in zip(compute.binary_length(inside).to_pylist(), path.to_pylist(), strict=True):
+                found.append(length if length is not None else -1 if file is None else _file_length(file))
+        return found
+
+
+def _file_length(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:  # such as a link to nowhere: reading the image will say so
+        return -1
 
 
 def encoded_cell(cell: dict[str, Any] | None, name: str) -> str | bytes:
