@@ -2,8 +2,9 @@
 
     python bench/training.py --runs runs/a [runs/b ...] --out FOLDER
 
-Each run is the output folder of train/train.py, finished or still going: its metrics.jsonl and config.yaml, and the
-config.json of its codec/ are read, nothing is trained. Prints a table, writes a JSON file and an HTML page with
+Each run is the output folder of train/train.py: its metrics.jsonl and config.yaml, and the config.json of its codec/
+are read, nothing is trained. A run may be finished, stopped or resumed; one that has never ended or stopped has no
+codec/ yet and is refused. Prints a table, writes a JSON file and an HTML page with
 plots, and ends stdout with one line of JSON.
 
 The peak is the best rate of a matrix product in the run's dtype, measured now and on this machine: run this where the
@@ -38,6 +39,7 @@ from latentcodec.report import (
     plot_style,
     print_last_line,
     print_table,
+    require_folder,
     stem,
     write,
 )
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
         runs = [read(folder, options.dtype) for folder in options.runs]
+        require_folder(options.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"training.py: {error}") from error
     peaks = {dtype: peak_rate(dtype, options.device) for dtype in {run["dtype"] for run in runs}}
@@ -93,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read(folder: Path, dtype: str | None) -> dict[str, Any]:
     """What a run's own files say. Raises `OSError` or `ValueError` naming what is missing or wrong in them."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    architecture = json.loads((folder / "codec" / "config.json").read_text())
+    codec = folder / "codec" / "config.json"
+    if not codec.is_file():
+        raise ValueError(f"{codec} is missing: the run writes it when it ends or is stopped")
+    architecture = json.loads(codec.read_text())
     whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may still be half
     lines = [json.loads(line) for line in whole.splitlines()]
     steps = [line for line in lines if "images_per_second" in line]
@@ -102,7 +108,7 @@ def read(folder: Path, dtype: str | None) -> dict[str, Any]:
         raise ValueError(f"{folder / 'metrics.jsonl'}: no step of a training in it")
     train, data = config["train"], config["data"]
     images = round(steps[-1]["images_per_second"] * steps[-1]["step_seconds"])  # a step's, of all processes
-    seconds = 60 * max(line["minutes"] for line in lines)
+    seconds = 60 * max(line["minutes"] for line in steps + scores)  # the drift from a teacher has no time
     waiting = sum(step["waited_seconds"] for step in steps)
     computing = sum(step["step_seconds"] for step in steps) - waiting
     return {

@@ -133,6 +133,33 @@ def test_a_run_that_is_still_writing_can_be_read(training, tmp_path):
     assert training.read(run, None)["steps"] == 2
 
 
+def test_the_drift_from_a_teacher_has_no_time_and_is_passed_over(training, tmp_path):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1), (1.0, 0.0, 0.2)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "latent_drift": 0.1, "latent_correlation": 0.99}\n')
+    assert training.read(run, None)["minutes"] == pytest.approx(0.2)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
+    training, tmp_path, monkeypatch
+):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+    monkeypatch.setattr(training, "peak_rate", lambda *_: pytest.fail("measured before --out was tried"))
+    with pytest.raises(
+        SystemExit, match=r"^training.py: --out .*config\.yaml/out: no results can be written"
+    ):
+        training.main(["--runs", str(run), "--out", str(run / "config.yaml" / "out")])
+
+
+def test_a_run_that_has_no_codec_yet_is_told_when_it_will(training, tmp_path):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+    (run / "codec/config.json").unlink()
+    with pytest.raises(
+        SystemExit, match=r"config\.json is missing: the run writes it when it ends or is stopped"
+    ):
+        training.main(["--runs", str(run), "--out", str(tmp_path / "out")])
+
+
 def test_a_long_run_is_drawn_with_few_points_and_none_of_its_steps_left_out(training):
     steps = [{"minutes": float(step), "images_per_second": float(step)} for step in range(1001)]
     curve = training.speed_curve(steps)
