@@ -387,6 +387,43 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
         throughput.main(["--codec", str(file), "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("sides", "headline"),
+    [
+        (["ours", "diffusers best"], "speed of ours over diffusers best<"),
+        (["ours"], "megapixels a second, ours<"),
+        (["diffusers best", "diffusers tiled"], "megapixels a second, diffusers (best|tiled)<"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_choice_of_sides_is_measured_and_reported(
+    throughput, codec_folder, tmp_path, capsys, monkeypatch, sides, headline, dtype
+):
+    monkeypatch.setattr(throughput, "optimize_vae", lambda vae, max_memory: vae)  # compiling takes seconds
+    monkeypatch.setattr(throughput, "measure_memory", lambda *_: None)
+    monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
+    small = ["--sizes", "32", "--batches", "1", "--dtypes", dtype, "--repeats", "1", "--device", "cpu"]
+    arguments = ["--codec", str(codec_folder), "--out", str(tmp_path), *small]
+    throughput.main([*arguments, "--sides", *sides])
+    printed = last_line(capsys.readouterr().out)
+    assert [(r["direction"], r["side"]) for r in printed["results"]] == [
+        (direction, side) for direction in ("encode", "decode") for side in sides
+    ]
+    for record in printed["results"]:
+        assert (record["time_over_ours"] is None) == ("ours" not in sides)
+        assert record["max_error"] < 0.5  # known without "diffusers" among the sides
+    assert len(re.findall(headline, Path(printed["files"]["html"]).read_text())) == 2
+
+
+def test_the_headline_names_the_fastest_other_side_and_the_default(throughput):
+    case = {"direction": "decode", "dtype": "float32", "size": 64, "batch": 1}
+    ratios = {"ours": 1.0, "diffusers": 3.0, "diffusers best": 2.0, "diffusers tiled": math.nan}
+    records = [{**case, "side": side, "time_over_ours": ratio} for side, ratio in ratios.items()]
+    ((number, meaning),) = throughput.headline(records)
+    assert number == "2.00x"
+    assert meaning.endswith("speed of ours over diffusers best; 3.00x over diffusers as it comes")
+
+
 @pytest.mark.slow
 def test_throughput_runs_as_a_script_and_ends_with_one_line_of_json(tmp_path):
     file = tmp_path / "tiny.json"
