@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     report.print_table(*table(data["codecs"]))
     print(f"\n{len(inputs.images)} images; {inputs.lpips_note}; KLT fitted on {inputs.klt_note}")
     for entry in inputs.skipped:
-        print(f"skipped {entry['reason']}")
+        print(report.printable(f"skipped {entry['reason']}"))
     single = {result.source: image_scores(result, inputs.images) for result in results}
     name = report.stem(options.codec, data["hardware"], "reconstruction")
     files = report.write(build_page(results, inputs, data), data | {"images": single}, options.out, name)

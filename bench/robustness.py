@@ -118,10 +118,11 @@ def open_images(folder: Path, channels: int, f: int) -> tuple[list[Tensor], int]
         try:
             image = load_image(path, channels)[0]
         except UnreadableImage as error:
-            print(f"skipped {error}")
+            print(report.printable(f"skipped {error}"))
             continue
         if min(image.shape[-2:]) < 2 * max(f, 16):  # SSIM has a window of 11 pixels
-            print(f"skipped {path}: {image.shape[-2]} x {image.shape[-1]} pixels are too few to halve")
+            size = f"{image.shape[-2]} x {image.shape[-1]} pixels"
+            print(report.printable(f"skipped {path}: {size} are too few to halve"))
             continue
         images.append(image)
     if not images:

@@ -175,7 +175,7 @@ def write(page: Page, data: Mapping[str, Any], out: Path, name: str) -> dict[str
     """
     texts = {"json": json.dumps(finite(data), indent=1) + "\n", "html": page.render()}
     for suffix, text in texts.items():
-        write_whole(out / f"{name}.{suffix}", text.encode())
+        write_whole(out / f"{name}.{suffix}", printable(text).encode())
     return {suffix: str(out / f"{name}.{suffix}") for suffix in texts}
 
 
@@ -190,7 +190,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, ["-" * width for width in widths], *rows):
         cells = zip(row, widths, numeric, strict=True)
-        print("  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in cells).rstrip())
+        line = "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in cells).rstrip()
+        print(printable(line))
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it: the bytes of a file name that is not UTF-8 become backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def number(value: float | None, digits: int) -> str:

@@ -148,6 +148,17 @@ def test_results_are_named_by_codec_hardware_and_date():
     assert report.stem(["owner/name", "b", "c"], gpu, "x").startswith("owner-name-and-2-more_nvidia-h200_")
 
 
+def test_a_file_name_that_is_not_utf_8_costs_no_page_and_no_table(tmp_path, capsys):
+    name = b"caf\xe9.png".decode(errors="surrogateescape")  # as Linux gives a Latin-1 name to Python
+    page = report.Page("title", "lead")
+    page.table(["file"], [[name]], "caption")
+    files = report.write(page, {"file": name}, tmp_path, "result")
+    assert r"caf\udce9.png" in Path(files["html"]).read_text(encoding="utf-8")
+    assert json.loads(Path(files["json"]).read_text())["file"] == name
+    report.print_table(["file"], [[name]])
+    assert r"caf\udce9.png" in capsys.readouterr().out
+
+
 # --- reconstruction
 
 
