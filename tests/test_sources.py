@@ -21,7 +21,7 @@ from PIL import Image
 
 from latentcodec.pixels import UnreadableImage, decode_image
 from latentcodec.training.data import held_out, open_images, training_batches
-from latentcodec.training.sources import Place
+from latentcodec.training.sources import DatasetSource, Place
 from latentcodec.training.sources import open_source as open_place
 
 
@@ -47,6 +47,22 @@ def test_corrupt_rows_of_a_data_set_are_listed_and_stop_nothing(tmp_path, kind):
     lines = sorted({line for batch in batches for line in batch["rejected"]})
     assert [line.split(": ")[0] for line in lines] == [f"{path} [train] row {row}" for row in (4, 9)]
     assert {number for batch in batches for number in numbers_in(batch)} == set(range(12)) - {4, 9}
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "tar", "folder"])
+def test_lengths_are_those_of_the_files(tmp_path, kind):
+    source = open_source(write_set(tmp_path, kind, range(3)))
+    assert source.lengths() == [len(source.content(index)) for index in range(3)]
+
+
+def test_the_length_of_what_is_no_file_is_negative(tmp_path):
+    (tmp_path / "here.png").write_bytes(plain(1))
+    cells = [{"bytes": None, "path": str(tmp_path / name)} for name in ("here.png", "nowhere.png")]
+    source = DatasetSource(table(range(3), [*cells, None]), "set", None, 3)
+    assert source.lengths() == [len(plain(1)), -1, -1]
+    for index in (1, 2):
+        with pytest.raises(UnreadableImage, match=f"row {index}"):
+            source.content(index)
 
 
 def test_splits_and_slices_of_splits_are_understood(tmp_path):
