@@ -211,6 +211,13 @@ def test_rate_control_survives_a_checkpoint_to_the_bit():
     assert torch.equal(other.reference, rate.reference)
 
 
+def test_a_weight_that_no_target_steers_is_that_of_the_configuration_after_a_resume():
+    rate = RateControl(LossConfig(kl_weight=1e-3), C)
+    other = RateControl(LossConfig(kl_weight=1e-5), C)
+    other.load(rate.numbers())
+    assert other.weight == 1e-5
+
+
 def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec():
     shared = Path(__file__).parents[2] / "shared/weights/lpips_squeeze_v0.1.safetensors"
     weights = Path(os.environ.get("LATENTCODEC_LPIPS_SQUEEZE", shared))

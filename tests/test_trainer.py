@@ -176,6 +176,15 @@ def test_settings_of_the_optimizers_are_those_of_the_command_and_not_of_the_chec
     assert trainer.adversary.optimizer.param_groups[0]["lr"] == 0.123
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_scale_is_that_of_the_command_unless_it_is_learned(tmp_path, images, learned):
+    config = small(tmp_path / "run", images, validate_every=0)
+    config = replace(config, loss=replace(config.loss, scale=0.5, learn_scale=learned))
+    start(config)
+    trainer = start(replace(config, loss=replace(config.loss, scale=0.25)))
+    assert trainer.codec.log_scale.exp().item() == pytest.approx(0.5 if learned else 0.25)
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

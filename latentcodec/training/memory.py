@@ -46,7 +46,10 @@ def save(trainer: Trainer) -> None:
 
 def load(trainer: Trainer, saved: checkpoints.Checkpoint) -> None:
     """Take back what training moves, and the step; the place in the stream and the time are left to the caller."""
-    trainer.codec.load_state_dict(saved.tensors("model"))
+    model = saved.tensors("model")
+    if not trainer.config.loss.learn_scale:
+        model["log_scale"] = trainer.codec.log_scale.detach()  # a setting like the weights of the losses
+    trainer.codec.load_state_dict(model)
     trainer.ema.load_state_dict(saved.tensors("ema"))
     load_optimizer(trainer.optimizer, saved.object("optimizer"))
     trainer.objective.rate.load(saved.state["rate"])

@@ -103,8 +103,10 @@ class RateControl:
         return {"weight": self.weight, "reference": self.reference.tolist()}
 
     def load(self, numbers: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.weight, self.reference = numbers["weight"], torch.tensor(numbers["reference"])
+        """Go on from a checkpoint; the weight is the configuration's, except where a target has moved it."""
+        self.reference = torch.tensor(numbers["reference"])
+        if self.config.target_bits is not None or self.config.target_std is not None:
+            self.weight = numbers["weight"]
 
 
 class Objective:
