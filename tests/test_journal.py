@@ -1,13 +1,16 @@
 """The diary of a run on a disk that is full, and after a kill: nothing half written stays, no checkpoint is harmed."""
 
 import contextlib
+import os
 
 import pytest
 import torch
-from small_runs import metrics, small, start, train, write_images
+from accelerate import Accelerator
+from small_runs import metrics, reset, small, start, train, write_images
 from test_checkpoint import small_disk
 
 from latentcodec.training import checkpoint
+from latentcodec.training.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +61,35 @@ def test_a_start_clears_what_a_kill_left_half_written(tmp_path, images):
         (folder / ".0123456789abcdef.tmp").write_text("hal")
     start(config)
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def new_journal(output):
+    reset()
+    return Journal(output, Accelerator(cpu=True), small(output, output))
+
+
+def test_a_file_name_that_is_not_utf_8_is_listed_once_and_ends_nothing(tmp_path, capsys):
+    line = os.fsdecode(b"caf\xe9.png") + ": broken"
+    for _ in range(2):  # the second time after a resume
+        journal = new_journal(tmp_path)
+        journal.begin(0, 0, complete=False)
+        journal.rejected([line])
+    assert (tmp_path / "rejected.txt").read_text("utf-8") == "caf\\udce9.png: broken\n"
+    capsys.readouterr().out.encode()
+
+
+@pytest.mark.parametrize("damage", [bytes(7) + b"\n", b"\xff\n", b'{"step": 3, "to\n', b"3\n"])
+def test_a_damaged_end_of_the_diary_is_dropped_and_said(tmp_path, capsys, damage):
+    good = b'{"step": 1, "total": 0.5}\n{"step": 2, "total": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + damage + b'{"step": 9, "total": 0.5}\n')
+    new_journal(tmp_path).begin(4, 4, complete=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+    assert "metrics.jsonl: the end is damaged and was dropped, from line 3 on" in capsys.readouterr().out
+
+
+def test_damage_in_the_middle_of_the_diary_is_named_and_nothing_is_lost(tmp_path):
+    content = b'{"step": 1, "total": 0.5}\n\0\0\n{"step": 3, "total": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        new_journal(tmp_path).begin(4, 4, complete=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content

@@ -52,8 +52,8 @@ class Journal:
             unfinished.unlink()  # what a kill left half written
         settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
         _write(self.output / "config.yaml", settings.encode())
-        _keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
-        _keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
+        self._keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
+        self._keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
         rejected = self.output / "rejected.txt"
         self.listed = set(rejected.read_text("utf-8").splitlines()) if rejected.exists() else set()
@@ -128,7 +128,7 @@ class Journal:
         """rejected.txt: each image that could not be read, once, with the reason."""
         if not self.accelerator.is_main_process:
             return
-        for line in (text.replace("\n", " ") for text in lines):
+        for line in (_printable(text.replace("\n", " ")) for text in lines):
             if line not in self.listed:
                 self.listed.add(line)
                 _append(self.output / "rejected.txt", line)
@@ -147,7 +147,7 @@ class Journal:
     def rolled_back(self, step: int, to: int) -> None:
         """Forget the steps after the checkpoint whose weights are taken again, and say so."""
         if self.accelerator.is_main_process:
-            _keep(self.metrics, lambda line: line["step"] <= to)
+            self._keep(self.metrics, lambda line: line["step"] <= to)
             self.say(
                 f"step {step}: three steps in a row were not finite; back to the checkpoint of step {to}"
             )
@@ -186,12 +186,31 @@ class Journal:
                 f"- {len(evaluation.images)} held-out images: PSNR {evaluation.mean('psnr'):.2f} dB, SSIM "
                 f"{evaluation.mean('ssim'):.4f} (posterior mode, whole images, 8 bits)"
             )
-        return "\n".join(lines)
+        return _printable("\n".join(lines))
 
     def say(self, text: str) -> None:
         """A line of text, above the progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(_printable(text))
+
+    def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said."""
+        if not path.exists():
+            return
+        whole = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in whole if line.endswith(b"\n")]  # a kill can leave half a line
+        records = [_record(line) for line in whole]
+        damaged = records.index(None) if None in records else len(records)
+        if any(record is not None and wanted(record) for record in records[damaged:]):
+            raise ValueError(
+                f"{path}, line {damaged + 1} is damaged, and good lines follow it; remove that line to resume the run"
+            )
+        if damaged < len(records):
+            self.say(f"{path}: the end is damaged and was dropped, from line {damaged + 1} on")
+        kept = [
+            line for line, record in zip(whole, records, strict=True) if record is not None and wanted(record)
+        ]
+        _write(path, b"".join(kept))
 
     @property
     def _batch(self) -> int:
@@ -214,12 +233,18 @@ def _json(record: dict[str, Any]) -> str:
     )
 
 
-def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep only the wanted lines of a file of JSON lines; it may not exist."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
-        _write(path, "".join(line for line in whole if wanted(json.loads(line))).encode())
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line of JSON says; None if it is damaged, as by zeros after a power cut."""
+    try:
+        record = json.loads(line.decode())
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _printable(text: str) -> str:
+    """With the bytes of a file's name that are no UTF-8, which no file or terminal takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:
@@ -230,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 def _append(path: Path, line: str) -> None:
-    content = f"{line}\n".encode()
+    content = f"{_printable(line)}\n".encode()
     with _named_on_failure(path, content), path.open("ab") as file:
         file.write(content)
 
