@@ -251,3 +251,28 @@ def test_the_smallest_crop_is_what_training_really_decodes():
     assert smallest_crop(replace(config, data=buckets, regularizer=RegularizerConfig()), F_DOWN) == 64
     with pytest.raises(ValueError, match=r"data\.resolution 96 gives crops of 96 pixels.*factor 64"):
         smallest_crop(replace(config, data=buckets), 64)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "f", "low", "buckets", "cells"),
+    [
+        (64, 8, 0.0, False, None),
+        (96, 8, 0.0, False, 12),
+        (64, 4, 0.5, False, 4),
+        (256, 4, 0.5, False, None),
+        (128, 4, 0.0, True, None),
+        (128, 8, 0.0, True, 12),
+    ],
+)
+def test_crops_whose_spectra_cannot_be_masked_are_refused_at_the_start(resolution, f, low, buckets, cells):
+    config = small(Path("unused"), Path("unused"))
+    config = replace(
+        config,
+        data=replace(config.data, resolution=resolution, buckets=buckets),
+        regularizer=RegularizerConfig(spectrum_masking=True, low_resolution_probability=low),
+    )
+    if cells is None:
+        smallest_crop(config, f)
+    else:
+        with pytest.raises(ValueError, match=rf"regularizer\.spectrum_masking.* of {cells} cells"):
+            smallest_crop(config, f)

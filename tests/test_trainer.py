@@ -28,7 +28,7 @@ from small_runs import (
     write_images,
 )
 
-from latentcodec.training import checkpoint
+from latentcodec.training import checkpoint, preflight
 from latentcodec.training.discriminator import DiscriminatorConfig
 from latentcodec.training.optimization import ema_decay, learning_rate, parameter_groups, update_ema
 
@@ -221,6 +221,36 @@ def refused(tmp_path_factory, images):
     output = tmp_path_factory.mktemp("refused") / "run"
     train(start(small(output, images)), stop_at=1)
     return output
+
+
+def test_a_checkpoint_from_before_muon_names_who_can_resume_it(tmp_path, images, monkeypatch):
+    config = small(tmp_path / "run", images)
+    old = {key: value for key, value in preflight.fixed_settings(config).items() if key != "optimizer"}
+    monkeypatch.setattr("latentcodec.training.memory.fixed_settings", lambda config: old)
+    start(config)
+    with pytest.raises(ValueError, match="earlier version, before Muon, and only that version resumes it"):
+        new_trainer(config)
+
+
+def broadcast_from_main(monkeypatch, choice):
+    monkeypatch.setattr(preflight, "broadcast_object_list", lambda objects: objects.__setitem__(0, choice))
+    return SimpleNamespace(is_main_process=False, process_index=3)
+
+
+def test_all_processes_go_on_from_the_checkpoint_of_the_main_process(tmp_path, monkeypatch):
+    for step in (2, 4):
+        checkpoint.save(tmp_path, step, tensors={}, objects={}, state={}, keep_last=2)
+    other = broadcast_from_main(monkeypatch, "step-00000002")
+    assert preflight.newest_checkpoint(tmp_path, other).step == 2
+    (tmp_path / "step-00000002/state.json").write_text("{}")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"process 3 cannot use .*step-00000002.* same output_dir"
+    ):
+        preflight.newest_checkpoint(tmp_path, other)
+    assert preflight.newest_checkpoint(tmp_path, broadcast_from_main(monkeypatch, None)) is None
+    none = checkpoint.CheckpointError(74, "no checkpoint can be used")
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint can be used"):
+        preflight.newest_checkpoint(tmp_path, broadcast_from_main(monkeypatch, none))
 
 
 @pytest.mark.parametrize("name", ["codec", "metrics.jsonl"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 
 from latentcodec.metrics import SSIM_WINDOW
 from latentcodec.perceptual import SMALLEST_SIDE
@@ -19,7 +20,7 @@ from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.data import HeldOut
 from latentcodec.training.finish import recover_codec
 from latentcodec.training.order import bucket_sizes
-from latentcodec.training.regularizers import EQUIVARIANCE_SCALES
+from latentcodec.training.regularizers import BLOCK, EQUIVARIANCE_SCALES
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
@@ -81,8 +82,13 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
         checkpoints.prepare(output / "checkpoints")
         recover_codec(output / "codec")
     accelerator.wait_for_everyone()
-    saved = checkpoints.newest(output / "checkpoints")
+    saved = newest_checkpoint(output / "checkpoints", accelerator)
     if saved is not None:
+        if "optimizer" not in saved.state:
+            raise ValueError(
+                f"the checkpoint {saved.path} was written by an earlier version, before Muon, and only that version "
+                "resumes it; to train this configuration with this one, choose another output folder"
+            )
         saved.require_same({}, fixed_settings(config))
         return saved
     for name in ("codec", "metrics.jsonl"):
@@ -94,10 +100,38 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
     return None
 
 
+def newest_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
+    """The newest checkpoint that the main process can verify: all go on from that one.
+
+    Raises CheckpointError where it has none that it can use, or where another process reads something else.
+    """
+    saved, choice = None, list[Any]([None])
+    if accelerator.is_main_process:
+        try:
+            saved = checkpoints.newest(folder)
+            choice = [None if saved is None else saved.path.name]
+        except checkpoints.CheckpointError as error:
+            choice = [error]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], checkpoints.CheckpointError):
+        raise choice[0]
+    if accelerator.is_main_process or choice[0] is None:
+        return saved
+    try:
+        return checkpoints.read(folder / choice[0])
+    except checkpoints.DamagedCheckpoint as damage:
+        raise checkpoints.CheckpointError(
+            damage.errno,
+            f"process {accelerator.process_index} cannot use the checkpoint that the main process goes on from: "
+            f"{damage}. All processes must see the same output_dir.",
+        ) from damage
+
+
 def smallest_crop(config: Config, f: int) -> int:
     """The shortest side in pixels of anything that training decodes, for a codec of downsampling factor f.
 
-    Refuses crops that are not made of whole latent cells, or are too small for LPIPS.
+    Refuses crops that are not made of whole latent cells, or of whole blocks where their spectra are masked, or are
+    too small for LPIPS.
     """
     data, settings, loss = config.data, config.regularizer, config.loss
     sizes = bucket_sizes(data.resolution) if data.buckets else [(data.resolution, data.resolution)]
@@ -107,6 +141,17 @@ def smallest_crop(config: Config, f: int) -> int:
             f"data.resolution {data.resolution} gives crops of {torn[0]} pixels, not a multiple of the codec's "
             f"downsampling factor {f}"
         )
+    if settings.spectrum_masking:
+        scales = (1.0, *EQUIVARIANCE_SCALES) if settings.low_resolution_probability else (1.0,)
+        latents = {
+            max(1, round(side // f * scale)) for side in sides for scale in scales
+        }  # as `warp_image` rounds
+        if torn := sorted(cells for cells in latents if cells % BLOCK):
+            raise ValueError(
+                f"regularizer.spectrum_masking works on {BLOCK} x {BLOCK} blocks, and data.resolution "
+                f"{data.resolution} (with data.buckets {data.buckets}, regularizer.low_resolution_probability "
+                f"{settings.low_resolution_probability:g}) gives latents of {torn[0]} cells a side"
+            )
     cells = sides[0] // f
     if settings.equivariance_probability or settings.low_resolution_probability:
         cells = max(1, round(cells * min(EQUIVARIANCE_SCALES)))

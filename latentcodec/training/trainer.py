@@ -26,7 +26,6 @@ from torch import Tensor
 from latentcodec.autoencoder import downsampling_factor
 from latentcodec.codec import LatentCodec
 from latentcodec.metrics import Evaluation, evaluate, reconstruct
-from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training import memory, survey
 from latentcodec.training.adversary import Adversary
 from latentcodec.training.crops import Batch
@@ -43,7 +42,13 @@ from latentcodec.training.optimization import (
     parameter_groups,
     update_ema,
 )
-from latentcodec.training.preflight import check_held_out, find_checkpoint, new_accelerator, smallest_crop
+from latentcodec.training.preflight import (
+    check_held_out,
+    find_checkpoint,
+    new_accelerator,
+    newest_checkpoint,
+    smallest_crop,
+)
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.teacher import Teacher
 
@@ -297,7 +302,7 @@ class Trainer:
         if self.bad_steps < BAD_STEPS_BEFORE_ROLLBACK:
             return
         self.rollbacks += 1
-        saved = checkpoints.newest(self.output / "checkpoints")
+        saved = newest_checkpoint(self.output / "checkpoints", self.accelerator)
         assert saved is not None  # a run begins with one
         if self.rollbacks > ROLLBACKS_BEFORE_GIVING_UP:
             raise ValueError(
