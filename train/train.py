@@ -26,7 +26,8 @@ def main() -> int:
     trainer = Trainer(config)
     trainer.resume()
     if trainer.finished:
-        trainer.journal.say(f"{config.output_dir} is finished; raise train.max_steps to train it on")
+        more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
+        trainer.journal.say(f"{config.output_dir} is finished; {more}")
         return 0
     with stop:  # before the first step there is nothing to save, so until here a signal ends the run at once
         for micro_batches in trainer.steps(stop):
