@@ -153,6 +153,32 @@ def test_a_setting_out_of_range_is_named_with_its_value(key, value):
         TrainConfig(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.kl_weight", "-1"),
+        ("loss.lpips_weight", "-1"),
+        ("loss.free_bits", "-1"),
+        ("loss.high_frequency_weight", "-1"),
+        ("discriminator.weight", "-1"),
+        ("regularizer.spectrum_weight", "-1"),
+        ("regularizer.variance_expansion_weight", "-1"),
+        ("regularizer.interpolative_noise_std", "-1"),
+        ("train.betas", "[1.5,0.9]"),
+        ("train.betas", "[0.9,-1]"),
+        ("model.latent_channels", "0"),
+        ("model.image_channels", "0"),
+        ("model.layers_per_block", "0"),
+        ("model.block_out_channels", "[]"),
+        ("model.block_out_channels", "[0,8]"),
+        ("model.norm_num_groups", "0"),
+        ("model.teacher_weight", "-1"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_its_key(capsys, key, value):
+    assert f"{key} " in refusal(capsys, f"--{key}={value}")
+
+
 def test_every_setting_is_in_the_help_with_its_documentation(capsys):
     with pytest.raises(SystemExit) as end:
         parse(["--help"])

@@ -49,7 +49,9 @@ class DiscriminatorConfig:
     """Optimizer steps after start_step before the alarm may sound."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a discriminator without layers or channels."""
+        """Raises `ValueError` for a negative weight and for a discriminator without layers or channels."""
+        if not self.weight >= 0:
+            raise ValueError(f"discriminator.weight must not be negative, not {self.weight}")
         if self.layers < 1 or self.channels < 1:
             raise ValueError(
                 f"discriminator.layers and discriminator.channels must be at least 1, not {self.layers} and "

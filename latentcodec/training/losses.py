@@ -68,7 +68,10 @@ class LossConfig:
     """Factor of the mean absolute error of what a gaussian blur of one pixel takes away (LiteVAE)."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for keys that contradict each other."""
+        """Raises `ValueError` for values out of range and for keys that contradict each other."""
+        for key in ("kl_weight", "kl_warmup_steps", "free_bits", "lpips_weight", "high_frequency_weight"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"loss.{key} must not be negative, not {getattr(self, key)}")
         if self.target_bits is not None and self.target_std is not None:
             raise ValueError(
                 "loss.target_bits and loss.target_std both steer the KL weight; give one of them"

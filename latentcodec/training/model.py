@@ -37,7 +37,8 @@ class ModelConfig:
     layers_per_block: int = 1
     """Residual blocks of each stage of the encoder; the decoder has one more."""
     norm_num_groups: int = 8
-    """Groups of every group norm; divides every width. The linear start needs 4 channels a group or more."""
+    """Groups of every group norm; divides every width. The linear start needs 2 ceil(S / groups) + 2 channels a
+    group: in the first width for S image channels, in the last for S latent channels."""
     mid_block_add_attention: bool = False
     """Attention at the lowest resolution, as in Stable Diffusion's VAE."""
     use_quant_conv: bool = False
@@ -69,6 +70,16 @@ class ModelConfig:
     """Recompute activations in the backward pass: a third more time for a fraction of the memory."""
 
     def __post_init__(self) -> None:
+        """Raises `ValueError` for sizes below 1 and for keys that contradict each other."""
+        for key in ("image_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be at least 1, not {getattr(self, key)}")
+        if min(self.block_out_channels, default=0) < 1:
+            raise ValueError(
+                f"model.block_out_channels needs a width of 1 or more a stage, not {self.block_out_channels}"
+            )
+        if not self.teacher_weight >= 0:
+            raise ValueError(f"model.teacher_weight must not be negative, not {self.teacher_weight}")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(

@@ -41,7 +41,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging factors."""
     weight_decay: float = 1e-4
-    """Decay of convolution and projection weights, in learning rates."""
+    """Share of its convolution and projection weights that a step takes away, in learning rates of their group: ten
+    times lr for Muon's weights, lr or less for the others."""
     schedule: Schedule = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = 0.02
@@ -86,6 +87,8 @@ class TrainConfig:
         for key in ("ema_decay", "warmup"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"train.{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must be at least 0 and below 1, not {self.betas}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -100,6 +103,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             fan_in = parameter[0].numel() if parameter.ndim >= 2 else 0
+            # diffusers' down_blocks, up_blocks and mid_block; not conv_in, conv_out, quant_conv, post_quant_conv
             inner = "block" in name and fan_in > 0
             groups[inner, 0 if inner else fan_in].append(parameter)
     return [

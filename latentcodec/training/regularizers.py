@@ -70,6 +70,10 @@ class RegularizerConfig:
         for name in ("equivariance_probability", "low_resolution_probability", "latent_noise_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"regularizer.{name} is a share from 0 to 1, not {getattr(self, name)}")
+        scales = ("interpolative_noise_std", "additive_noise", "variance_expansion_floor")
+        for name in (*scales, *(name for name in vars(self) if name.endswith("_weight"))):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"regularizer.{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.interpolative_noise <= 1:
             raise ValueError(
                 f"regularizer.interpolative_noise is a part from 0 to 1, not {self.interpolative_noise}"
