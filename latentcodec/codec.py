@@ -141,7 +141,8 @@ class LatentCodec:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.
 
         The VAE moves to the device and the dtype of the one it replaces. Raises ValueError if the pipeline has no
-        VAE, if its denoiser was made for other latents, or if its VAE is already offloaded.
+        VAE, if its denoiser was made for other latents, if its images have another number of channels, or if its VAE
+        is already offloaded.
         """
         old = getattr(pipe, "vae", None)
         if old is None:
@@ -161,6 +162,11 @@ class LatentCodec:
                     f"this codec has {ours} {key}, the pipeline's VAE has {theirs}: its denoiser was trained on other "
                     "latents"
                 )
+        if self.image_channels != old.config.in_channels:
+            raise ValueError(
+                f"this codec has {self.image_channels} image channels, the pipeline's VAE has "
+                f"{old.config.in_channels}: the pipeline works on other images"
+            )
         pipe.register_modules(vae=_moved(self.vae, old.device, old.dtype))
         return pipe
 
@@ -193,6 +199,7 @@ class LatentCodec:
             f=self.downsampling_factor,
             c=self.latent_channels,
             channels=self.image_channels,
+            argument="" if self.image_channels == 3 else f", channels={self.image_channels}",
             parameters=f"{parameters:,}",
             widths=", ".join(map(str, config.block_out_channels)),
             details=f"{details.strip()}\n\n" if details else "",
@@ -216,7 +223,7 @@ vae = AutoencoderKL.from_pretrained("path/to/this/folder")
 
 from latentcodec import LatentCodec, load_image, save_image   # normalised latents, any image size
 codec = LatentCodec.from_pretrained("path/to/this/folder")
-x = load_image("photo.jpg")
+x = load_image("photo.jpg"{argument})
 z = codec.encode(x)
 save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
 ```

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -542,8 +543,10 @@ def test_the_model_card_tells_the_hub_and_the_reader_what_this_is(codec, folder)
     assert (folder / "README.md").read_text() == "my own"
 
 
-def test_the_code_in_the_model_card_runs(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_code_in_the_model_card_runs(channels, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    LatentCodec(tiny_vae(in_channels=channels, out_channels=channels)).save_pretrained(folder)
     save_image(torch.rand(1, 3, 9, 13), tmp_path / "photo.jpg")
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     variables: dict = {}
@@ -551,6 +554,14 @@ def test_the_code_in_the_model_card_runs(folder, tmp_path, monkeypatch):
     assert type(variables["vae"]) is AutoencoderKL
     with Image.open(tmp_path / "reconstruction.png") as image:
         assert image.size == (13, 9)
-    shown = load_image(tmp_path / "reconstruction.png")
+    shown = load_image(tmp_path / "reconstruction.png", channels)
     exact = variables["codec"].decode(variables["z"], size=(9, 13)).clamp(-1, 1)
     assert np.abs((shown - exact).numpy()).max() <= 1 / 255 + 1e-4
+
+
+def test_a_grey_codec_is_not_plugged_into_a_pipeline_of_colour_images():
+    old = tiny_vae()
+    pipe = SimpleNamespace(vae=old)
+    with pytest.raises(ValueError, match="1 image channels, the pipeline's VAE has 3"):
+        LatentCodec(tiny_vae(in_channels=1, out_channels=1)).plug_into(pipe)
+    assert pipe.vae is old
