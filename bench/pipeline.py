@@ -76,7 +76,7 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
         source = SyntheticSource(channels)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
     images = []
-    for path in find_images(folder):
+    for path in find_images(Path(folder).expanduser()):
         try:
             x = load_image(path, channels)
             if min(x.shape[-2:]) < SIDE:

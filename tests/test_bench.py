@@ -287,7 +287,9 @@ def test_a_folder_of_damaged_images_is_refused(reconstruction, codec_folder, tmp
 # --- pipeline
 
 
-def test_pictures_that_a_pipeline_cannot_take_are_left_out_and_none_is_an_error(tmp_path, capsys):
+def test_pictures_that_a_pipeline_cannot_take_are_left_out_and_none_is_an_error(
+    tmp_path, capsys, monkeypatch
+):
     pipeline = script("pipeline")
     save_image(torch.zeros(3, 300, 200), tmp_path / "narrow.png")
     (tmp_path / "damaged.png").write_bytes(b"not an image")
@@ -297,6 +299,8 @@ def test_pictures_that_a_pipeline_cannot_take_are_left_out_and_none_is_an_error(
     assert [re.search(r"(\w+)\.png", line)[1] for line in lines] == ["damaged", "narrow"]
     save_image(torch.zeros(3, 300, 280), tmp_path / "wide.png")
     assert [image.shape for image in pipeline._images(str(tmp_path), channels=3)] == [(1, 3, 256, 256)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(pipeline._images("~", channels=3)) == 1
 
 
 # --- throughput
