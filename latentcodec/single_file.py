@@ -2,8 +2,10 @@
 
 Three spellings are understood: diffusers' keys, its former names of the attention layers, and the keys of the
 original latent-diffusion repositories, which diffusers' own converter renames; the last also within a whole
-checkpoint. Where neither shapes nor neighbours tell (how the latents are scaled, how many groups the norms have) and
-the public checkpoints do not agree, the file is refused: a wrong guess would load and give wrong numbers.
+checkpoint. Where neither shapes nor neighbours tell (how the latents are scaled, how many groups the norms have), the
+file is refused: a wrong guess would load and give wrong numbers. One guess is made, as diffusers makes it: latents of
+4 channels without neighbours are scaled as Stable Diffusion's, which for SDXL's VAE in a file of its own is wrong; put
+its config.json beside it.
 
 Shapes: c latent channels.
 """
@@ -49,9 +51,10 @@ def load_single_file(path: Path) -> AutoencoderKL:
     """The AutoencoderKL in `path`, float32. A `config.json` beside the file is used if it describes one.
 
     Otherwise widths, layers, channels and optional layers are read off the shapes, and the scaling factor is that of
-    the public checkpoint which the file looks like; one that holds nothing but a VAE of 4 channels is taken for
-    Stable Diffusion's. Raises ValueError naming the file if it cannot be read, holds no AutoencoderKL or leaves open
-    what it needs to be told by a config.json.
+    the public checkpoint which the file looks like. One that holds nothing but a VAE of 4 latent channels is taken for
+    Stable Diffusion's (0.18215); SDXL's has the same shapes and 0.13025, so it needs its config.json. Raises
+    ValueError naming the file if it cannot be read, holds no AutoencoderKL or leaves open what it needs to be told by
+    a config.json.
     """
     state, keys = _read(path)
     config = _config_beside(path)
