@@ -34,12 +34,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of every group; gradients that made orthogonal steps are dropped. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = (
-                    closure()
-                )  # makes the gradients of all groups, so it comes before the first of them moves
+        # A closure makes the gradients of all groups, so it comes before the first of them moves.
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is not None:
