@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from latentcodec import report
 from latentcodec.codec import LatentCodec
+from latentcodec.files import printable
 from latentcodec.klt import KLT
 from latentcodec.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
 from latentcodec.perceptual import SMALLEST_SIDE
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
     report.print_table(*table(data["codecs"]))
     print(f"\n{len(inputs.images)} images; {inputs.lpips_note}; KLT fitted on {inputs.klt_note}")
     for entry in inputs.skipped:
-        print(report.printable(f"skipped {entry['reason']}"))
+        print(printable(f"skipped {entry['reason']}"))
     single = {result.source: image_scores(result, inputs.images) for result in results}
     name = report.stem(options.codec, data["hardware"], "reconstruction")
     files = report.write(build_page(results, inputs, data), data | {"images": single}, options.out, name)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from latentcodec import report
 from latentcodec.codec import LatentCodec
+from latentcodec.files import printable
 from latentcodec.klt import KLT
 from latentcodec.metrics import Codec, evaluate, reconstruct
 from latentcodec.pixels import UnreadableImage, find_images, load_image
@@ -118,11 +119,11 @@ def open_images(folder: Path, channels: int, f: int) -> tuple[list[Tensor], int]
         try:
             image = load_image(path, channels)[0]
         except UnreadableImage as error:
-            print(report.printable(f"skipped {error}"))
+            print(printable(f"skipped {error}"))
             continue
         if min(image.shape[-2:]) < 2 * max(f, 16):  # SSIM has a window of 11 pixels
             size = f"{image.shape[-2]} x {image.shape[-1]} pixels"
-            print(report.printable(f"skipped {path}: {size} are too few to halve"))
+            print(printable(f"skipped {path}: {size} are too few to halve"))
             continue
         images.append(image)
     if not images:

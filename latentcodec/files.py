@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, and that survive a power cut. What is in them is the affair of others."""
+"""Files that appear whole or not at all and survive a power cut, and names that every file and terminal can take.
+
+What is in the files is the affair of others.
+"""
 
 import os
 import secrets
@@ -29,3 +32,8 @@ def make_durable(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it: the bytes of a file name that is not UTF-8 become backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()

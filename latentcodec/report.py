@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from latentcodec.files import write_whole
+from latentcodec.files import printable, write_whole
 from latentcodec.pixels import to_uint8
 
 # Colours that read on white and on near-black alike. INK is a stand-in that becomes the page's text colour.
@@ -192,11 +192,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         cells = zip(row, widths, numeric, strict=True)
         line = "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in cells).rstrip()
         print(printable(line))
-
-
-def printable(text: str) -> str:
-    """`text` as UTF-8 can hold it: the bytes of a file name that is not UTF-8 become backslash escapes."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def number(value: float | None, digits: int) -> str:

@@ -150,10 +150,8 @@ def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]
         names = {val_source.name(index) for index in val.tolist()}  # of the drawn set
         return np.array([i for i in range(len(source)) if source.name(i) not in names], dtype=np.int64)
     lengths = np.array(source.lengths())
-    held, length = (
-        {_digest(val_source, i) for i in val.tolist()} - {None},
-        np.array(val_source.lengths())[val],
-    )
+    held = {_digest(val_source, index) for index in val.tolist()} - {None}
+    length = np.array(val_source.lengths())[val]
     alike = np.flatnonzero(np.isin(lengths, length[length >= 0]))
     copies = [index for index in alike.tolist() if _digest(source, index) in held]
     return np.setdiff1d(np.arange(len(source)), np.array(copies, dtype=np.int64))

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentcodec.files import write_whole
+from latentcodec.files import printable, write_whole
 from latentcodec.metrics import Evaluation
 from latentcodec.pixels import encode_image, image_grid, to_uint8
 
@@ -128,7 +128,7 @@ class Journal:
         """rejected.txt: each image that could not be read, once, with the reason."""
         if not self.accelerator.is_main_process:
             return
-        for line in (_printable(text.replace("\n", " ")) for text in lines):
+        for line in (printable(text.replace("\n", " ")) for text in lines):
             if line not in self.listed:
                 self.listed.add(line)
                 _append(self.output / "rejected.txt", line)
@@ -186,12 +186,12 @@ class Journal:
                 f"- {len(evaluation.images)} held-out images: PSNR {evaluation.mean('psnr'):.2f} dB, SSIM "
                 f"{evaluation.mean('ssim'):.4f} (posterior mode, whole images, 8 bits)"
             )
-        return _printable("\n".join(lines))
+        return printable("\n".join(lines))
 
     def say(self, text: str) -> None:
         """A line of text, above the progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(_printable(text))
+            tqdm.write(printable(text))
 
     def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said."""
@@ -242,11 +242,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _printable(text: str) -> str:
-    """With the bytes of a file's name that are no UTF-8, which no file or terminal takes, as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _plain(value: Any) -> Any:
     """Tuples as lists, which is what YAML has."""
     if isinstance(value, dict):
@@ -255,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 
 def _append(path: Path, line: str) -> None:
-    content = f"{_printable(line)}\n".encode()
+    content = f"{printable(line)}\n".encode()
     with _named_on_failure(path, content), path.open("ab") as file:
         file.write(content)
 
