@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         codec = check(setup, options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"throughput.py: {error}") from error
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every side
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # float32 is float32 on every side
     results, peaks = measure_all(setup, codec, options)
     measure_memory(setup, results)
     data = summary(codec, results, peaks, options)

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcodec.kernels import Moments
+
 log = logging.getLogger(__name__)
 
-Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""[B, C, rows, W], a bias [C'] and perhaps a residual [B, C', rows', W'], which is added -> [B, C', rows', W']."""
+Convolution = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""[B, C, rows, W], a bias [C'] and a residual [B, C', rows', W'], added where they are given -> [B, C', rows', W']."""
 OfWindows = Callable[..., Tensor]
-"""[B, rows, W, C] and perhaps a residual [B, rows', W', C'] -> [B, rows', W', C']."""
+"""[B, rows, W, C], moments that count the result in, and a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
 PROBES = 4096  # values of a weight that are looked at to see whether it has changed
 
@@ -52,9 +54,17 @@ def _for_windows(
     assert layer.bias is not None  # every convolution of an AutoencoderKL has one
     bias = layer.bias.to(dtype)
 
-    def convolve(window: Tensor, residual: Tensor | None = None) -> Tensor:
+    def convolve(window: Tensor, moments: Moments | None = None, residual: Tensor | None = None) -> Tensor:
+        x = window.permute(0, 3, 1, 2)
+        if moments is not None and moments.adds_what_is_left_out:
+            y = ready(x, None, None).permute(0, 2, 3, 1).contiguous()
+            moments.add(y, bias, residual)
+            return y
         added = None if residual is None else residual.permute(0, 3, 1, 2)
-        return ready(window.permute(0, 3, 1, 2), bias, added).permute(0, 2, 3, 1).contiguous()
+        y = ready(x, bias, added).permute(0, 2, 3, 1).contiguous()
+        if moments is not None:
+            moments.add(y)
+        return y
 
     return convolve
 
@@ -89,6 +99,8 @@ def _probe(weight: Tensor) -> float:
 
 def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
     weight = weight.to(dtype, memory_format=torch.channels_last)
+    if weight.device.type == "cuda" and weight.shape[2:] == (1, 1) and stride == 1:
+        return partial(_pointwise, weight[:, :, 0, 0])
     if not _packs(weight.device.type, dtype):
         return lambda x, bias, added: _plus(F.conv2d(x, weight, bias, stride, (0, columns)), added)
     return _packed_direct(weight, stride, columns)
@@ -97,12 +109,19 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
 def _doubling(weight: Tensor, dtype: torch.dtype) -> Convolution:
     # Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of
     # rows i; i + 1. A transposed convolution of stride 2 wants them as the sums 2; 1 and 2; 0 and 1; 0.
-    sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=weight.device)
-    folded = torch.einsum("oiyx,ay,bx->ioab", weight.float(), sums, sums)
+    folded = weight.float().transpose(0, 1)
+    for axis in (2, 3):
+        first, middle, last = folded.unbind(axis)
+        folded = torch.stack([last, middle + last, first + middle, first], axis)
     folded = folded.to(dtype, memory_format=torch.channels_last)
     if not _packs(folded.device.type, dtype):
         return lambda x, bias, added: _plus(F.conv_transpose2d(x, folded, bias, 2, (3, 1)), added)
     return _packed_doubling(folded)
+
+
+def _pointwise(weight: Tensor, x: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+    """A 1x1 convolution as the matrix product it is: on GPUs cuBLAS adds the bias, where cuDNN leaves another pass."""
+    return _plus(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), added)
 
 
 def _plus(result: Tensor, added: Tensor | None) -> Tensor:
@@ -117,7 +136,7 @@ def _packed_direct(weight: Tensor, stride: int, columns: int) -> Convolution:
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape)
     run = torch.ops.mkldnn._convolution_pointwise
 
-    def convolve(x: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
+    def convolve(x: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
         if added is None:
             return run(x, packed, bias, *shape, "none", [], "")
         return run.binary(x, added, packed, bias, *shape, "add", 1.0, None, [], None)

@@ -5,7 +5,9 @@ The strips themselves are in `strips.py`. Shapes: B batch, C channels, H W rows 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -23,10 +25,11 @@ from latentcodec.blocks import (
     Upsample,
     UpStage,
 )
-from latentcodec.kernels import EAGER, compiled
+from latentcodec.graphs import is_replayable, replayed
+from latentcodec.kernels import EAGER, Kernels, compiled, has_compiler
 from latentcodec.strips import StripPass
 
-STRIP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # stays in the cache of a CPU, and fills a GPU
 STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
 ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
@@ -42,7 +45,7 @@ class Engine:
     max_memory: int | None = None
     """Bytes of feature maps; None: up to half of the free memory."""
     compiled: bool = False
-    """Whether the pointwise functions are compiled at their first use."""
+    """Whether the pointwise functions are compiled at their first use, and small images replayed on GPUs."""
 
     def applies(self, network: nn.Module, x: Tensor) -> bool:
         """Whether strips may stand in for the modules: not where something listens to them or has changed them.
@@ -57,7 +60,7 @@ class Engine:
             and not torch.is_autocast_enabled(x.device.type)
             and x.dtype != torch.float64  # strips add up in float32
             and not is_listened_to(network)
-            and all(_is_plain(module) for module in network.modules() if module is not network)
+            and all(_is_plain(module) for child in network.children() for module in _within(child))
         )
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
@@ -67,17 +70,24 @@ class Engine:
             raise ValueError(
                 f"an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than one latent cell"
             )
-        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
-        with torch.inference_mode():
-            strips = self._plan(x, stages, encoder.mid_block).encode(encoder, x)
-        return _joined(strips, x.dtype)
+        return self._run(encoder, x, stages, StripPass.encode)
 
     def decode(self, decoder: Any, z: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, C, h f, w f]."""
         stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(decoder.up_blocks)]
+        return self._run(decoder, z, stages, StripPass.decode)
+
+    def _run(self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any) -> Tensor:
+        def plan() -> Callable[[Tensor], list[Tensor]]:
+            return partial(direction, self._plan(x, stages, network.mid_block), network)
+
+        widest = max(h * w * _channels_at_once(stage, True) for h, w, stage in stages)
+        if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+            return replayed(network, x, plan, partial(_joined, dtype=x.dtype))
+        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
         with torch.inference_mode():
-            strips = self._plan(z, stages, decoder.mid_block).decode(decoder, z)
-        return _joined(strips, z.dtype)
+            strips = plan()(x)
+        return _joined(strips, x.dtype)
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
@@ -99,9 +109,17 @@ class Engine:
                 f"max_memory {self.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: the widest "
                 f"feature map alone needs {remade:,}"
             )
-        kernels = compiled(device) if self.compiled else EAGER
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        return StripPass(dtype, kernels, strip_bytes, kept <= bound, scratch)
+        return StripPass(dtype, self._kernels(device), strip_bytes, kept <= bound, scratch)
+
+    def _kernels(self, device_type: str) -> Kernels:
+        if not self.compiled:
+            return EAGER
+        if device_type == "cpu" or not has_compiler(device_type):
+            return compiled(device_type)
+        from latentcodec.triton_kernels import TritonKernels  # not everywhere is there a Triton to import
+
+        return TritonKernels()
 
 
 def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -119,6 +137,14 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
 def is_listened_to(module: nn.Module) -> bool:
     """Whether somebody waits for its inputs or outputs, or has given it a forward of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+def _within(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all inside it; at every call, so without the names and the memory of `Module.modules`."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _within(child)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,59 +26,16 @@ from torch import Tensor, nn
 
 from latentcodec.blocks import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 from latentcodec.convolutions import convolution, doubled_convolution
-from latentcodec.kernels import Activation, Kernels
+from latentcodec.kernels import Activation, Kernels, Moments, Norm
 
 T = TypeVar("T")
 
-QUERY_BYTES = 64 << 20  # of attention weights at a time, in float32
 FUNCTIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: F.silu,
     nn.GELU: F.gelu,
     nn.Mish: F.mish,
     nn.ReLU: F.relu,
 }
-
-
-class Norm(NamedTuple):
-    """A group norm whose statistics are known, and the activation after it."""
-
-    scale: Tensor
-    """[B, 1, C] float32."""
-    shift: Tensor
-    """[B, 1, C] float32."""
-    activation: Activation
-
-
-class Moments:
-    """Mean and variance of every channel of a map, gathered strip by strip.
-
-    What is added up, in float64, is the distance from a pivot and its square. So the sums of strips are the sums of
-    the map, the variance between strips included, and a pivot near the mean keeps the float32 sums within a strip
-    from cancelling.
-    """
-
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-        self.pixels = 0
-
-    def add(self, strip: Tensor) -> None:
-        """Count a strip in."""
-        if not self.pixels:
-            self.pivot = strip[:, 0].mean(1, keepdim=True, dtype=torch.float32)  # [B, 1, C], of the first row
-            self.sums = torch.zeros(2, len(strip), strip.shape[-1], dtype=torch.float64, device=strip.device)
-        self.sums += self.kernels.sums(strip.flatten(1, 2), self.pivot)
-        self.pixels += strip.shape[1] * strip.shape[2]
-
-    def norm(self, layer: nn.GroupNorm, activation: Activation) -> Norm:
-        """`layer` on this map."""
-        distance, square = self.sums / self.pixels  # [B, C]
-        mean, variance = self.pivot[:, 0] + distance, square - distance.square()
-        groups = len(mean), layer.num_groups, -1
-        centre = mean.view(groups).mean(2, keepdim=True)  # [B, groups, 1]
-        spread = (variance.view(groups) + (mean.view(groups) - centre).square()).mean(2, keepdim=True)
-        scale = layer.weight * (spread + layer.eps).rsqrt().expand_as(mean.view(groups)).flatten(1)
-        shift = layer.bias - centre.expand_as(mean.view(groups)).flatten(1) * scale
-        return Norm(scale.float()[:, None], shift.float()[:, None], activation)
 
 
 @dataclass(frozen=True)
@@ -112,8 +69,9 @@ class StripPass:
             feature = self._refine(stage, feature)
             for layer in stage.downsamplers:
                 width //= 2
-                strips = self._halved(layer, feature)
-                feature = self._kept(_regrouped(strips, self._rows(following, x, width)))
+                moments = self.kernels.moments()
+                strips = self._halved(layer, feature, moments)
+                feature = _kept(moments, _regrouped(strips, self._rows(following, x, width)))
         feature = self._middle(encoder.mid_block, feature)
         return self._leave(encoder, feature)
 
@@ -132,9 +90,9 @@ class StripPass:
     # ---- the layers
 
     def _enter(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
-        convolve = convolution(layer, self.dtype)
-        strips = (part.permute(0, 2, 3, 1) for part in x.split(rows, dim=2))
-        return self._kept(convolve(self._window(*part)) for part in _with_neighbours(strips))
+        convolve, moments = convolution(layer, self.dtype), self.kernels.moments()
+        strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
+        return _kept(moments, (convolve(self._window(*part), moments) for part in _with_neighbours(strips)))
 
     def _refine(self, stage: Any, feature: Map) -> Map:
         for index, block in enumerate(stage.resnets):
@@ -158,52 +116,62 @@ class StripPass:
         if block.conv_shortcut is not None:
             shortcut = convolution(block.conv_shortcut, self.dtype)
 
+        inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
+
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
             for above, strip, below in _with_neighbours(feature.strips(last)):
-                yield conv1(self._window(above, strip, below, norm1)), shortcut(strip) if last else strip
+                h = conv1(self._window(above, strip, below, norm1), inner)
+                yield h, shortcut(strip) if last else strip
 
-        inner, pairs = self._surveyed(branches)
+        pairs = self._kept_or_remade(branches)
         norm2 = inner.norm(block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
             for above, (h, residual), below in _with_neighbours(pairs):
-                yield conv2(self._window(above and above[0], h, below and below[0], norm2), residual)
+                yield conv2(self._window(above and above[0], h, below and below[0], norm2), moments, residual)
 
-        return self._kept(joined())
+        return _kept(moments, joined())
 
     def _attend(self, layer: Attention, feature: Map) -> Map:
         """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
         strips = list(feature.strips(True))
         x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
         normed = torch.empty_like(x)
-        self.kernels.normalise_(normed, x, *feature.moments.norm(layer.group_norm, _unchanged))
-        q, k, v = (_linear(part, normed)[:, None] for part in (layer.to_q, layer.to_k, layer.to_v))
-        queries = max(1, QUERY_BYTES // (4 * len(x) * x.shape[1]))
-        seen = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, 2)], 2)
-        out = _linear(layer.to_out[0], seen[:, 0]).add_(x)
+        self.kernels.normalise_(normed, x, feature.moments.norm(layer.group_norm, None))
+        q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
+        seen = self.kernels.attend(q, k, v)
+        out = _linear(layer.to_out[0], seen).add_(x)
         parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
-        return self._kept(part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True))
+        result = [part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True)]
+        moments = self.kernels.moments()
+        for strip in result:
+            moments.add(strip)
+        return _kept(moments, result)
 
-    def _halved(self, layer: Downsample, feature: Map) -> Iterator[Tensor]:
+    def _halved(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
         """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
         convolve = convolution(layer.conv, self.dtype)
         for _, strip, below in _with_neighbours(feature.strips(True)):
             batch, rows, columns, channels = strip.shape
             if rows > 1:
-                window = self._scratch(batch, rows + 1, columns + 1, channels).zero_()
+                window = self._scratch(batch, rows + 1, columns + 1, channels)
                 window[:, :rows, :columns] = strip
-                if below is not None:
-                    window[:, rows:, :columns] = below[:, :1]
-                yield convolve(window)
+                window[:, rows:, :columns] = 0 if below is None else below[:, :1]
+                window[:, :, columns:] = 0
+                yield convolve(window, moments)
 
     def _doubled(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = doubled_convolution(layer.conv, self.dtype)
+        convolve, moments = doubled_convolution(layer.conv, self.dtype), self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
             for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
-                yield convolve(self._window(*part))
+                yield convolve(self._window(*part), moments)
 
-        return self._kept(strips(True)) if self.keeps else self._remade(strips)
+        if self.keeps:
+            return _kept(moments, strips(True))
+        for _ in strips(False):
+            pass
+        return Map(moments, strips)
 
     def _leave(self, network: Any, feature: Map) -> list[Tensor]:
         norm = feature.moments.norm(network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
@@ -224,18 +192,7 @@ class StripPass:
         """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
         batch, rows, columns, channels = strip.shape
         window = self._scratch(batch, rows + 2, columns, channels)
-        around = (
-            (window[:, :1], None if above is None else above[:, -1:]),
-            (window[:, 1:-1], strip),
-            (window[:, -1:], None if below is None else below[:, :1]),
-        )
-        for place, part in around:
-            if part is None:
-                place.zero_()
-            elif norm is None:
-                place.copy_(part)
-            else:
-                self.kernels.normalise_(place.flatten(1, 2), part.flatten(1, 2), *norm)
+        self.kernels.window_(window, above, strip, below, norm)
         return window
 
     def _scratch(self, *shape: int) -> Tensor:
@@ -246,29 +203,19 @@ class StripPass:
             self.scratch.resize_(values)
         return self.scratch[:values].view(shape)
 
-    def _kept(self, strips: Iterable[Tensor]) -> Map:
-        moments, kept = Moments(self.kernels), deque[Tensor]()
-        for strip in strips:
-            moments.add(strip)
-            kept.append(strip)
-        return Map(moments, lambda last: _drained(kept) if last else iter(kept))
+    def _kept_or_remade(self, make: Callable[[bool], Iterator[T]]) -> Iterator[T]:
+        """All that `make` yields, after it has run to its end once: kept since then, or made again."""
+        if self.keeps:
+            return _drained(deque(make(True)))
+        for _ in make(False):
+            pass
+        return make(True)
 
-    def _remade(self, make: Callable[[bool], Iterator[Tensor]]) -> Map:
-        moments = Moments(self.kernels)
-        for strip in make(False):
-            moments.add(strip)
-        return Map(moments, make)
 
-    def _surveyed(
-        self, make: Callable[[bool], Iterator[tuple[Tensor, Tensor]]]
-    ) -> tuple[Moments, Iterator[tuple[Tensor, Tensor]]]:
-        """The moments of the first of each pair, and all pairs: kept, or made again."""
-        moments, kept = Moments(self.kernels), deque[tuple[Tensor, Tensor]]()
-        for pair in make(self.keeps):
-            moments.add(pair[0])
-            if self.keeps:
-                kept.append(pair)
-        return moments, _drained(kept) if self.keeps else make(True)
+def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
+    """The map of strips that are counted in as they are made."""
+    kept = deque(strips)
+    return Map(moments, lambda last: _drained(kept) if last else iter(kept))
 
 
 def _with_neighbours(items: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
@@ -305,7 +252,3 @@ def _drained(items: deque[T]) -> Iterator[T]:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

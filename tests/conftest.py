@@ -10,6 +10,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if (
+    not torch.cuda.is_available()
+):  # Triton's kernels are interpreted then, which must be said before it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -430,6 +430,16 @@ def test_a_mistake_gives_one_line_that_names_it(tmp_path, images, run_train, set
         assert (str(settings[name[1:-1]]) if name.startswith("{") else name) in error, error
 
 
+def test_what_a_compiled_codec_cannot_do_is_refused(tmp_path, images, run_train, monkeypatch):
+    """accelerate launch --dynamo_backend says so to the process by this variable."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    config = write_config(small(tmp_path / "run", images), tmp_path / "config.yaml")
+    code, _, error = run_train("--config", config, "--discriminator.weight=1", "--discriminator.layers=1")
+    assert code == 1
+    assert "--dynamo_backend" in error
+    assert "discriminator.adaptive false" in error
+
+
 def test_the_checkpoint_of_another_architecture_is_refused_before_the_data_is_read(
     tmp_path, images, run_train
 ):

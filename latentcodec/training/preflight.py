@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 
 from latentcodec.metrics import SSIM_WINDOW
 from latentcodec.perceptual import SMALLEST_SIDE
@@ -64,6 +64,12 @@ def new_accelerator(config: Config) -> Accelerator:
         raise ValueError(
             f"{accelerator.distributed_type.value} cannot train the codec and its discriminator together; start with "
             "plain data parallelism (torchrun, or accelerate launch --multi_gpu)"
+        )
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    if compiles and config.discriminator.weight and config.discriminator.adaptive:
+        raise ValueError(
+            "discriminator.adaptive goes backward through the codec twice, which a compiled one cannot: start without "
+            "--dynamo_backend, or set discriminator.adaptive false"
         )
     return accelerator
 

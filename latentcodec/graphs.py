@@ -1,0 +1,78 @@
+"""CUDA graphs: a pass recorded once and replayed, without Python between its kernels.
+
+At 512 x 512 pixels a GPU is done with a layer before Python has asked for the next. A recording keeps the memory of
+its pass, so each network has only that of the kind of input that it saw last, and none that takes much of the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+SHARE_OF_MEMORY = 1 / 64  # of a GPU, that the maps of a recorded pass may take
+
+Pass = Callable[[Tensor], list[Tensor]]
+"""An input to the strips of its result."""
+
+
+class Recording:
+    """One pass over inputs of one shape, dtype and device, with the weights where they lay."""
+
+    def __init__(self, run: Pass, x: Tensor) -> None:
+        self.input = x.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.strips = run(self.input)
+
+    def replay(self, x: Tensor) -> list[Tensor]:
+        """The strips of the result, in memory that the next replay overwrites."""
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.strips
+
+
+_seen: WeakKeyDictionary[nn.Module, tuple[Any, Recording | None]] = WeakKeyDictionary()
+_lock = Lock()  # a replay and the reading of its result must not be torn apart by another thread
+
+
+def is_replayable(x: Tensor, maps: int) -> bool:
+    """Whether a pass over x, whose maps take so many bytes, is worth a recording and may be recorded."""
+    return (
+        x.is_cuda
+        and maps <= torch.cuda.get_device_properties(x.device).total_memory * SHARE_OF_MEMORY
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def replayed(
+    network: nn.Module, x: Tensor, plan: Callable[[], Pass], join: Callable[[list[Tensor]], Tensor]
+) -> Tensor:
+    """join(plan()(x)); recorded when an input like x comes for the second time in a row, and replayed from then on.
+
+    Weights are read anew at each replay; where they lie elsewhere, or x is of another kind, it is not replayed.
+    """
+    key = x.shape, x.dtype, x.device, tuple(_addresses(network))
+    with _lock:
+        known, recording = _seen.get(network, (None, None))
+        with torch.inference_mode():
+            if known != key:
+                _seen[network], strips = (key, None), plan()(x)
+            else:
+                recording = recording or Recording(plan(), x)
+                _seen[network], strips = (key, recording), recording.replay(x)
+        return join(strips)
+
+
+def _addresses(module: nn.Module) -> Iterator[int]:
+    """Where the weights lie; at every call, so without the names and the memory of `Module.parameters`."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield parameter.data_ptr()
+    for child in module._modules.values():
+        if child is not None:
+            yield from _addresses(child)

@@ -1,0 +1,102 @@
+"""The kernels for GPUs equal those of torch: on a GPU as they are, elsewhere interpreted (see conftest.py)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_autoencoder import CONFIGS
+from test_strips import differences, whole_and_strips
+
+from latentcodec.kernels import EAGER, Norm
+
+triton_kernels = pytest.importorskip("latentcodec.triton_kernels", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return triton_kernels.TritonKernels()
+
+
+def close(actual, expected, dtype):
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=8 * eps)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.silu, F.gelu, F.mish, F.relu])
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("below", [False, True])
+def test_windows_are_equal(kernels, dtype, activation, above, below):
+    B, r, W, C = 2, 3, 5, 12
+    strip = random(B, 9, W, C, dtype=dtype)[:, 2:5]  # of a larger map: images do not follow one another
+    around = [random(B, 4, W, C, dtype=dtype) if there else None for there in (above, below)]
+    norm = Norm(random(B, 1, C), random(B, 1, C), activation)
+    for given in (norm, None):
+        results = [torch.full((B, r + 2, W, C), float("nan"), device=DEVICE, dtype=dtype) for _ in range(2)]
+        for form, out in zip((EAGER, kernels), results, strict=True):
+            form.window_(out, around[0], strip, around[1], given)
+        close(results[1], results[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalising_a_map_is_equal(kernels, dtype):
+    x, norm = random(2, 77, 48, dtype=dtype), Norm(random(2, 1, 48), random(2, 1, 48), None)
+    results = [torch.empty_like(x) for _ in range(2)]
+    for form, out in zip((EAGER, kernels), results, strict=True):
+        form.normalise_(out, x, norm)
+    close(results[1], results[0], dtype)
+
+
+@pytest.mark.parametrize("left_out", ["nothing", "bias", "bias and residual", "bias of an inner map"])
+@pytest.mark.parametrize("channels", [12, 64])
+def test_moments_add_what_is_left_out_and_equal_a_group_norm(kernels, channels, left_out, monkeypatch):
+    """A mean 3000 deviations from zero, with a trend over the rows, which is the variance between pieces."""
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(triton_kernels, "TILE", 256)
+    B, W = 2, 7
+    rows = torch.arange(20, device=DEVICE)[None, :, None, None]
+    x = 3000 + rows + random(B, 20, W, channels)
+    bias, residual = random(channels), random(B, 40, W, channels)[:, 10:30]
+    y = x.clone()
+    inner = left_out == "bias of an inner map"
+    moments = kernels.moments(inner)
+    for strip, other in zip(y.split(6, 1), residual.split(6, 1), strict=True):
+        whole = strip.contiguous()
+        moments.add(
+            whole,
+            None if left_out == "nothing" else bias,
+            other if left_out == "bias and residual" else None,
+        )
+        strip.copy_(whole)
+    x = x if left_out == "nothing" or inner else x + bias
+    x = x + residual if left_out == "bias and residual" else x
+    close(y, x, torch.float32)
+    layer = torch.nn.GroupNorm(4, channels, eps=1e-6, device=DEVICE)
+    torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    scale, shift, _ = moments.norm(layer, None)
+    whole = (y.double() + bias if inner else y.double()).permute(0, 3, 1, 2)
+    exact = F.group_norm(whole, 4, layer.weight.double(), layer.bias.double(), 1e-6).permute(0, 2, 3, 1)
+    torch.testing.assert_close(y.double() * scale[:, None] + shift[:, None], exact, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_equal(kernels, dtype, monkeypatch):
+    if DEVICE == "cpu" and dtype != torch.float32:
+        pytest.skip("products with another result type are there on GPUs only")
+    monkeypatch.setattr(triton_kernels, "SCORE_BYTES", 4 * 50 * 20)  # 20 queries at a time
+    q, k, v = (random(2, 50, 16, dtype=dtype) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(kernels.attend(q, k, v).double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_cuda.py has it there")
+def test_a_network_in_strips_equals_diffusers(kernels):
+    assert (
+        max(differences(*whole_and_strips(CONFIGS["sd"], batch=2, kernels=kernels, strip_bytes=9000))) <= 1e-4
+    )
