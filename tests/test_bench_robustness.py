@@ -30,6 +30,17 @@ def test_eight_bits_are_256_levels_of_each_channel_of_each_image(robustness):
         torch.testing.assert_close(channels.aminmax(), whole.aminmax())
 
 
+def test_blocks_have_their_own_256_levels(robustness):
+    z = torch.rand(1, 2, 40, 20) - 0.5
+    z[:, :, :16, :16] *= 100
+    rounded = robustness.int8_in_blocks(z)
+    for rows in (slice(0, 16), slice(16, 32), slice(32, 40)):
+        for columns in (slice(0, 16), slice(16, 20)):
+            block = z[:, :, rows, columns]
+            assert torch.equal(rounded[:, :, rows, columns], robustness.int8(block))
+    assert (rounded - z)[:, :, 16:].abs().max() <= 0.5001 / 255
+
+
 def test_a_constant_channel_stays_as_it_is(robustness):
     z = torch.full((1, 2, 4, 4), 0.3)
     assert torch.equal(robustness.int8(z), z)

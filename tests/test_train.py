@@ -430,6 +430,31 @@ def test_a_mistake_gives_one_line_that_names_it(tmp_path, images, run_train, set
         assert (str(settings[name[1:-1]]) if name.startswith("{") else name) in error, error
 
 
+HOLDER = """
+import fcntl, os, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print(os.getpid(), "on earth", file=lock, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(tmp_path, images, run_train):
+    output = tmp_path / "run"
+    output.mkdir()
+    config = write_config(small(output, images, max_steps=1), tmp_path / "config.yaml")
+    command = [sys.executable, "-c", HOLDER, output / ".lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        code, _, error = run_train("--config", config)
+        holder.kill()
+    assert code == 1
+    assert f"{output} is that of another run, process {holder.pid} on earth" in error
+    assert list(output.glob("[!.]*")) == [output / "checkpoints"]
+    assert run_train("--config", config)[0] == 0
+
+
 def test_what_a_compiled_codec_cannot_do_is_refused(tmp_path, images, run_train, monkeypatch):
     """accelerate launch --dynamo_backend says so to the process by this variable."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")

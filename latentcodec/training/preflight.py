@@ -6,6 +6,9 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 
 from __future__ import annotations
 
+import fcntl
+import os
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +53,10 @@ FIXED = (
 FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
 
 
+LOCK = ".lock"  # in output_dir: held by the main process of a run
+_held: set[Path] = set()
+
+
 def new_accelerator(config: Config) -> Accelerator:
     """The processes and the number format. Refuses what this machine, or two optimizers, cannot do."""
     accelerator = Accelerator(
@@ -86,6 +93,7 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         checkpoints.prepare(output / "checkpoints")
+        _hold(output)
         recover_codec(output / "codec")
     accelerator.wait_for_everyone()
     saved = newest_checkpoint(output / "checkpoints", accelerator)
@@ -104,6 +112,32 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Che
                 "it away from there"
             )
     return None
+
+
+def _hold(output: Path) -> None:
+    """Keep other runs out of `output` as long as this process lives, however it ends. Refuses where one is there.
+
+    Disks that know no locks hold nobody.
+    """
+    path = (output / LOCK).resolve()
+    if path in _held:
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise ValueError(
+            f"output_dir {output} is that of another run, process {owner}, which is still writing there; end it "
+            "first, or choose another folder"
+        ) from error
+    except OSError:
+        pass
+    _held.add(path)  # the descriptor stays open, and with it the lock
+    with suppress(OSError):  # whose lock it is helps people; a full disk is for others to name
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
 
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
