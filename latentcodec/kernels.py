@@ -132,8 +132,9 @@ class Kernels:
                 self.normalise_(place.flatten(1, 2), part.flatten(1, 2), norm)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(C)) v, a part of the queries at a time; all [B, n, C]."""
-        queries = max(1, QUERY_BYTES // (4 * len(q) * q.shape[1]))
+        """softmax(q k^T / sqrt(C)) v; all [B, n, C]. A part of the queries at a time, but for GPUs, whose kernels keep
+        no scores."""
+        queries = q.shape[1] if q.is_cuda else max(1, QUERY_BYTES // (4 * len(q) * q.shape[1]))
         parts = (
             F.scaled_dot_product_attention(part[:, None], k[:, None], v[:, None])
             for part in q.split(queries, 1)

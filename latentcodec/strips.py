@@ -59,11 +59,12 @@ class StripPass:
     keeps: bool
     """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
     scratch: Tensor
-    """[values] of `dtype` on the device of the images, grown to the largest window."""
+    """[0] of `dtype` on the device of the images, to be grown to the largest window."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
         stages, width = list(encoder.down_blocks), x.shape[3]
+        self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
         feature = self._enter(encoder.conv_in, x, self._rows(stages[0], x, width))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._refine(stage, feature)
@@ -78,6 +79,7 @@ class StripPass:
     def decode(self, decoder: Any, z: Tensor) -> list[Tensor]:
         """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
         stages, width = list(decoder.up_blocks), z.shape[3]
+        self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
         feature = self._enter(decoder.conv_in, z, self._rows(stages[0], z, width))
         feature = self._middle(decoder.mid_block, feature)
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
@@ -182,8 +184,7 @@ class StripPass:
 
     def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
         """Of a strip in `stage`: even, so that strips can be halved."""
-        channels = max(stage.in_channels, stage.out_channels)
-        row_bytes = len(x) * width * channels * self.dtype.itemsize
+        row_bytes = len(x) * width * _widest(stage) * self.dtype.itemsize
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
@@ -195,13 +196,18 @@ class StripPass:
         self.kernels.window_(window, above, strip, below, norm)
         return window
 
+    def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
+        """Memory for every window, given the stages with the heights and widths of their maps."""
+        largest = max(
+            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * _widest(stage)
+            for stage, height, width in stages
+        )
+        self.scratch.resize_(len(x) * largest)
+
     def _scratch(self, *shape: int) -> Tensor:
         """A window for the next convolution, always in the same memory: freed between two strips that stay, windows
         would leave holes that no strip fits into."""
-        values = math.prod(shape)
-        if self.scratch.numel() < values:
-            self.scratch.resize_(values)
-        return self.scratch[:values].view(shape)
+        return self.scratch[: math.prod(shape)].view(shape)
 
     def _kept_or_remade(self, make: Callable[[bool], Iterator[T]]) -> Iterator[T]:
         """All that `make` yields, after it has run to its end once: kept since then, or made again."""
@@ -210,6 +216,11 @@ class StripPass:
         for _ in make(False):
             pass
         return make(True)
+
+
+def _widest(stage: Stage) -> int:
+    """Channels of the widest map that a stage reads or makes."""
+    return max(stage.in_channels, stage.out_channels)
 
 
 def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:

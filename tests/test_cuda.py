@@ -11,7 +11,11 @@ from test_autoencoder import CONFIGS, pair
 from latentcodec import engine, graphs
 from latentcodec.autoencoder import optimize_vae
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:.*cudnn:UserWarning"),  # of a plan that cuDNN tried and passed over
+    pytest.mark.filterwarnings("ignore:Please use the new API:UserWarning"),  # of a call inside torch 2.11
+]
 
 
 @pytest.fixture(autouse=True)
