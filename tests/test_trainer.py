@@ -223,6 +223,14 @@ def refused(tmp_path_factory, images):
     return output
 
 
+def test_a_resume_removes_the_checkpoints_that_a_kill_kept_from_being_removed(tmp_path, images):
+    output = tmp_path / "run"
+    train(start(small(output, images, keep_last=3)))
+    assert len(list((output / "checkpoints").iterdir())) == 3
+    start(small(output, images, keep_last=1))
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_a_checkpoint_from_before_muon_names_who_can_resume_it(tmp_path, images, monkeypatch):
     config = small(tmp_path / "run", images)
     old = {key: value for key, value in preflight.fixed_settings(config).items() if key != "optimizer"}

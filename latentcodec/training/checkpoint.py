@@ -150,7 +150,7 @@ def save(
         needed = sum(len(serialise()) for serialise in contents.values())
         message = f"step {step} could not be saved in {folder}, it needs {needed:,} bytes: {error}"
         raise CheckpointError(error.errno, f"{message}. Older checkpoints are untouched.") from error
-    _prune(folder, path, keep_last)
+    prune(folder, path, keep_last)
     return path
 
 
@@ -244,8 +244,11 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _prune(folder: Path, saved: Path, keep_last: int) -> None:
-    """Remove all but the `keep_last` newest that verify. `saved` is one of them: just written."""
+def prune(folder: Path, saved: Path, keep_last: int) -> None:
+    """Remove all but the `keep_last` newest that verify, of which `saved` is the newest; later ones stay.
+
+    A save does it; a resume does it again, for a kill may have come between.
+    """
     older = [path for path in _committed(folder) if _order(path) < _order(saved)]
     kept = [checkpoint.path for checkpoint in islice(_verified(older), keep_last - 1)]
     for path in older:

@@ -28,6 +28,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training import memory, survey
 from latentcodec.training.adversary import Adversary
+from latentcodec.training.checkpoint import prune
 from latentcodec.training.crops import Batch
 from latentcodec.training.data import held_out, open_images, training_batches
 from latentcodec.training.finish import finish, write_codec
@@ -202,6 +203,8 @@ class Trainer:
         else:
             self.found.require_same({"ema": self.ema.state_dict()}, {})
             memory.load(self, self.found)
+            if self.accelerator.is_main_process:
+                prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
             self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
         if not self.finished:
             self.journal.begin(self.step, self.draw, self.progress >= 1)
