@@ -147,7 +147,7 @@ def optimize_vae(
 
     Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises.
     """
-    adopt(vae).to(memory_format=torch.channels_last)
+    adopt(vae)
     bound = None if max_memory == "auto" else max_memory
     for network in (vae.encoder, vae.decoder):
         network.engine = Engine(max_memory=bound, compiled=True)

@@ -199,8 +199,8 @@ class StripPass:
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
         largest = max(
-            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * _widest(stage)
-            for stage, height, width in stages
+            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(_widest(stage), x.shape[1])
+            for stage, height, width in stages  # the first convolution may read more channels than any makes
         )
         self.scratch.resize_(len(x) * largest)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from peft import LoraConfig
+from safetensors.torch import save_file
 from test_autoencoder import CONFIGS, config, pair
 from torch._inductor.exc import InductorError
 
@@ -57,6 +58,15 @@ def test_the_thinnest_strips_equal_diffusers_in_every_configuration(name, keeps)
     f = 2 ** (len(CONFIGS[name]["block_out_channels"]) - 1)
     sizes = dict(height=5 * f + 1, width=3 * f + f // 2 + 1)  # odd, and no multiples of f
     assert max(differences(*whole_and_strips(CONFIGS[name], batch=2, keeps=keeps, **sizes))) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "narrow",
+    [dict(channels=(2, 4), groups=2), dict(channels=(4,), groups=2, latent=16)],
+    ids=["image wider than the first stage", "latent wider than the only stage"],
+)
+def test_networks_narrower_than_what_they_read_equal_diffusers(narrow):
+    assert max(differences(*whole_and_strips(config(**narrow), strip_bytes=WHOLE))) <= 1e-4
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 3000, 20_000, 100_000, WHOLE])
@@ -341,6 +351,11 @@ def test_a_bound_decides_what_is_kept():
 
 
 # ---- taking it out again
+
+
+def test_what_is_optimised_keeps_the_layout_of_its_weights_which_safetensors_needs(tmp_path):
+    _, ours = pair(CONFIGS["sd"])
+    save_file(optimize_vae(ours).state_dict(), tmp_path / "vae.safetensors")
 
 
 def test_restore_gives_diffusers_its_own_networks_back():
