@@ -422,7 +422,7 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "deep/checkpoints"])
