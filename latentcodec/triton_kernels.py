@@ -2,7 +2,8 @@
 
 A GPU is short of bytes, not of arithmetic: a map is read and written as seldom as can be. Between two convolutions that
 is twice: `_finish` adds what the first one left out and gathers the statistics, `_window` normalises for the second.
-Compiled by inductor, the same functions moved 1.2 to 3.6 TB/s of the 4.3 that an H200 copies with, these 3.4 to 4.0.
+Compiled by inductor, the same functions moved 0.9 to 3.6 TB/s of the 4.3 that an H200 copies with, their first form in
+Triton mostly 3.2 to 4.0 (LOG.md, 2026-11-26).
 
 Shapes: B batch, n pixels of a strip, C channels, P pieces of a map, W columns; strips are [B, r, W, C], channels last.
 """
