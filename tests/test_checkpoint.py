@@ -35,6 +35,7 @@ from latentcodec.training.checkpoint import (
     read,
     save,
 )
+from latentcodec.training.data import Batches
 from latentcodec.training.signals import StopRequest, exit_code, shield_data_worker
 
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"]
@@ -630,3 +631,13 @@ def test_data_workers_outlive_a_signal_to_the_whole_process_group(tmp_path: Path
     os.killpg(child, signal.Signals[number])
     assert status_of(child) == exit_code(signal.Signals[number])
     assert said.read_text() == "saved"
+
+
+def test_a_signal_that_comes_before_a_data_worker_is_shielded_does_not_end_it():
+    def late(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        shield_data_worker(worker)
+
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=late, batch_size=None)
+    assert list(Batches(loader)) == [0, 1, 2, 3]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -32,7 +32,7 @@ from latentcodec.training.order import (
     shuffled,
 )
 from latentcodec.training.remote import RemoteSource
-from latentcodec.training.signals import shield_data_worker
+from latentcodec.training.signals import held, shield_data_worker
 from latentcodec.training.sources import EncodedSource, ImageSource, Place, open_source
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
@@ -224,7 +224,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         asked = time.perf_counter()
-        for batch in self.loader:
+        with held():
+            batches = iter(self.loader)  # starts the workers
+        for batch in batches:
             self.waited_seconds += time.perf_counter() - asked
             if isinstance(batch, ValueError):
                 raise batch
