@@ -19,7 +19,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentcodec.blocks import ACTIVATIONS, DownStage, Shape, UNetMidBlock2D, UpStage, group_norm
-from latentcodec.engine import Engine, is_listened_to
+from latentcodec.engine import Engine
+from latentcodec.fused import is_listened_to, normalised
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -60,7 +61,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = _run(self, stage, x)  # [B, Ci, H / 2^i, W / 2^i]
         x = _run(self, self.mid_block, x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # [B, 2c, h, w]
+        return self.conv_out(normalised(x, self.conv_norm_out, self.conv_act))  # [B, 2c, h, w]
 
 
 class Decoder(nn.Module):
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
         x = _run(self, self.mid_block, x)
         for stage in self.up_blocks:
             x = _run(self, stage, x)  # [B, Ci, h * 2^(i+1), w * 2^(i+1)]
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # [B, C, H, W]
+        return self.conv_out(normalised(x, self.conv_norm_out, self.conv_act))  # [B, C, H, W]
 
 
 def build(config: Mapping[str, Any]) -> AutoencoderKL:

@@ -17,6 +17,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
 from torch import Tensor, nn
 
+from latentcodec.fused import doubled, normalised
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -49,8 +51,8 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.nonlinearity(self.norm1(x)))
-        h = self.conv2(self.nonlinearity(self.norm2(h)))
+        h = self.conv1(normalised(x, self.norm1, self.nonlinearity))
+        h = self.conv2(normalised(h, self.norm2, self.nonlinearity))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -100,7 +102,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled(x, self.conv)
 
 
 @dataclass(frozen=True)

@@ -107,16 +107,29 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
 
 
 def _doubling(weight: Tensor, dtype: torch.dtype) -> Convolution:
-    # Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of
-    # rows i; i + 1. A transposed convolution of stride 2 wants them as the sums 2; 1 and 2; 0 and 1; 0.
-    folded = weight.float().transpose(0, 1)
-    for axis in (2, 3):
-        first, middle, last = folded.unbind(axis)
-        folded = torch.stack([last, middle + last, first + middle, first], axis)
-    folded = folded.to(dtype, memory_format=torch.channels_last)
-    if not _packs(folded.device.type, dtype):
-        return lambda x, bias, added: _plus(F.conv_transpose2d(x, folded, bias, 2, (3, 1)), added)
-    return _packed_doubling(folded)
+    exact = torch.promote_types(weight.dtype, dtype)
+    ready = folded(weight.to(exact)).to(dtype, memory_format=torch.channels_last)
+    if not _packs(ready.device.type, dtype):
+        return lambda x, bias, added: _plus(F.conv_transpose2d(x, ready, bias, 2, (3, 1)), added)
+    return _packed_doubling(ready)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """[C', C, 3, 3] of a convolution of a doubled map -> [C, C', 4, 4] of the transposed one with stride 2.
+
+    Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of rows
+    i; i + 1. The transposed convolution wants them as the sums 2; 1 and 2; 0 and 1; 0.
+    """
+    taps = weight.flatten(2) @ _folding(weight.device, weight.dtype)
+    return taps.unflatten(2, (4, 4)).transpose(0, 1)
+
+
+@cache
+def _folding(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[9, 16] of zeros and ones: the sums of `folded`, along both axes."""
+    with torch.inference_mode(False):  # fit for autograd, whoever asks for it first
+        axis = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+        return torch.kron(axis, axis).to(device, dtype)
 
 
 def _pointwise(weight: Tensor, x: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:

@@ -25,11 +25,13 @@ from latentcodec.blocks import (
     Upsample,
     UpStage,
 )
+from latentcodec.fused import fastest, is_listened_to
 from latentcodec.graphs import is_replayable, replayed
-from latentcodec.kernels import EAGER, Kernels, compiled, has_compiler
+from latentcodec.kernels import EAGER
 from latentcodec.strips import StripPass
 
-STRIP_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
+QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
 STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
 ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
@@ -98,10 +100,11 @@ class Engine:
         lowest = min(h * w for h, w, _ in stages)
         widest = middle.resnets[0].conv1.out_channels
         attended = lowest * widest * ATTENTION_MAPS if middle.attentions else 0
+        score_bytes = min(4 * lowest * QUERIES_AT_ONCE[device], bound // 8) if middle.attentions else 0
         kept, remade = (
             max(attended, *(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages))
             * (len(x) * dtype.itemsize)
-            + STRIPS_AT_ONCE * strip_bytes
+            + max(STRIPS_AT_ONCE * strip_bytes, 2 * score_bytes)  # the latter with the weights of attention
             for keeps in (True, False)
         )
         if self.max_memory is not None and remade > self.max_memory:
@@ -110,16 +113,8 @@ class Engine:
                 f"feature map alone needs {remade:,}"
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        return StripPass(dtype, self._kernels(device), strip_bytes, kept <= bound, scratch)
-
-    def _kernels(self, device_type: str) -> Kernels:
-        if not self.compiled:
-            return EAGER
-        if device_type == "cpu" or not has_compiler(device_type):
-            return compiled(device_type)
-        from latentcodec.triton_kernels import TritonKernels  # not everywhere is there a Triton to import
-
-        return TritonKernels()
+        kernels = fastest(device) if self.compiled else EAGER
+        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch)
 
 
 def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -132,11 +127,6 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def is_listened_to(module: nn.Module) -> bool:
-    """Whether somebody waits for its inputs or outputs, or has given it a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:

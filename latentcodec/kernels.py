@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
 
-QUERY_BYTES = 64 << 20  # of attention weights at a time, in float32
 WORTH_COMPILING = 1 << 17  # values, below which the call of a compiled function costs what it saves
 
 
@@ -50,20 +49,48 @@ def normalise_(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation:
 
 
 def sums(x: Tensor, pivot: Tensor) -> Tensor:
-    """[B, n, C] -> [2, B, C] float32: the sums of x - pivot and of its square; n C s bytes.
+    """[B, r, W, C] -> [2, B, r, C] float32: each row's sums of x - pivot and of its square; n C s bytes.
 
-    pivot [B, 1, C] float32 lies near the mean, so that variances do not come out as differences of large numbers.
+    pivot [B, 1, 1, C] float32 lies near the mean, so that variances do not come out as differences of large numbers.
     """
     distance = x.float() - pivot
-    return torch.stack([distance.sum(1), distance.square().sum(1)])
+    return torch.stack([distance.sum(2), distance.square().sum(2)])
+
+
+def gradient_sums(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor) -> Tensor:
+    """[B, H, W, C] -> [2, B, H, C] float32: each row's sums of g and g (x - mean), g = dy SiLU'(scale x + shift).
+
+    scale, shift, mean [B, 1, 1, C] float32; 2 n C s bytes.
+    """
+    x = x.float()
+    g = dy.float() * silu_slope(scale * x + shift)
+    return torch.stack([g.sum(2), (g * (x - mean)).sum(2)])
+
+
+def gradient(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """scale g + a + b (x - mean), with the g of `gradient_sums`, rounded once to x's dtype; 3 n C s bytes.
+
+    dy, x [B, H, W, C]; the others [B, 1, 1, C] float32.
+    """
+    y = x.float()
+    g = dy.float() * silu_slope(scale * y + shift)
+    return (scale * g + a + b * (y - mean)).to(x.dtype)
+
+
+def silu_slope(u: Tensor) -> Tensor:
+    """The derivative of SiLU."""
+    sigmoid = u.sigmoid()
+    return sigmoid * (1 + u * (1 - sigmoid))
 
 
 class Moments:
     """Mean and variance of every channel of a map, gathered strip by strip.
 
     What is added up, in float64, is the distance from a pivot and its square. So the sums of strips are the sums of
-    the map, the variance between strips included, and a pivot near the mean keeps the float32 sums within a strip
-    from cancelling.
+    the map, the variance between strips included, and a pivot near the mean keeps the float32 sums within a row from
+    cancelling.
     """
 
     adds_what_is_left_out = False
@@ -79,29 +106,35 @@ class Moments:
         if self.known:
             return
         if not self.pixels:
-            self.pivot = strip[:, 0].mean(1, keepdim=True, dtype=torch.float32)  # [B, 1, C], of the first row
+            first = strip[:, :1]
+            self.pivot = first.mean(2, keepdim=True, dtype=torch.float32)  # [B, 1, 1, C]
             self.sums = torch.zeros(2, len(strip), strip.shape[-1], dtype=torch.float64, device=strip.device)
-        self.sums += self.sums_of(strip.flatten(1, 2), self.pivot)
+        self.sums += self.sums_of(strip, self.pivot).sum(2, dtype=torch.float64)
         self.pixels += strip.shape[1] * strip.shape[2]
 
     def norm(self, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
         """`layer` on this map, of which no new strip will come."""
         self.known = True
         distance, square = self.sums / self.pixels  # [B, C]
-        mean, variance = self.pivot[:, 0] + distance, square - distance.square()
-        groups = len(mean), layer.num_groups, -1
-        centre = mean.view(groups).mean(2, keepdim=True)  # [B, groups, 1]
-        spread = (variance.view(groups) + (mean.view(groups) - centre).square()).mean(2, keepdim=True)
-        scale = layer.weight * (spread + layer.eps).rsqrt().expand_as(mean.view(groups)).flatten(1)
-        shift = layer.bias - centre.expand_as(mean.view(groups)).flatten(1) * scale
+        means, variance = self.pivot[:, 0, 0] + distance, square - distance.square()
+        groups = len(means), layer.num_groups, -1
+        means, variance = means.view(groups), variance.view(groups)
+        self.mean = means.mean(2, keepdim=True)  # [B, groups, 1]
+        self.inverse = (
+            (variance + (means - self.mean).square()).mean(2, keepdim=True).add_(layer.eps).rsqrt_()
+        )
+        scale = layer.weight * self.inverse.expand_as(means).flatten(1)
+        shift = layer.bias - self.mean.expand_as(means).flatten(1) * scale
         return Norm(scale.float()[:, None], shift.float()[:, None], activation)
 
 
 class Kernels:
-    """The work between two convolutions, on any device, out of the two functions above."""
+    """The work between two convolutions, on any device, out of the functions above."""
 
-    def __init__(self, normalise_: Callable[..., None], sums: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._normalise_, self._sums = normalise_, sums
+    def __init__(self, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """`made` gives each of them as it shall run."""
+        self._normalise_, self._sums = made(normalise_), made(sums)
+        self._gradient_sums, self._gradient = made(gradient_sums), made(gradient)
 
     def moments(self, inner: bool = False) -> Moments:
         """Of a map to come; of an `inner` one nothing is read but its norm."""
@@ -131,18 +164,44 @@ class Kernels:
             else:
                 self.normalise_(place.flatten(1, 2), part.flatten(1, 2), norm)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(C)) v; all [B, n, C]. A part of the queries at a time, but for GPUs, whose kernels keep
-        no scores."""
-        queries = q.shape[1] if q.is_cuda else max(1, QUERY_BYTES // (4 * len(q) * q.shape[1]))
-        parts = (
-            F.scaled_dot_product_attention(part[:, None], k[:, None], v[:, None])
-            for part in q.split(queries, 1)
-        )
-        return torch.cat([part[:, 0] for part in parts], 1)
+    def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
+        """out [B, r + 1, W + 1, C] <- strip [B, r, W, C], the first row of below, and zeros right of them."""
+        rows, columns = strip.shape[1:3]
+        out[:, :rows, :columns] = strip
+        out[:, rows:, :columns] = 0 if below is None else below[:, :1]
+        out[:, :, columns:] = 0
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of x, weight and bias, given that of SiLU(n weight + bias), n = (x - mean) inverse.
+
+        dy, x [B, H, W, C]; weight [C]; mean, inverse [B, groups, 1]. With g the gradient before SiLU and <.> the mean
+        over a group: dbias = sum g, dweight = sum g n, dx = inverse (weight g - <weight g> - n <weight g n>).
+        """
+        members = x.shape[3] // inverse.shape[1]
+        known = norm.scale[:, None], norm.shift[:, None], _spread(mean, members)  # [B, 1, 1, C]
+        sums = self._gradient_sums(dy, x, *known).sum(2, dtype=torch.float64)
+        groups = sums.view(2, len(x), -1, members)  # [2, B, groups, members]
+        values = x[0, :, :, 0].numel() * members
+        of_groups = (groups * weight.view(-1, members)).sum(3, keepdim=True) / values
+        a, b = -inverse * of_groups[0], -(inverse**3) * of_groups[1]
+        dx = self._gradient(dy, x, *known, _spread(a, members), _spread(b, members))
+        dbias, dweight = groups[0].sum(0), (groups[1] * inverse).sum(0)
+        return dx, dweight.flatten().to(weight.dtype), dbias.flatten().to(weight.dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, score_bytes: int) -> Tensor:
+        """softmax(q k^T / sqrt(C)) v; all [B, n, C]. `score_bytes` bounds the scores of kernels that keep them in
+        float32; torch's own keep none."""
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
-EAGER = Kernels(normalise_, sums)
+def _spread(groups: Tensor, members: int) -> Tensor:
+    """[B, groups, 1] -> [B, 1, 1, C] float32: the same for all members of a group."""
+    return groups.float().expand(-1, -1, members).reshape(len(groups), 1, 1, -1)
+
+
+EAGER = Kernels(lambda function: function)
 
 
 @cache
@@ -153,7 +212,7 @@ def compiled(device_type: str) -> Kernels:
             "no compiler for %s was found: the fused functions run uncompiled, slower but equal", device_type
         )
         return EAGER
-    return Kernels(_compiled(normalise_), _compiled(sums))
+    return Kernels(_compiled)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,6 +250,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@cache
 def has_compiler(device_type: str) -> bool:
     """Whether inductor, and Triton on GPUs, can compile for such a device here."""
     if device_type == "cuda":

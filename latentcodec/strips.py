@@ -56,6 +56,8 @@ class StripPass:
     kernels: Kernels
     strip_bytes: int
     """Of a strip of a stage's widest map."""
+    score_bytes: int
+    """Of attention scores at a time, in float32."""
     keeps: bool
     """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
     scratch: Tensor
@@ -129,8 +131,8 @@ class StripPass:
         norm2 = inner.norm(block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
-            for above, (h, residual), below in _with_neighbours(pairs):
-                yield conv2(self._window(above and above[0], h, below and below[0], norm2), moments, residual)
+            for above, (h, residual), below in _with_neighbours(pairs, lambda pair: _last_row(pair[0])):
+                yield conv2(self._window(above, h, below and below[0], norm2), moments, residual)
 
         return _kept(moments, joined())
 
@@ -141,7 +143,7 @@ class StripPass:
         normed = torch.empty_like(x)
         self.kernels.normalise_(normed, x, feature.moments.norm(layer.group_norm, None))
         q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
-        seen = self.kernels.attend(q, k, v)
+        seen = self.kernels.attend(q, k, v, self.score_bytes)
         out = _linear(layer.to_out[0], seen).add_(x)
         parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
         result = [part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True)]
@@ -157,9 +159,7 @@ class StripPass:
             batch, rows, columns, channels = strip.shape
             if rows > 1:
                 window = self._scratch(batch, rows + 1, columns + 1, channels)
-                window[:, :rows, :columns] = strip
-                window[:, rows:, :columns] = 0 if below is None else below[:, :1]
-                window[:, :, columns:] = 0
+                self.kernels.halving_window_(window, strip, below)
                 yield convolve(window, moments)
 
     def _doubled(self, layer: Upsample, feature: Map, rows: int) -> Map:
@@ -229,14 +229,21 @@ def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
     return Map(moments, lambda last: _drained(kept) if last else iter(kept))
 
 
-def _with_neighbours(items: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
-    """Each item between the one before and the one after it."""
+def _last_row(strip: Tensor) -> Tensor:
+    """[B, 1, W, C], in memory of its own, so that the strip can be freed."""
+    return strip[:, -1:].clone()
+
+
+def _with_neighbours(
+    items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
+) -> Iterator[tuple[Tensor | None, T, T | None]]:
+    """Each item between the last row before it and the item after it."""
     iterator = iter(items)
-    before, item = None, next(iterator, None)
+    above, item = None, next(iterator, None)
     while item is not None:
-        after = next(iterator, None)
-        yield before, item, after
-        before, item = item, after
+        below = next(iterator, None)
+        yield above, item, below
+        above, item = (None if below is None else last_row(item)), below
 
 
 def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:

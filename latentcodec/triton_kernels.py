@@ -5,10 +5,14 @@ is twice: `_finish` adds what the first one left out and gathers the statistics,
 Compiled by inductor, the same functions moved 0.9 to 3.6 TB/s of the 4.3 that an H200 copies with, their first form in
 Triton mostly 3.2 to 4.0 (LOG.md, 2026-11-26).
 
+Training takes as many: two passes over a map give a norm and its activation, two over map and gradient the gradient.
+
 Shapes: B batch, n pixels of a strip, C channels, P pieces of a map, W columns; strips are [B, r, W, C], channels last.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,13 @@ from latentcodec.kernels import Activation, Kernels, Moments, Norm
 
 TILE = 8192  # values that a program holds at a time
 PROGRAMS = 264  # that a strip is divided among: two for each multiprocessor of a large GPU
-SCORE_BYTES = 256 << 20  # of attention scores at a time, in float32
+SCORES = 4096  # of attention, that a program holds at a time
+MERGED = 4096  # values of pieces that a program merges at a time
+LARGEST = {
+    torch.float32: 60.0,
+    torch.bfloat16: 60.0,
+    torch.float16: 8.0,
+}  # logarithms of a weight of attention
 NAMES: dict[Activation | None, str] = {
     None: "none",
     F.silu: "silu",
@@ -48,17 +58,15 @@ class PiecewiseMoments(Moments):
     def add(self, strip: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
         """strip <- strip + bias + residual, in place, rounded once, and counted in; an inner map's bias waits.
 
-        [B, r, W, C] contiguous, [C] and [B, r, W, C]; 2 n C s bytes, or 3 with a residual, or 1 with neither.
+        [B, r, W, C], [C] and [B, r, W, C], images contiguous; 2 n C s bytes, or 3 with a residual, or 1 with neither.
         """
         if self.inner:
             self.bias, bias = bias, None
             if self.known:
                 return
         batch, rows, columns, channels = strip.shape
-        pixels, width = rows * columns, triton.next_power_of_2(channels)
-        tile = max(1, TILE // width)
-        each = triton.cdiv(triton.cdiv(pixels, PROGRAMS), tile) * tile
-        pieces = triton.cdiv(pixels, each)
+        pixels = rows * columns
+        width, tile, each, pieces = _pieces(batch, pixels, channels, 1 if residual is not None else 2)
         part = strip.new_empty(pieces, batch, 3, channels, dtype=torch.float32)
         other = strip if residual is None else residual
         _finish[pieces, batch](
@@ -68,6 +76,7 @@ class PiecewiseMoments(Moments):
             part,
             pixels,
             each,
+            strip.stride(0),
             other.stride(0),
             bias is not None,
             residual is not None,
@@ -84,6 +93,7 @@ class PiecewiseMoments(Moments):
         parts = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         pieces, batch, _, channels = parts.shape
         scale, shift = parts.new_empty(2, batch, 1, channels)
+        self.mean, self.inverse = parts.new_empty(2, batch, layer.num_groups, 1)
         members = channels // layer.num_groups
         width = triton.next_power_of_2(members)
         _merge[layer.num_groups, batch](
@@ -93,6 +103,8 @@ class PiecewiseMoments(Moments):
             layer.bias,
             scale,
             shift,
+            self.mean,
+            self.inverse,
             pieces,
             layer.eps,
             batch,
@@ -100,7 +112,7 @@ class PiecewiseMoments(Moments):
             self.bias is not None,
             members,
             width,
-            64,
+            max(1, MERGED // width),
         )
         return Norm(scale, shift, activation)
 
@@ -123,25 +135,88 @@ class TritonKernels(Kernels):
         last, first = None if above is None else above[:, -1], None if below is None else below[:, 0]
         _run_window(out, last, strip, first, norm, 1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
+        batch, rows, columns, channels = strip.shape
+        width = triton.next_power_of_2(channels)
+        tile = max(1, TILE // width)
+        pixels = (rows + 1) * (columns + 1)
+        below = strip[:, :0] if below is None else below[:, :1]
+        _halving_window[triton.cdiv(pixels, tile), batch](
+            out,
+            strip,
+            below,
+            rows,
+            columns,
+            strip.stride(0),
+            below.stride(0),
+            below.shape[1],
+            channels,
+            width,
+            tile,
+        )
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, rows, columns, channels = x.shape
+        groups, pixels = inverse.shape[1], rows * columns
+        members = channels // groups
+        width, tile, each, pieces = _pieces(batch, pixels, channels, 2)
+        known, shape = (dy, x, norm.scale, norm.shift, mean), (channels, members, width, tile)
+        parts = x.new_empty(pieces, batch, 2, channels, dtype=torch.float32)
+        _gradient_sums[pieces, batch](*known, parts, pixels, each, *shape, num_warps=8)
+        factors, sums = parts.new_empty(2, batch, groups), parts.new_empty(2, batch, channels)
+        merged = triton.next_power_of_2(members)
+        _merge_gradients[groups, batch](
+            parts,
+            weight,
+            inverse,
+            factors,
+            sums,
+            pieces,
+            batch,
+            pixels * members,
+            channels,
+            members,
+            merged,
+            max(1, MERGED // merged),
+        )
+        dx = torch.empty_like(x)
+        _gradient[triton.cdiv(pixels, tile), batch](*known, factors, dx, pixels, batch, *shape, num_warps=8)
+        dbias, dweight = sums.sum(1).to(weight.dtype)
+        return dx, dweight, dbias
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, score_bytes: int) -> Tensor:
         """softmax(q k^T / sqrt(C)) v, a part of the queries at a time; all [B, n, C].
 
         Fused attention stops at 256 channels, and what torch falls back to takes 4.1 ms for the 16,384 positions of
         1024 x 1024 pixels. Scores are float32, so nothing is rounded but the weights.
         """
-        batch, positions, channels = q.shape
-        out = torch.empty_like(v)
-        queries = max(1, SCORE_BYTES // (4 * positions))
-        for image in range(batch):
-            keys = k[image].T
-            for start in range(0, positions, queries):
-                part = q[image, start : start + queries]
-                half = part.dtype != torch.float32
-                scores = torch.mm(part, keys, out_dtype=torch.float32) if half else torch.mm(part, keys)
-                weights = torch.empty_like(scores, dtype=v.dtype)
-                _softmax[len(scores),](scores, weights, positions, channels**-0.5, 4096, num_warps=8)
-                torch.mm(weights, v[image], out=out[image, start : start + queries])
+        out, queries = torch.empty_like(v), max(1, score_bytes // (4 * k.shape[1]))
+        for image in zip(q, k, v, out, strict=True):
+            for start in range(0, q.shape[1], queries):
+                _attend_(*image, slice(start, start + queries))
         return out
+
+
+def _attend_(q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: slice) -> None:
+    """out <- softmax(q k^T / sqrt(C)) v for some queries of an image; all [n, C]."""
+    product = torch.mm if q.dtype == torch.float32 else partial(torch.mm, out_dtype=torch.float32)
+    scores = product(q[queries], k.T)
+    weights = torch.empty_like(scores, dtype=v.dtype)
+    inverse = scores.new_empty(len(scores), 1)
+    _weigh[len(scores),](
+        scores, weights, inverse, len(k), k.shape[1] ** -0.5, LARGEST[v.dtype], SCORES, num_warps=8
+    )
+    out[queries] = product(weights, v).mul_(inverse)
+
+
+def _pieces(batch: int, pixels: int, channels: int, finer: int) -> tuple[int, int, int, int]:
+    """(a power of 2 that holds the channels, pixels of a tile, pixels of a piece, pieces of an image)."""
+    width = triton.next_power_of_2(channels)
+    tile = max(1, TILE // finer // width)
+    each = triton.cdiv(triton.cdiv(pixels, triton.cdiv(PROGRAMS * finer, batch)), tile) * tile
+    return width, tile, each, triton.cdiv(pixels, each)
 
 
 def _run_window(
@@ -181,15 +256,15 @@ def _run_window(
 
 @triton.jit
 def _finish(
-    X, BIAS, RESIDUAL, PARTS, pixels, each, residual_stride,
+    X, BIAS, RESIDUAL, PARTS, pixels, each, stride, residual_stride,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A piece of `each` pixels: `PiecewiseMoments.add`."""
-    piece, image = tl.program_id(0), tl.program_id(1)
+    piece, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = piece.to(tl.int64) * each
     last = tl.minimum(first + each, pixels)
     c = tl.arange(0, WIDTH)[None, :]
-    X += image.to(tl.int64) * pixels * C
+    X += image * stride
     RESIDUAL += image * residual_stride
     bias = tl.zeros([1, WIDTH], tl.float32)
     if HAS_BIAS:
@@ -222,7 +297,7 @@ def _finish(
 
 @triton.jit
 def _merge(
-    PARTS, WAITING, WEIGHT, BIAS, SCALE, SHIFT, pieces, eps, batch,
+    PARTS, WAITING, WEIGHT, BIAS, SCALE, SHIFT, MEAN, INVERSE, pieces, eps, batch,
     C: tl.constexpr, WAITS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A group of one image: `PiecewiseMoments.norm`, in float64."""
@@ -257,6 +332,9 @@ def _merge(
     shift = tl.load(BIAS + c, mask=known, other=0.0).to(tl.float64) + (waiting - mean) * scale
     tl.store(SCALE + image * C + c, scale.to(tl.float32), mask=known)
     tl.store(SHIFT + image * C + c, shift.to(tl.float32), mask=known)
+    group += image * (C // MEMBERS)
+    tl.store(MEAN + group, mean.to(tl.float32))
+    tl.store(INVERSE + group, inverse.to(tl.float32))
 
 
 @triton.jit
@@ -323,19 +401,137 @@ def _window(
 
 
 @triton.jit
-def _softmax(SCORES, WEIGHTS, positions, factor, TILE: tl.constexpr):
-    """A row of weights <- softmax(factor scores): first the largest score and the sum, then the weights."""
+def _halving_window(
+    OUT, STRIP, BELOW, rows, columns, strip_stride, below_stride,
+    HAS_BELOW: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of [rows + 1, columns + 1] pixels: the strip, a row of BELOW or zeros, and a column of zeros."""
+    tile, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i = tile * TILE + tl.arange(0, TILE)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    row, column = i // (columns + 1), i % (columns + 1)
+    inside = (column < columns) & (c < C)
+    x = tl.load(
+        STRIP + image * strip_stride + (row * columns + column) * C + c, mask=inside & (row < rows), other=0.0
+    )
+    if HAS_BELOW:
+        y = tl.load(BELOW + image * below_stride + column * C + c, mask=inside & (row == rows), other=0.0)
+        x = tl.where(row < rows, x, y)
+    pixels = (rows + 1) * (columns + 1)
+    tl.store(OUT + image * pixels * C + i * C + c, x, mask=(i < pixels) & (c < C))
+
+
+@triton.jit
+def _before_silu(DY, X, SCALE, SHIFT, MEAN, image, i, c, here, C: tl.constexpr, MEMBERS: tl.constexpr):
+    """(the gradient before SiLU, x - mean, scale) of pixels i."""
+    known = c < C
+    scale = tl.load(SCALE + image * C + c, mask=known, other=0.0)
+    shift = tl.load(SHIFT + image * C + c, mask=known, other=0.0)
+    mean = tl.load(MEAN + image * (C // MEMBERS) + c // MEMBERS, mask=known, other=0.0)
+    x = tl.load(X + i * C + c, mask=here, other=0.0).to(tl.float32)
+    g = tl.load(DY + i * C + c, mask=here, other=0.0).to(tl.float32)
+    u = x * scale + shift
+    s = tl.sigmoid(u)
+    return g * s * (1.0 + u * (1.0 - s)), x - mean, scale
+
+
+@triton.jit
+def _gradient_sums(
+    DY, X, SCALE, SHIFT, MEAN, PARTS, pixels, each,
+    C: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A piece of `each` pixels: [P, B, 2, C] <- the sums of g and of g (x - mean)."""
+    piece, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = piece.to(tl.int64) * each
+    last = tl.minimum(first + each, pixels)
+    c = tl.arange(0, WIDTH)[None, :]
+    X += image * pixels * C
+    DY += image * pixels * C
+    total = tl.zeros([TILE, WIDTH], tl.float32)
+    product = tl.zeros([TILE, WIDTH], tl.float32)
+    for start in range(first, last, TILE):
+        i = start + tl.arange(0, TILE)[:, None]
+        here = (i < last) & (c < C)
+        g, distance, _ = _before_silu(DY, X, SCALE, SHIFT, MEAN, image, i, c, here, C, MEMBERS)
+        total += g
+        product += g * distance
+    out = PARTS + (piece * tl.num_programs(1) + image) * 2 * C + c
+    tl.store(out, tl.sum(total, 0)[None, :], mask=c < C)
+    tl.store(out + C, tl.sum(product, 0)[None, :], mask=c < C)
+
+
+@triton.jit
+def _merge_gradients(
+    PARTS, WEIGHT, INVERSE, FACTORS, SUMS, pieces, batch, values,
+    C: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A group of one image, in float64: FACTORS [2, B, groups] <- a and b, SUMS [2, B, C] <- its shares of dbias and
+    dweight, as in `Kernels.gradients`."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    member = tl.arange(0, WIDTH)[None, :]
+    c, known = group * MEMBERS + member, member < MEMBERS
+    total = tl.zeros([TILE, WIDTH], tl.float64)
+    product = tl.zeros([TILE, WIDTH], tl.float64)
+    for start in range(0, pieces, TILE):
+        p = start + tl.arange(0, TILE)[:, None]
+        here = (p < pieces) & known
+        part = PARTS + (p * batch + image) * 2 * C + c
+        total += tl.load(part, mask=here, other=0.0).to(tl.float64)
+        product += tl.load(part + C, mask=here, other=0.0).to(tl.float64)
+    place = image * (C // MEMBERS) + group
+    inverse = tl.load(INVERSE + place).to(tl.float64)
+    weight = tl.load(WEIGHT + c, mask=known, other=0.0).to(tl.float64)
+    totals, products = tl.sum(total, 0)[None, :], tl.sum(product, 0)[None, :] * inverse
+    tl.store(SUMS + image * C + c, totals.to(tl.float32), mask=known)
+    tl.store(SUMS + (batch + image) * C + c, products.to(tl.float32), mask=known)
+    a = -inverse * tl.sum(weight * totals) / values
+    b = -inverse * inverse * tl.sum(weight * products) / values
+    tl.store(FACTORS + place, a.to(tl.float32))
+    tl.store(FACTORS + batch * (C // MEMBERS) + place, b.to(tl.float32))
+
+
+@triton.jit
+def _gradient(
+    DY, X, SCALE, SHIFT, MEAN, FACTORS, DX, pixels, batch,
+    C: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of pixels: DX <- scale g + a + b (x - mean)."""
+    tile, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i = tile * TILE + tl.arange(0, TILE)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    here = (i < pixels) & (c < C)
+    i += image * pixels
+    g, distance, scale = _before_silu(DY, X, SCALE, SHIFT, MEAN, image, i, c, here, C, MEMBERS)
+    factors = FACTORS + image * (C // MEMBERS) + c // MEMBERS
+    a = tl.load(factors, mask=c < C, other=0.0)
+    b = tl.load(factors + batch * (C // MEMBERS), mask=c < C, other=0.0)
+    tl.store(DX + i * C + c, (scale * g + a + b * distance).to(DX.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _weigh(SCORES, WEIGHTS, INVERSE, positions, factor, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """A row of weights <- exp(factor scores - reference), INVERSE <- one over their sum; read once, as a rule.
+
+    The reference is the largest score of the first tile, so that the sum is at least 1. A row in which another score
+    is more than LIMIT above it, where weights might overflow, is done again with the largest of all.
+    """
     row = tl.program_id(0).to(tl.int64) * positions
-    largest = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    for start in range(0, positions, TILE):
-        i = start + tl.arange(0, TILE)
-        x = tl.load(SCORES + row + i, mask=i < positions, other=float("-inf")) * factor
-        before, largest = largest, tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), 0)
-    for start in range(0, positions, TILE):
-        i = start + tl.arange(0, TILE)
-        x = tl.load(SCORES + row + i, mask=i < positions, other=float("-inf")) * factor
-        tl.store(
-            WEIGHTS + row + i, (tl.exp(x - largest) / total).to(WEIGHTS.dtype.element_ty), mask=i < positions
-        )
+    i = tl.arange(0, TILE)
+    x = tl.load(SCORES + row + i, mask=i < positions, other=float("-inf")) * factor
+    reference = tl.max(x, 0)
+    largest = reference
+    total = tl.zeros([TILE], tl.float32)
+    again = 1
+    while again == 1:
+        total = tl.zeros([TILE], tl.float32)
+        for start in range(0, positions, TILE):
+            x = tl.load(SCORES + row + start + i, mask=start + i < positions, other=float("-inf")) * factor
+            largest = tl.maximum(largest, tl.max(x, 0))
+            weights = tl.exp(tl.minimum(x - reference, LIMIT))
+            total += weights
+            tl.store(
+                WEIGHTS + row + start + i, weights.to(WEIGHTS.dtype.element_ty), mask=start + i < positions
+            )
+        again = (largest - reference > LIMIT).to(tl.int32)
+        reference = largest
+    tl.store(INVERSE + tl.program_id(0), 1.0 / tl.sum(total, 0))

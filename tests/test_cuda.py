@@ -21,7 +21,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
     """float32 is float32 in convolutions too."""
-    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def inputs(configuration, batch=2, cells=(9, 5)):

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from latentcodec.autoencoder import downsampling_factor
 from latentcodec.codec import LatentCodec
+from latentcodec.fused import compile_gradients
+from latentcodec.kernels import WORTH_COMPILING
 from latentcodec.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training import memory, survey
 from latentcodec.training.adversary import Adversary
@@ -87,6 +89,8 @@ class Trainer:
         self.codec = TrainedCodec(vae, config.loss.scale, config.loss.learn_scale)
         self.codec.to(device).to(memory_format=self.layout)
         self.ema = copy.deepcopy(vae).requires_grad_(False).eval()
+        if train.channels_last and device.type == "cpu":
+            self._compile(train.batch_size * vae.config.block_out_channels[0] * config.data.resolution**2)
         self.parameters = [p for p in self.codec.parameters() if p.requires_grad]
         groups = parameter_groups(self.codec, train.weight_decay)
         self.optimizer = Muon(groups, betas=train.betas, fused=True)
@@ -98,6 +102,14 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sittings
         self.stopped_by = 0  # the signal that ended this sitting
         self.bad_steps = self.rollbacks = 0  # in a row, and since the last new checkpoint
+
+    def _compile(self, values: int) -> None:
+        """Before the first step, if maps have as many values as are worth it: a signal to all processes of a run ends
+        compilers too, and a step would go on with other roundings."""
+        if values >= WORTH_COMPILING:
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            dtype = half.get(self.accelerator.mixed_precision, torch.float32)
+            compile_gradients(dtype, self.config.train.batch_size)
 
     # ---- the loop's vocabulary -------------------------------------------------------------------------------
 
