@@ -1,19 +1,18 @@
 """How fast encode and decode are and how much memory they take: ours against diffusers' own class, in turn.
 
     python bench/throughput.py --codec CODEC --out FOLDER [--sizes 256 512 --batches 1 4 --dtypes bfloat16]
-        [--sides ours "diffusers best" "diffusers compiled" "diffusers tiled"]
+        [--sides ours "diffusers channels_last" "diffusers compiled" "diffusers tiled"]
 
 CODEC is whatever `LatentCodec.from_pretrained` takes, or a JSON file with the configuration of an
-AutoencoderKL, which then gets random weights: time and memory do not depend on their values. Prints a table,
-writes a JSON file and an HTML page with plots, and ends stdout with one line of JSON: the same data without
-single rounds.
+AutoencoderKL, which then gets random weights: time and memory do not depend on their values (`bench/sd.json`
+has Stable Diffusion's size). Prints a table, writes a JSON file and an HTML page with plots, and ends stdout
+with one line of JSON: the same data without single rounds.
 
 All sides hold the same weights and get the same call, `vae.encode(x).latent_dist.mode()` or
 `vae.decode(z).sample`. They are timed in turn, A B C A B C, after a warm-up of each, and a ratio is the median
 over the rounds of the ratio within a round, because the rate of a shared machine drifts; without ours among
-the sides there are no ratios. A matrix product
-takes its turn too: its best rate is the machine's peak, and the fewest operations that the model can be computed
-with, at that rate, are the floor.
+the sides there are no ratios. A matrix product takes its turn too: its best rate is the machine's peak, and the
+fewest operations that the model can be computed with, at that rate, are the floor.
 
 Shapes: B batch, C channels, H W pixels, f downsampling factor, c latent channels.
 """
@@ -51,13 +50,13 @@ from latentcodec.autoencoder import build, downsampling_factor, optimize_vae
 from latentcodec.codec import LatentCodec
 
 SIDES = {
-    "ours": "optimize_vae(codec.vae)",
+    "ours": "optimize_vae(codec.vae); on GPUs with channels_last weights",
     "diffusers": "diffusers' own class as it comes: contiguous weights",
-    "diffusers best": "the same with channels_last weights",
+    "diffusers channels_last": "the same with channels_last weights",
     "diffusers compiled": "channels_last and torch.compile of encoder and decoder, with freezing",
     "diffusers tiled": "channels_last and enable_tiling(): blended tiles, which give another image",
 }
-USUAL = ["ours", "diffusers", "diffusers best"]
+USUAL = ["ours", "diffusers", "diffusers channels_last"]
 COLOURS = dict(zip(SIDES, report.SERIES, strict=False))
 DIRECTIONS = ("encode", "decode")
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate

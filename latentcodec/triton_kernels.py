@@ -26,11 +26,8 @@ TILE = 8192  # values that a program holds at a time
 PROGRAMS = 264  # that a strip is divided among: two for each multiprocessor of a large GPU
 SCORES = 4096  # of attention, that a program holds at a time
 MERGED = 4096  # values of pieces that a program merges at a time
-LARGEST = {
-    torch.float32: 60.0,
-    torch.bfloat16: 60.0,
-    torch.float16: 8.0,
-}  # logarithms of a weight of attention
+# Logarithms of the largest weight of attention, relative to that of the reference: sums stay finite with room to spare.
+LARGEST = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 8.0}
 NAMES: dict[Activation | None, str] = {
     None: "none",
     F.silu: "silu",
@@ -212,7 +209,10 @@ def _attend_(q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: slice) -> No
 
 
 def _pieces(batch: int, pixels: int, channels: int, finer: int) -> tuple[int, int, int, int]:
-    """(a power of 2 that holds the channels, pixels of a tile, pixels of a piece, pieces of an image)."""
+    """(a power of 2 that holds the channels, pixels of a tile, pixels of a piece, pieces of an image).
+
+    `finer` as many programs have tiles so much smaller: better where little is read, or much is held (measured).
+    """
     width = triton.next_power_of_2(channels)
     tile = max(1, TILE // finer // width)
     each = triton.cdiv(triton.cdiv(pixels, triton.cdiv(PROGRAMS * finer, batch)), tile) * tile

@@ -320,11 +320,11 @@ def test_all_sides_hold_the_same_weights_and_ours_equals_diffusers(throughput, c
     assert x.shape == (2, 3, 32, 32)
     outputs = [
         throughput.call(setup.vae(side, "float32"), "encode", x)
-        for side in ("ours", "diffusers", "diffusers best")
+        for side in ("ours", "diffusers", "diffusers channels_last")
     ]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs[2], outputs[1], rtol=1e-4, atol=1e-5)
-    best = setup.vae("diffusers best", "bfloat16").encoder.conv_in.weight
+    best = setup.vae("diffusers channels_last", "bfloat16").encoder.conv_in.weight
     assert best.is_contiguous(memory_format=torch.channels_last)
     assert best.dtype == torch.bfloat16
     assert setup.vae("diffusers", "float32").encoder.conv_in.weight.is_contiguous()
@@ -405,9 +405,9 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
 @pytest.mark.parametrize(
     ("sides", "headline"),
     [
-        (["ours", "diffusers best"], "speed of ours over diffusers best<"),
+        (["ours", "diffusers channels_last"], "speed of ours over diffusers channels_last<"),
         (["ours"], "megapixels a second, ours<"),
-        (["diffusers best", "diffusers tiled"], "megapixels a second, diffusers (best|tiled)<"),
+        (["diffusers channels_last", "diffusers tiled"], "megapixels a second, diffusers (channels_last|tiled)<"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -432,11 +432,11 @@ def test_any_choice_of_sides_is_measured_and_reported(
 
 def test_the_headline_names_the_fastest_other_side_and_the_default(throughput):
     case = {"direction": "decode", "dtype": "float32", "size": 64, "batch": 1}
-    ratios = {"ours": 1.0, "diffusers": 3.0, "diffusers best": 2.0, "diffusers tiled": math.nan}
+    ratios = {"ours": 1.0, "diffusers": 3.0, "diffusers channels_last": 2.0, "diffusers tiled": math.nan}
     records = [{**case, "side": side, "time_over_ours": ratio} for side, ratio in ratios.items()]
     ((number, meaning),) = throughput.headline(records)
     assert number == "2.00x"
-    assert meaning.endswith("speed of ours over diffusers best; 3.00x over diffusers as it comes")
+    assert meaning.endswith("speed of ours over diffusers channels_last; 3.00x over diffusers as it comes")
 
 
 @pytest.mark.slow
@@ -449,7 +449,7 @@ def test_throughput_runs_as_a_script_and_ends_with_one_line_of_json(tmp_path):
     printed = last_line(finished.stdout)
     records = {(r["direction"], r["side"]): r for r in printed["results"]}
     assert set(records) == {
-        (d, s) for d in ("encode", "decode") for s in ("ours", "diffusers", "diffusers best")
+        (d, s) for d in ("encode", "decode") for s in ("ours", "diffusers", "diffusers channels_last")
     }
     for record in records.values():
         assert record["ms"] > 0

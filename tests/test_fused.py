@@ -13,11 +13,6 @@ from latentcodec import fused, kernels
 KERNELS = ["eager", "triton"]
 
 
-@pytest.fixture(autouse=True)
-def everything_is_worth_it(monkeypatch):
-    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
-
-
 @pytest.fixture(params=KERNELS)
 def device(request, monkeypatch):
     """Of the kernels that run: Triton's on a GPU, or interpreted (see conftest.py)."""
