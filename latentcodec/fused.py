@@ -25,8 +25,8 @@ from latentcodec.kernels import WORTH_COMPILING, Kernels, compiled, has_compiler
 def normalised(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
     """activation(norm(x)); [B, C, H, W] -> [B, C, H, W].
 
-    One function for maps in channels_last that are worth it; the modules themselves where something listens to them,
-    where a compiler is at work, and for activations other than SiLU.
+    One function for maps in channels_last that are worth it, where gradients may be asked for; the modules themselves
+    where something listens to them, where a compiler is at work, and for activations other than SiLU.
     """
     if not (_is_fused_for(x) and _can_fuse(norm, activation)):
         return activation(norm(x))
@@ -70,7 +70,8 @@ def is_listened_to(module: nn.Module) -> bool:
 
 def _is_fused_for(x: Tensor) -> bool:
     return (
-        not torch._C._are_functorch_transforms_active()
+        torch.is_grad_enabled()  # else there are the strips
+        and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.device.type in ("cpu", "cuda")

@@ -12,7 +12,9 @@ import torch
 from latentcodec import fused
 
 torch.set_num_threads(1)
-fused.WORTH_COMPILING = 0  # tiny models have norms and doublings as large ones do, only that nothing is compiled
+fused.WORTH_COMPILING = (
+    0  # tiny models have norms and doublings as large ones do, only that nothing is compiled
+)
 if (
     not torch.cuda.is_available()
 ):  # Triton's kernels are interpreted then, which must be said before it is imported

@@ -407,7 +407,10 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
     [
         (["ours", "diffusers channels_last"], "speed of ours over diffusers channels_last<"),
         (["ours"], "megapixels a second, ours<"),
-        (["diffusers channels_last", "diffusers tiled"], "megapixels a second, diffusers (channels_last|tiled)<"),
+        (
+            ["diffusers channels_last", "diffusers tiled"],
+            "megapixels a second, diffusers (channels_last|tiled)<",
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
