@@ -22,7 +22,7 @@ from small_runs import differing, everything, metrics, recorded, reset, small, w
 from test_trainer import assert_equal_but_for_rounding
 from two_processes import LONGER
 
-from latentcodec import LatentCodec, load_image
+from latentcodec import LatentCodec, fused, kernels, load_image
 from latentcodec.training import checkpoint
 from latentcodec.training.data import open_images, training_batches
 
@@ -182,7 +182,10 @@ def test_a_signal_to_accelerate_launch_ends_in_a_checkpoint_and_the_same_command
     assert [line["step"] for line in metrics(finished["output"]) if "total" in line] == [*range(1, 17)]
 
 
-def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train):
+def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr(
+        fused, "WORTH_COMPILING", kernels.WORTH_COMPILING
+    )  # as in the process of the launcher
     left = finished["output"] / "config.yaml"
     assert run_train("--config", left, "--output_dir", tmp_path / "again")[0] == 0
     assert metrics(tmp_path / "again") == metrics(finished["output"])
