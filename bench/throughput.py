@@ -52,7 +52,7 @@ from latentcodec.codec import LatentCodec
 SIDES = {
     "ours": "optimize_vae(codec.vae); on GPUs with channels_last weights",
     "diffusers": "diffusers' own class as it comes: contiguous weights",
-    "diffusers channels_last": "the same with channels_last weights",
+    "diffusers channels_last": "diffusers' own class with channels_last weights",
     "diffusers compiled": "channels_last and torch.compile of encoder and decoder, with freezing",
     "diffusers tiled": "channels_last and enable_tiling(): blended tiles, which give another image",
 }

@@ -134,8 +134,7 @@ class TritonKernels(Kernels):
 
     def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
         batch, rows, columns, channels = strip.shape
-        width = triton.next_power_of_2(channels)
-        tile = max(1, TILE // width)
+        width, tile = _tile(channels)
         pixels = (rows + 1) * (columns + 1)
         below = strip[:, :0] if below is None else below[:, :1]
         _halving_window[triton.cdiv(pixels, tile), batch](
@@ -208,13 +207,18 @@ def _attend_(q: Tensor, k: Tensor, v: Tensor, out: Tensor, queries: slice) -> No
     out[queries] = product(weights, v).mul_(inverse)
 
 
+def _tile(channels: int, finer: int = 1) -> tuple[int, int]:
+    """(a power of 2 that holds the channels, pixels of a tile)."""
+    width = triton.next_power_of_2(channels)
+    return width, max(1, TILE // finer // width)
+
+
 def _pieces(batch: int, pixels: int, channels: int, finer: int) -> tuple[int, int, int, int]:
     """(a power of 2 that holds the channels, pixels of a tile, pixels of a piece, pieces of an image).
 
     `finer` as many programs have tiles so much smaller: better where little is read, or much is held (measured).
     """
-    width = triton.next_power_of_2(channels)
-    tile = max(1, TILE // finer // width)
+    width, tile = _tile(channels, finer)
     each = triton.cdiv(triton.cdiv(pixels, triton.cdiv(PROGRAMS * finer, batch)), tile) * tile
     return width, tile, each, triton.cdiv(pixels, each)
 
@@ -224,8 +228,7 @@ def _run_window(
 ) -> None:
     """out <- strip, normalised, between `border` rows more above and below: rows [B, W, C], or zeros for None."""
     batch, rows, columns, channels = strip.shape
-    width = triton.next_power_of_2(channels)
-    tile = max(1, TILE // width)
+    width, tile = _tile(channels)
     scale, shift, activation = (strip, strip, None) if norm is None else norm
     tiles, row_tiles = triton.cdiv(rows * columns, tile), triton.cdiv(columns, tile)
     _window[tiles + 2 * border * row_tiles, batch](
@@ -296,6 +299,15 @@ def _finish(
 
 
 @triton.jit
+def _parts(
+    PARTS, start, pieces, image, batch, c, known, NUMBERS: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """(addresses of some channels' first numbers in a tile of pieces [P, B, NUMBERS, C], which of them exist)."""
+    p = start + tl.arange(0, TILE)[:, None]
+    return PARTS + (p * batch + image) * NUMBERS * C + c, (p < pieces) & known
+
+
+@triton.jit
 def _merge(
     PARTS, WAITING, WEIGHT, BIAS, SCALE, SHIFT, MEAN, INVERSE, pieces, eps, batch,
     C: tl.constexpr, WAITS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -310,9 +322,7 @@ def _merge(
     total = tl.zeros([TILE, WIDTH], tl.float64)
     number = tl.zeros([TILE, WIDTH], tl.float64)
     for start in range(0, pieces, TILE):
-        p = start + tl.arange(0, TILE)[:, None]
-        here = (p < pieces) & known
-        part = PARTS + (p * batch + image) * 3 * C + c
+        part, here = _parts(PARTS, start, pieces, image, batch, c, known, 3, C, TILE)
         count = tl.load(part, mask=here, other=0.0).to(tl.float64)
         number += count
         total += count * (tl.load(part + C, mask=here, other=0.0).to(tl.float64) + waiting)
@@ -320,9 +330,7 @@ def _merge(
     mean = tl.sum(total) / values
     squares = tl.zeros([TILE, WIDTH], tl.float64)
     for start in range(0, pieces, TILE):
-        p = start + tl.arange(0, TILE)[:, None]
-        here = (p < pieces) & known
-        part = PARTS + (p * batch + image) * 3 * C + c
+        part, here = _parts(PARTS, start, pieces, image, batch, c, known, 3, C, TILE)
         count = tl.load(part, mask=here, other=0.0).to(tl.float64)
         distance = tl.load(part + C, mask=here, other=0.0).to(tl.float64) + waiting - mean
         within = tl.load(part + 2 * C, mask=here, other=0.0).to(tl.float64)
@@ -473,9 +481,7 @@ def _merge_gradients(
     total = tl.zeros([TILE, WIDTH], tl.float64)
     product = tl.zeros([TILE, WIDTH], tl.float64)
     for start in range(0, pieces, TILE):
-        p = start + tl.arange(0, TILE)[:, None]
-        here = (p < pieces) & known
-        part = PARTS + (p * batch + image) * 2 * C + c
+        part, here = _parts(PARTS, start, pieces, image, batch, c, known, 2, C, TILE)
         total += tl.load(part, mask=here, other=0.0).to(tl.float64)
         product += tl.load(part + C, mask=here, other=0.0).to(tl.float64)
     place = image * (C // MEMBERS) + group

@@ -28,6 +28,7 @@ from small_runs import (
     write_images,
 )
 
+from latentcodec import fused, kernels
 from latentcodec.training import checkpoint, preflight
 from latentcodec.training.discriminator import DiscriminatorConfig
 from latentcodec.training.optimization import ema_decay, learning_rate, parameter_groups, update_ema
@@ -426,7 +427,8 @@ def test_the_gradient_scaler_of_fp16_changes_nothing_but_the_range(tmp_path, ima
     assert differing(state(trainer), peace[1]) == []
 
 
-def test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step(tmp_path, images):
+def test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(fused, "WORTH_COMPILING", kernels.WORTH_COMPILING)  # torch's norms overflow sooner
     trainer = with_scaler(start(everything(small(tmp_path / "run", images))), 2.0**127)
     before = state(trainer)
     for micro_batches in trainer.steps(Stop()):
@@ -434,7 +436,7 @@ def test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step(tmp_path, image
             break
         assert differing(state(trainer), before) == []
     assert trainer.step == 1
-    assert trainer.draw > 2
+    assert trainer.draw > 3
     assert trainer.rollbacks == 0
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (127 - trainer.draw + 1)
 

@@ -107,8 +107,9 @@ def test_attention_is_equal(kernels, dtype, spread, monkeypatch):
     monkeypatch.setattr(triton_kernels, "SCORES", 16)
     q, k, v = (random(2, 50, 16, dtype=dtype) for _ in range(3))
     k[:, 40:] *= spread
+    v.clamp_(-2, 2)  # weights and results are rounded to 2 ** -9 of this in bfloat16
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     # 20 queries at a time
     torch.testing.assert_close(kernels.attend(q, k, v, 4 * 50 * 20).double(), exact, rtol=0, atol=tolerance)
 
@@ -132,4 +133,4 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here():
         for name, value in vars(triton_kernels).items()
         if name.startswith("_") and hasattr(value, "arg_names")
     ]
-    assert set(run.stdout.split()) == set(kernels) - {"_activated", "_move", "_before_silu"}
+    assert set(run.stdout.split()) == set(kernels) - {"_activated", "_move", "_parts", "_before_silu"}

@@ -89,8 +89,6 @@ class Trainer:
         self.codec = TrainedCodec(vae, config.loss.scale, config.loss.learn_scale)
         self.codec.to(device).to(memory_format=self.layout)
         self.ema = copy.deepcopy(vae).requires_grad_(False).eval()
-        if train.channels_last and device.type == "cpu":
-            self._compile(train.batch_size * vae.config.block_out_channels[0] * config.data.resolution**2)
         self.parameters = [p for p in self.codec.parameters() if p.requires_grad]
         groups = parameter_groups(self.codec, train.weight_decay)
         self.optimizer = Muon(groups, betas=train.betas, fused=True)
@@ -102,14 +100,6 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sittings
         self.stopped_by = 0  # the signal that ended this sitting
         self.bad_steps = self.rollbacks = 0  # in a row, and since the last new checkpoint
-
-    def _compile(self, values: int) -> None:
-        """Before the first step, if maps have as many values as are worth it: a signal to all processes of a run ends
-        compilers too, and a step would go on with other roundings."""
-        if values >= WORTH_COMPILING:
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-            dtype = half.get(self.accelerator.mixed_precision, torch.float32)
-            compile_gradients(dtype, self.config.train.batch_size)
 
     # ---- the loop's vocabulary -------------------------------------------------------------------------------
 
@@ -219,8 +209,18 @@ class Trainer:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
             self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
         if not self.finished:
+            self._compile()
             self.journal.begin(self.step, self.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejected)
+
+    def _compile(self) -> None:
+        """Before the first step, if maps are worth it: a signal to all processes of a run ends compilers too, and a
+        step would go on with other roundings."""
+        train, device = self.config.train, self.accelerator.device
+        widest = train.batch_size * self.ema.config.block_out_channels[0] * self.config.data.resolution**2
+        if train.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            compile_gradients(half.get(self.accelerator.mixed_precision, torch.float32), train.batch_size)
 
     def finish(self) -> None:
         """The end of a complete run: its score and its codec."""
