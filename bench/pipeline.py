@@ -23,10 +23,10 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.metrics import psnr, reconstruct
 from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
-from latentcodec.training.data import centre_crop
-from latentcodec.training.synthetic import SyntheticSource
+from latentcodec.quality.metrics import psnr, reconstruct
+from latentcodec.sources.synthetic import SyntheticSource
+from latentcodec.training.data.stream import centre_crop
 
 PICTURES = 6
 SIDE = 256  # pixels

@@ -4,7 +4,7 @@
 
 CODEC is whatever `LatentCodec.from_pretrained` takes: a folder, a hub id, a bundled name. Prints a table,
 writes a JSON file and an HTML page with plots and the worst images, and ends stdout with one line of JSON:
-the same numbers without those of single images. The protocol is that of `latentcodec.metrics.evaluate`.
+the same numbers without those of single images. The protocol is that of `latentcodec.quality.metrics.evaluate`.
 
 Shapes: C channels, H W pixels, f downsampling factor, c latent channels.
 """
@@ -24,13 +24,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from tqdm import tqdm
 
-from latentcodec import report
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
-from latentcodec.klt import KLT
-from latentcodec.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
-from latentcodec.perceptual import SMALLEST_SIDE
 from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
+from latentcodec.quality.perceptual import SMALLEST_SIDE
+from latentcodec.report import page as report
 
 PROTOCOL = (
     "posterior mode, whole images, clamped and rounded to 8 bits; PSNR over all channels of an image; "

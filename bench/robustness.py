@@ -5,7 +5,7 @@
 Latents are stored in 8 bits, a diffusion model hands over slightly wrong ones, and latents that scale as their image
 does are easier to generate (Kouzelis et al. 2025, arXiv:2502.09509). Prints a table, the KLT of the same latent
 size beside the codec, writes a JSON file and an HTML page, and ends stdout with one line of JSON. PSNR by the protocol
-of `latentcodec.metrics.evaluate`.
+of `latentcodec.quality.metrics.evaluate`.
 
 Shapes: C channels, H W pixels, h w latent cells, f downsampling factor, c latent channels.
 """
@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from latentcodec import report
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
-from latentcodec.klt import KLT
-from latentcodec.metrics import Codec, evaluate, reconstruct
 from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import Codec, evaluate, reconstruct
+from latentcodec.report import page as report
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
 STEPS = 255  # between the 256 levels of 8 bits

@@ -45,9 +45,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from latentcodec import report
-from latentcodec.autoencoder import build, downsampling_factor, optimize_vae
+from latentcodec.adopt import build, optimize_vae
 from latentcodec.codec import LatentCodec
+from latentcodec.report import page as report
+from latentcodec.vae.networks import downsampling_factor
 
 SIDES = {
     "ours": "optimize_vae(codec.vae); on GPUs with channels_last weights",

@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentcodec.report import (
+from latentcodec.report.page import (
     NEUTRAL,
     OURS,
     SECOND,

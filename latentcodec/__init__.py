@@ -1,6 +1,6 @@
 """A latent compression codec for diffusion pipelines: the public names, nothing else."""
 
-from latentcodec.autoencoder import optimize_vae, restore_vae
+from latentcodec.adopt import optimize_vae, restore_vae
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import load_image, save_image
 

@@ -8,33 +8,20 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.utils import logging
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latentcodec.autoencoder import adopt, downsampling_factor
+from latentcodec.adopt import adopt
 from latentcodec.files import make_durable
+from latentcodec.loading import CONFIG, load_vae
 from latentcodec.pixels import crop, pad_to_multiple
-from latentcodec.single_file import check_config, load_single_file
-
-BUNDLED = Path(__file__).parent / "weights"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-CONFIG = "config.json"
-
-
-def bundled_names() -> list[str]:
-    """The codecs that come with the package, by the name that `LatentCodec.from_pretrained` takes."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+from latentcodec.vae.networks import downsampling_factor
 
 
 class LatentCodec:
@@ -63,7 +50,7 @@ class LatentCodec:
         Raises ValueError naming `source`, what was looked for and the reason if nothing usable is found, and
         TypeError for an object of another class.
         """
-        vae = _load(str(source), subfolder) if isinstance(source, str | Path) else adopt(source)
+        vae = load_vae(str(source), subfolder) if isinstance(source, str | Path) else adopt(source)
         return cls(_moved(vae, device, dtype))
 
     @property
@@ -255,91 +242,3 @@ def _move_files(incomplete: Path, folder: Path) -> None:
     for file in files:
         file.replace(folder / file.name)
     make_durable(folder)
-
-
-def _load(source: str, subfolder: str | None) -> AutoencoderKL:
-    path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
-    if path.is_file():
-        if subfolder is not None:
-            raise ValueError(f"{path} is one file: it has no subfolder {subfolder!r}")
-        return load_single_file(path)
-    if source and path.is_dir():
-        is_pipeline = subfolder is None and (path / "model_index.json").is_file()
-        return _from_folder(path / ("vae" if is_pipeline else subfolder or ""))
-    if not HUB_ID.fullmatch(source):
-        names = ", ".join(bundled_names()) or "none yet"
-        raise ValueError(
-            f"{source!r} is no file and no folder here, no hub id (owner/model) and no bundled codec ({names})"
-        )
-    return _from_hub(source, (None, "vae") if subfolder is None else (subfolder,))
-
-
-def _from_folder(folder: Path) -> AutoencoderKL:
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no AutoencoderKL folder: it holds no {CONFIG}")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"
-        )
-    return _from_diffusers(str(folder), None)
-
-
-def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
-    """The AutoencoderKL in the first of `subfolders` that has a configuration."""
-    reason = ""
-    unreachable = False  # then only the cache is asked: the hub would be tried for another half minute
-    for subfolder in subfolders:
-        try:
-            AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=unreachable)
-        except OSError as error:
-            reason = reason or str(error.__context__ or error)  # diffusers' own words blame a missing file
-            unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
-        else:
-            return _from_diffusers(name, subfolder)
-    raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
-
-
-def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
-    """What diffusers loads from a folder or hub id, after the checks that it leaves out."""
-    name = f"{place}/{subfolder}" if subfolder else place
-    try:
-        config = AutoencoderKL.load_config(place, subfolder=subfolder)
-    except OSError as error:
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_reason(error)}") from None
-    check_config(config, f"{name}/{CONFIG}")
-    try:
-        with _only_errors():
-            vae, report = AutoencoderKL.from_pretrained(
-                place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the weights in {name} cannot be loaded by its {CONFIG}: {_reason(error)}"
-        ) from None
-    for what in ("missing_keys", "unexpected_keys"):  # diffusers goes on with random weights, and only warns
-        if keys := report[what]:
-            raise ValueError(
-                f"the weights in {name} are not those of its {CONFIG}: {len(keys)} {what.replace('_', ' ')}, the "
-                f"first is {min(keys)!r}"
-            )
-    return vae
-
-
-@contextmanager
-def _only_errors() -> Iterator[None]:
-    """Without diffusers' warnings: it lists by the hundred what `_from_diffusers` refuses in one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _reason(error: Exception) -> str:
-    """diffusers' words on one line, without its advice on its own arguments, and the fault that it met itself."""
-    root: BaseException = error
-    while deeper := root.__cause__ or root.__context__:
-        root = deeper
-    said = " ".join(str(error).partition(" If you want to instead")[0].split())
-    return said if root is error else f"{said.removesuffix('.')} ({root})"

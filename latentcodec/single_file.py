@@ -26,7 +26,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentcodec.autoencoder import DOWN_BLOCKS, UP_BLOCKS, build
+from latentcodec.adopt import build
+from latentcodec.vae.networks import DOWN_BLOCKS, UP_BLOCKS
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
 LDM_KEY = "encoder.down.0.block.0.conv1.weight"

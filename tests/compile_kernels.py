@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latentcodec import triton_kernels as kernels
+from latentcodec.ops import triton_pointwise as kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MAP, FLOAT = "*bf16", "*fp32"

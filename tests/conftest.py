@@ -9,7 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-from latentcodec import fused
+from latentcodec.ops import functional as fused
 
 torch.set_num_threads(1)
 fused.WORTH_COMPILING = (

@@ -39,7 +39,7 @@ from typing import Any
 from watched_training import AIM, FOLDER, FORK, REPORT, Start
 
 import latentcodec.training.trainer  # noqa: F401 - whatever is forked has it then
-from latentcodec import fused
+from latentcodec.ops import functional as fused
 from latentcodec.training.checkpoint import newest
 
 fused.WORTH_COMPILING = 0  # as in conftest.py, for what is forked

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 
-from latentcodec.autoencoder import Decoder, Encoder, adopt, build, downsampling_factor, optimize_vae
+from latentcodec.adopt import adopt, build, optimize_vae
+from latentcodec.vae.networks import Decoder, Encoder, downsampling_factor
 
 FROZEN_KEYS = Path(__file__).parent / "data" / "state_dict_keys.json"
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from latentcodec import report
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.klt import KLT
-from latentcodec.metrics import evaluate
 from latentcodec.pixels import load_image, save_image
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import evaluate
+from latentcodec.report import page as report
 
 BENCH = Path(__file__).parents[1] / "bench"
 CONFIG = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_bench import BENCH, CONFIG, last_line, references, script
 
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.klt import KLT
-from latentcodec.metrics import evaluate
 from latentcodec.pixels import save_image
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import evaluate
 
 
 @pytest.fixture(scope="module")

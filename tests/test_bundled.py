@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from latentcodec import LatentCodec, restore_vae
-from latentcodec.codec import BUNDLED, bundled_names
-from latentcodec.metrics import evaluate
+from latentcodec.loading import BUNDLED, bundled_names
 from latentcodec.pixels import find_images, load_image
-from latentcodec.training.synthetic import SyntheticSource
+from latentcodec.quality.metrics import evaluate
+from latentcodec.sources.synthetic import SyntheticSource
 
 LATENTS = {"photo-f8c16": 16, "photo-f8c4": 4}
 

@@ -35,7 +35,7 @@ from latentcodec.training.checkpoint import (
     read,
     save,
 )
-from latentcodec.training.data import Batches
+from latentcodec.training.data.stream import Batches
 from latentcodec.training.signals import StopRequest, exit_code, shield_data_worker
 
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"]

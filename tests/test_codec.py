@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import latentcodec.codec as module
+import latentcodec.loading as module
 from latentcodec import LatentCodec, load_image, optimize_vae, save_image
-from latentcodec.autoencoder import Decoder, build
+from latentcodec.adopt import build
+from latentcodec.vae.networks import Decoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from latentcodec.training.config import Config, parse
 from latentcodec.training.journal import Journal
-from latentcodec.training.optimization import TrainConfig
+from latentcodec.training.optim.schedule import TrainConfig
 
 
 def refusal(capsys, *arguments: str) -> str:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentcodec.training.crops import random_crop
-from latentcodec.training.order import BucketedOrder, bucket_sizes, nearest_bucket
+from latentcodec.training.data.crops import random_crop
+from latentcodec.training.data.order import BucketedOrder, bucket_sizes, nearest_bucket
 
 
 def ramp(height: int, width: int) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 from small_runs import small, start, train, write_images
 from test_autoencoder import CONFIGS, pair
 
-from latentcodec import engine, graphs
-from latentcodec.autoencoder import optimize_vae
+from latentcodec.adopt import optimize_vae
+from latentcodec.engine import cuda_graphs as graphs
+from latentcodec.engine import plan as engine
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

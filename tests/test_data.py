@@ -23,11 +23,17 @@ from image_sets import (
     write_set,
 )
 
-from latentcodec.training import crops
-from latentcodec.training.crops import Cropping, CropStream
-from latentcodec.training.data import Batches, DataConfig, held_out, open_images, training_batches
-from latentcodec.training.order import EpochOrder
-from latentcodec.training.sources import EncodedSource
+from latentcodec.sources.images import EncodedSource
+from latentcodec.training.data import crops
+from latentcodec.training.data.crops import Cropping, CropStream
+from latentcodec.training.data.order import EpochOrder
+from latentcodec.training.data.stream import (
+    Batches,
+    DataConfig,
+    held_out,
+    open_images,
+    training_batches,
+)
 
 # The tests ask for more workers than a small machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -318,7 +324,7 @@ def test_only_the_wait_for_data_is_counted():
 
 ORPHAN_SCRIPT = """
 import sys
-from latentcodec.training.data import DataConfig, open_images, training_batches
+from latentcodec.training.data.stream import DataConfig, open_images, training_batches
 images = open_images(DataConfig(workers=2, prefetch=1, resolution=16, val_images=0), 3, 0)
 batches = iter(training_batches(images, 2))
 next(batches)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentcodec.training import discriminator as adversarial
-from latentcodec.training.discriminator import DiscriminatorConfig, DiscriminatorHealth, PatchGAN
+from latentcodec.training.losses import discriminator as adversarial
+from latentcodec.training.losses.discriminator import DiscriminatorConfig, DiscriminatorHealth, PatchGAN
 
 
 def tiny() -> PatchGAN:

@@ -13,13 +13,13 @@ from diffusers import AutoencoderKL
 from small_runs import new_trainer, small, start, train, write_images
 from torch.nn import functional as F
 
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.metrics import reconstruct
-from latentcodec.training.finish import FinishConfig, finish, recover_codec, write_codec
-from latentcodec.training.initialization import linear_start
-from latentcodec.training.latents import LatentMoments, latent_moments, whiten, whitening
-from latentcodec.training.precision import certify, extreme_images
+from latentcodec.latents import LatentMoments, latent_moments, whiten, whitening
+from latentcodec.quality.metrics import reconstruct
+from latentcodec.quality.precision import certify, extreme_images
+from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
+from latentcodec.training.start.linear import linear_start
 
 F_, C_ = 4, 6
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from test_autoencoder import CONFIGS, pair
 from torch import nn
 
-from latentcodec import fused, kernels
+from latentcodec.ops import functional as fused
+from latentcodec.ops import pointwise as kernels
 
 KERNELS = ["eager", "triton"]
 
@@ -19,7 +20,7 @@ def device(request, monkeypatch):
     if request.param == "eager":
         monkeypatch.setattr(fused, "fastest", lambda _: kernels.EAGER)
         return "cpu"
-    triton_kernels = pytest.importorskip("latentcodec.triton_kernels", exc_type=ImportError)
+    triton_kernels = pytest.importorskip("latentcodec.ops.triton_pointwise", exc_type=ImportError)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
     monkeypatch.setattr(triton_kernels, "TILE", 256)
     monkeypatch.setattr(triton_kernels, "MERGED", 8)

@@ -52,34 +52,6 @@ def test_inference_needs_nothing_of_training():
             assert not any(other.startswith("latentcodec.training") for other in others), name
 
 
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("latentcodec.blocks", {"fused"}),
-        ("latentcodec.files", set()),
-        ("latentcodec.pixels", {"files"}),
-        ("latentcodec.kernels", set()),
-        ("latentcodec.triton_kernels", {"kernels"}),
-        ("latentcodec.fused", {"convolutions", "kernels", "triton_kernels"}),
-        ("latentcodec.graphs", set()),
-        ("latentcodec.convolutions", {"kernels"}),
-        ("latentcodec.strips", {"blocks", "convolutions", "kernels"}),
-        ("latentcodec.engine", {"blocks", "fused", "graphs", "kernels", "strips"}),
-        ("latentcodec.autoencoder", {"blocks", "engine", "fused"}),
-        ("latentcodec.perceptual", set()),
-        ("latentcodec.klt", {"pixels"}),
-        ("latentcodec.metrics", {"perceptual", "pixels"}),
-        ("latentcodec.single_file", {"autoencoder"}),
-        ("latentcodec.codec", {"autoencoder", "files", "pixels", "single_file"}),
-        ("latentcodec.training.checkpoint", {"files"}),
-        ("latentcodec.training.signals", set()),
-        ("latentcodec.training.randomness", set()),
-    ],
-)
-def test_a_room_opens_only_onto_its_neighbours(room, allowed):
-    assert graph()[room] <= {f"latentcodec.{name}" for name in allowed}
-
-
 @pytest.mark.parametrize("folder", ["train", "bench"])
 def test_scripts_never_import_each_other(folder):
     siblings = {file.stem for file in (ROOT / folder).glob("*.py")}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.klt import KLT
-from latentcodec.metrics import psnr
-from latentcodec.training.initialization import linear_start, zero_residuals
-from latentcodec.training.synthetic import SyntheticSource
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import psnr
+from latentcodec.sources.synthetic import SyntheticSource
+from latentcodec.training.start.linear import linear_start, zero_residuals
 
 
 def architecture(channels=(16, 32), groups=4, latent=4, **others):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentcodec.klt import BLOCKS_PER_IMAGE, KLT
-from latentcodec.metrics import evaluate
 from latentcodec.pixels import find_images, load_image
+from latentcodec.quality.klt import BLOCKS_PER_IMAGE, KLT
+from latentcodec.quality.metrics import evaluate
 
 F, C = 4, 5  # block side and coefficients of most tests
 

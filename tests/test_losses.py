@@ -15,10 +15,11 @@ from scipy.stats import multivariate_t
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Laplace, Normal, kl_divergence
 
-from latentcodec import perceptual
-from latentcodec.perceptual import Perceptual, load_lpips
-from latentcodec.training import losses
-from latentcodec.training.losses import LossConfig
+from latentcodec.quality import perceptual
+from latentcodec.quality.perceptual import Perceptual, load_lpips
+from latentcodec.training.losses import terms as losses
+from latentcodec.training.losses.terms import LossConfig
+from latentcodec.vae.posterior import sample_posterior, split_moments
 
 SHAPE = (3, 2, 6, 5)
 
@@ -151,7 +152,7 @@ def test_the_likelihood_named_in_the_config_is_the_one_computed() -> None:
 
 def test_kl_equals_torch_distributions_and_diffusers() -> None:
     moments = torch.randn(3, 8, 4, 5) * 3
-    mean, logvar = losses.split_moments(moments)
+    mean, logvar = split_moments(moments)
     expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
     torch.testing.assert_close(losses.kl_divergence(mean, logvar), expected)
     torch.testing.assert_close(losses.kl_divergence(mean, logvar), DiagonalGaussianDistribution(moments).kl())
@@ -160,14 +161,14 @@ def test_kl_equals_torch_distributions_and_diffusers() -> None:
 def test_log_variance_is_clamped_as_diffusers_does() -> None:
     moments = torch.tensor([0.0, 100.0, -100.0, 7.0]).view(1, 2, 2, 1).repeat(1, 2, 1, 1) * 1.0
     reference = DiagonalGaussianDistribution(moments)
-    mean, logvar = losses.split_moments(moments)
+    mean, logvar = split_moments(moments)
     assert torch.equal(mean, reference.mean)
     assert torch.equal(logvar, reference.logvar)
 
 
 def test_a_posterior_sample_has_the_posterior_moments() -> None:
     mean, logvar = torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), math.log(0.25))
-    z = losses.sample_posterior(mean, logvar, torch.randn(mean.shape))
+    z = sample_posterior(mean, logvar, torch.randn(mean.shape))
     assert z.mean().item() == pytest.approx(2, abs=0.01)
     assert z.std().item() == pytest.approx(0.5, abs=0.01)
 
@@ -225,7 +226,7 @@ def test_warm_up_is_a_line_from_zero_to_one() -> None:
 def test_relative_std_is_that_of_the_noise_in_the_samples() -> None:
     mean = torch.randn(40, 2, 16, 16) * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1) + 3
     logvar = torch.tensor([0.5, 0.2]).view(1, 2, 1, 1).square().log().expand_as(mean)
-    z = losses.sample_posterior(mean, logvar, torch.randn(mean.shape))
+    z = sample_posterior(mean, logvar, torch.randn(mean.shape))
     measured = math.exp((torch.tensor([0.5, 0.2]) / z.std((0, 2, 3))).log().mean())
     assert losses.relative_std(losses.channel_moments(mean, logvar)) == pytest.approx(measured, rel=0.01)
 
@@ -260,8 +261,8 @@ def test_rate_control_reaches_its_target_from_below_and_above(start: float, key:
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 0.03)
     weight, rates = start, []
     for _ in range(600):
-        mean, logvar = losses.split_moments(encoder(x))
-        y = decoder(losses.sample_posterior(mean, logvar, torch.randn_like(mean)))
+        mean, logvar = split_moments(encoder(x))
+        y = decoder(sample_posterior(mean, logvar, torch.randn_like(mean)))
         terms = {"nll": losses.gaussian_nll(y, x, -2.0), "kl": losses.kl_divergence(mean, logvar)}
         optimizer.zero_grad()
         losses.objective(terms, {"nll": 1.0, "kl": weight}, 32).backward()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from latentcodec.metrics import evaluate, lpips_metric, psnr, reconstruct, ssim
 from latentcodec.pixels import from_uint8
+from latentcodec.quality.metrics import evaluate, lpips_metric, psnr, reconstruct, ssim
 
 
 class Stub:

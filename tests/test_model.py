@@ -13,17 +13,17 @@ import torch
 from small_runs import metrics, small, start, train, write_images
 from torch import nn
 
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.training.adapt import AdaptConfig, change_image_channels, change_latent_channels
+from latentcodec.latents import Whitening, latent_moments, whiten
 from latentcodec.training.config import Config, parse
-from latentcodec.training.finish import FinishConfig
-from latentcodec.training.initialization import linear_start
-from latentcodec.training.latents import Whitening, latent_moments, whiten
-from latentcodec.training.losses import split_moments
-from latentcodec.training.model import ModelConfig, image_channels, load_parent, new_vae
-from latentcodec.training.objective import Inputs
-from latentcodec.training.teacher import Teacher, anchor_loss, deviation_loss
+from latentcodec.training.export.codec_folder import FinishConfig
+from latentcodec.training.losses.objective import Inputs
+from latentcodec.training.losses.teacher import Teacher, anchor_loss, deviation_loss
+from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
+from latentcodec.training.start.linear import linear_start
+from latentcodec.training.start.model import ModelConfig, image_channels, load_parent, new_vae
+from latentcodec.vae.posterior import split_moments
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 
@@ -502,7 +502,7 @@ class RandomFeatures(nn.Module):
 def test_the_decoder_configuration_lowers_its_perceptual_loss_and_keeps_the_latents(
     tmp_path, images, monkeypatch
 ):
-    monkeypatch.setattr("latentcodec.perceptual.load_lpips", lambda *_: RandomFeatures())
+    monkeypatch.setattr("latentcodec.quality.perceptual.load_lpips", lambda *_: RandomFeatures())
     source = saved(tiny(), tmp_path / "parent")
     parent = [f"--model.from_pretrained={source}", "--loss.lpips_net=squeeze"]
     train(start(a_short_run_of("finetune-decoder", tmp_path / "run", images, *parent)))

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from latentcodec.training.muon import Muon, orthogonal
-from latentcodec.training.optimization import load_optimizer
+from latentcodec.training.optim.muon import Muon, orthogonal
+from latentcodec.training.optim.schedule import load_optimizer
 
 
 def matrix(rows: int, columns: int, condition: float = 30.0) -> torch.Tensor:

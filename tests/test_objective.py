@@ -11,11 +11,16 @@ import torch
 from small_runs import everything, small
 from torch.nn import functional as F
 
-from latentcodec.training.losses import LossConfig, kl_per_channel
-from latentcodec.training.model import Pass, TrainedCodec, new_vae
-from latentcodec.training.objective import Objective, RateControl
+from latentcodec.training.losses.objective import Objective, RateControl
+from latentcodec.training.losses.regularizers import (
+    RegularizerConfig,
+    downscale_pair,
+    draw_downscale,
+    mask_spectrum,
+)
+from latentcodec.training.losses.terms import LossConfig, kl_per_channel
 from latentcodec.training.preflight import smallest_crop
-from latentcodec.training.regularizers import RegularizerConfig, downscale_pair, draw_downscale, mask_spectrum
+from latentcodec.training.start.model import Pass, TrainedCodec, new_vae
 
 C, F_DOWN = 4, 4  # latent channels and downsampling factor of the small model
 

@@ -38,8 +38,8 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentcodec import LatentCodec
-from latentcodec.autoencoder import build, optimize_vae
-from latentcodec.engine import STRIP_BYTES, Engine
+from latentcodec.adopt import build, optimize_vae
+from latentcodec.engine.plan import STRIP_BYTES, Engine
 
 SIZE = 32  # pixels
 CELLS = SIZE // 8
@@ -296,7 +296,7 @@ def pipeline(case: Case, folder: Path) -> DiffusionPipeline:
     else:
         pipe = case.pipeline(vae=codec.vae, **parts)
     assert pipe.vae is codec.vae
-    assert type(pipe.vae.encoder).__module__ == "latentcodec.autoencoder"
+    assert type(pipe.vae.encoder).__module__ == "latentcodec.vae.networks"
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

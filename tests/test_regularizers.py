@@ -8,9 +8,9 @@ import torch
 from scipy.fft import dctn, idctn
 from torch import Tensor, nn
 
-from latentcodec.training import regularizers
-from latentcodec.training.randomness import Purpose, keyed_generator, keyed_normal, keyed_uniform
-from latentcodec.training.regularizers import RegularizerConfig, Warp
+from latentcodec.randomness import Purpose, keyed_generator, keyed_normal, keyed_uniform
+from latentcodec.training.losses import regularizers
+from latentcodec.training.losses.regularizers import RegularizerConfig, Warp
 
 # ---- keyed random numbers ----
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from latentcodec import LatentCodec
-from latentcodec.autoencoder import build
+from latentcodec.adopt import build
 from latentcodec.single_file import load_single_file
 
 

@@ -20,9 +20,9 @@ from image_sets import (
 from PIL import Image
 
 from latentcodec.pixels import UnreadableImage, decode_image
-from latentcodec.training.data import held_out, open_images, training_batches
-from latentcodec.training.sources import DatasetSource, Place
-from latentcodec.training.sources import open_source as open_place
+from latentcodec.sources.images import DatasetSource, Place
+from latentcodec.sources.images import open_source as open_place
+from latentcodec.training.data.stream import held_out, open_images, training_batches
 
 
 def open_source(path, split="train", column=None, channels=3):

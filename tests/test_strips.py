@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from test_autoencoder import CONFIGS, config, pair
 from torch._inductor.exc import InductorError
 
-from latentcodec import convolutions, engine, kernels
-from latentcodec.autoencoder import adopt, optimize_vae, restore_vae
-from latentcodec.engine import Engine
-from latentcodec.kernels import EAGER, Moments, Norm, sums
-from latentcodec.strips import StripPass
+from latentcodec.adopt import adopt, optimize_vae, restore_vae
+from latentcodec.engine import plan as engine
+from latentcodec.engine.plan import Engine
+from latentcodec.engine.strips import StripPass
+from latentcodec.ops import convolutions
+from latentcodec.ops import pointwise as kernels
+from latentcodec.ops.pointwise import EAGER, Moments, Norm, sums
 
 WHOLE = 1 << 30  # bytes: the image is one strip
 

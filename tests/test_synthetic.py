@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentcodec.training import synthetic
-from latentcodec.training.synthetic import SIDE, SyntheticSource, draw
+from latentcodec.sources import synthetic
+from latentcodec.sources.synthetic import SIDE, SyntheticSource, draw
 
 
 def spectrum_slope(pictures) -> float:

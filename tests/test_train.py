@@ -22,9 +22,11 @@ from small_runs import differing, everything, metrics, recorded, reset, small, w
 from test_trainer import assert_equal_but_for_rounding
 from two_processes import LONGER
 
-from latentcodec import LatentCodec, fused, kernels, load_image
+from latentcodec import LatentCodec, load_image
+from latentcodec.ops import functional as fused
+from latentcodec.ops import pointwise as kernels
 from latentcodec.training import checkpoint
-from latentcodec.training.data import open_images, training_batches
+from latentcodec.training.data.stream import open_images, training_batches
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train/train.py"

@@ -28,10 +28,11 @@ from small_runs import (
     write_images,
 )
 
-from latentcodec import fused, kernels
+from latentcodec.ops import functional as fused
+from latentcodec.ops import pointwise as kernels
 from latentcodec.training import checkpoint, preflight
-from latentcodec.training.discriminator import DiscriminatorConfig
-from latentcodec.training.optimization import ema_decay, learning_rate, parameter_groups, update_ema
+from latentcodec.training.losses.discriminator import DiscriminatorConfig
+from latentcodec.training.optim.schedule import ema_decay, learning_rate, parameter_groups, update_ema
 
 # The gradient of a step is a sum over its pixels, 4 x 32 x 32 here. Another order of the sum rounds otherwise: each
 # of n additions by up to half of 2^-23, at random, so by sqrt(n) 2^-23 = 8e-6 of the gradient's norm altogether.
@@ -235,7 +236,7 @@ def test_a_resume_removes_the_checkpoints_that_a_kill_kept_from_being_removed(tm
 def test_a_checkpoint_from_before_muon_names_who_can_resume_it(tmp_path, images, monkeypatch):
     config = small(tmp_path / "run", images)
     old = {key: value for key, value in preflight.fixed_settings(config).items() if key != "optimizer"}
-    monkeypatch.setattr("latentcodec.training.memory.fixed_settings", lambda config: old)
+    monkeypatch.setattr("latentcodec.training.state.fixed_settings", lambda config: old)
     start(config)
     with pytest.raises(ValueError, match="earlier version, before Muon, and only that version resumes it"):
         new_trainer(config)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from test_autoencoder import CONFIGS
 from test_strips import differences, whole_and_strips
 
-from latentcodec.kernels import EAGER, Norm
+from latentcodec.ops.pointwise import EAGER, Norm
 
-triton_kernels = pytest.importorskip("latentcodec.triton_kernels", exc_type=ImportError)
+triton_kernels = pytest.importorskip("latentcodec.ops.triton_pointwise", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

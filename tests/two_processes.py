@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 from small_runs import everything, recorded, reset, small, start, state, train
 
-from latentcodec import fused, kernels
+from latentcodec.ops import functional as fused
+from latentcodec.ops import pointwise as kernels
 
 TRAIN = Path(__file__).parents[1] / "train/train.py"
 LONGER = {"batch_size": 2, "max_steps": 60, "checkpoint_every": 5, "validate_every": 0}  # of TrainConfig

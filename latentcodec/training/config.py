@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from latentcodec.training.data import DataConfig
-from latentcodec.training.discriminator import DiscriminatorConfig
-from latentcodec.training.finish import FinishConfig
-from latentcodec.training.losses import LossConfig
-from latentcodec.training.model import ModelConfig
-from latentcodec.training.optimization import TrainConfig
-from latentcodec.training.regularizers import RegularizerConfig
+from latentcodec.training.data.stream import DataConfig
+from latentcodec.training.export.codec_folder import FinishConfig
+from latentcodec.training.losses.discriminator import DiscriminatorConfig
+from latentcodec.training.losses.regularizers import RegularizerConfig
+from latentcodec.training.losses.terms import LossConfig
+from latentcodec.training.optim.schedule import TrainConfig
+from latentcodec.training.start.model import ModelConfig
 
 
 @dataclass

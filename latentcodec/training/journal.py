@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentcodec.files import printable, write_whole
-from latentcodec.metrics import Evaluation
 from latentcodec.pixels import encode_image, image_grid, to_uint8
+from latentcodec.quality.metrics import Evaluation
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config
-    from latentcodec.training.teacher import Drift
+    from latentcodec.training.losses.teacher import Drift
     from latentcodec.training.trainer import Trainer
 
 

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, broadcast_object_list
 
-from latentcodec.metrics import SSIM_WINDOW
-from latentcodec.perceptual import SMALLEST_SIDE
+from latentcodec.quality.metrics import SSIM_WINDOW
+from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
-from latentcodec.training.data import HeldOut
-from latentcodec.training.finish import recover_codec
-from latentcodec.training.order import bucket_sizes
-from latentcodec.training.regularizers import BLOCK, EQUIVARIANCE_SCALES
+from latentcodec.training.data.order import bucket_sizes
+from latentcodec.training.data.stream import HeldOut
+from latentcodec.training.export.codec_folder import recover_codec
+from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config

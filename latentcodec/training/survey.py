@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from latentcodec.training.data import TrainingImages, training_batches
-from latentcodec.training.latents import LatentMoments, latent_moments
+from latentcodec.latents import LatentMoments, latent_moments
+from latentcodec.training.data.stream import TrainingImages, training_batches
 
 if TYPE_CHECKING:
-    from latentcodec.training.teacher import Drift
+    from latentcodec.training.losses.teacher import Drift
     from latentcodec.training.trainer import Trainer
 
 START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB

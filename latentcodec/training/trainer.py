@@ -23,23 +23,23 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from latentcodec.autoencoder import downsampling_factor
 from latentcodec.codec import LatentCodec
-from latentcodec.fused import compile_gradients
-from latentcodec.kernels import WORTH_COMPILING
-from latentcodec.metrics import Evaluation, evaluate, reconstruct
-from latentcodec.training import memory, survey
-from latentcodec.training.adversary import Adversary
+from latentcodec.ops.functional import compile_gradients
+from latentcodec.ops.pointwise import WORTH_COMPILING
+from latentcodec.quality.metrics import Evaluation, evaluate, reconstruct
+from latentcodec.training import state as memory
+from latentcodec.training import survey
 from latentcodec.training.checkpoint import prune
-from latentcodec.training.crops import Batch
-from latentcodec.training.data import held_out, open_images, training_batches
-from latentcodec.training.finish import finish, write_codec
+from latentcodec.training.data.crops import Batch
+from latentcodec.training.data.stream import held_out, open_images, training_batches
+from latentcodec.training.export.codec_folder import finish, write_codec
 from latentcodec.training.journal import Journal
-from latentcodec.training.losses import objective
-from latentcodec.training.model import TrainedCodec, image_channels, load_parent, new_vae
-from latentcodec.training.muon import Muon
-from latentcodec.training.objective import Objective
-from latentcodec.training.optimization import (
+from latentcodec.training.losses.adversary import Adversary
+from latentcodec.training.losses.objective import Objective
+from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.losses.terms import objective
+from latentcodec.training.optim.muon import Muon
+from latentcodec.training.optim.schedule import (
     ema_decay,
     learning_rate,
     parameter_groups,
@@ -53,7 +53,8 @@ from latentcodec.training.preflight import (
     smallest_crop,
 )
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.teacher import Teacher
+from latentcodec.training.start.model import TrainedCodec, image_channels, load_parent, new_vae
+from latentcodec.vae.networks import downsampling_factor
 
 if TYPE_CHECKING:
     from latentcodec.training.config import Config

@@ -1,0 +1,165 @@
+"""When a network runs in strips, in which dtype, and how much memory that may take.
+
+The strips themselves are in `strips.py`. Shapes: B batch, C channels, H W rows and columns of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from latentcodec.engine.cuda_graphs import is_replayable, replayed
+from latentcodec.engine.strips import StripPass
+from latentcodec.ops.functional import fastest, is_listened_to
+from latentcodec.ops.pointwise import EAGER
+from latentcodec.vae.layers import (
+    ACTIVATIONS,
+    Attention,
+    Downsample,
+    DownStage,
+    ResnetBlock2D,
+    Stage,
+    UNetMidBlock2D,
+    Upsample,
+    UpStage,
+)
+
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
+QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
+STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
+SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
+ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
+# What strips can run: these layers, put together by these blocks.
+LAYERS = {nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
+BLOCKS = {nn.ModuleList, DownStage, UpStage, UNetMidBlock2D, ResnetBlock2D, Attention, Downsample, Upsample}
+
+
+@dataclass
+class Engine:
+    """How an Encoder or a Decoder runs when no gradient is asked for; `optimize_vae` sets it."""
+
+    max_memory: int | None = None
+    """Bytes of feature maps; None: up to half of the free memory."""
+    compiled: bool = False
+    """Whether the pointwise functions are compiled at their first use, and small images replayed on GPUs."""
+
+    def applies(self, network: nn.Module, x: Tensor) -> bool:
+        """Whether strips may stand in for the modules: not where something listens to them or has changed them.
+
+        So gradients, autocast, tracing, hooks on inner layers and adapters get the plain modules.
+        """
+        return (
+            not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_grad_enabled()
+            and x.device.type in STRIP_BYTES
+            and not torch.is_autocast_enabled(x.device.type)
+            and x.dtype != torch.float64  # strips add up in float32
+            and not is_listened_to(network)
+            and all(_is_plain(module) for child in network.children() for module in _within(child))
+        )
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
+        stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(encoder.down_blocks)]
+        if not min(stages[-1][:2]):
+            raise ValueError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than one latent cell"
+            )
+        return self._run(encoder, x, stages, StripPass.encode)
+
+    def decode(self, decoder: Any, z: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, C, h f, w f]."""
+        stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(decoder.up_blocks)]
+        return self._run(decoder, z, stages, StripPass.decode)
+
+    def _run(self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any) -> Tensor:
+        def plan() -> Callable[[Tensor], list[Tensor]]:
+            return partial(direction, self._plan(x, stages, network.mid_block), network)
+
+        widest = max(h * w * _channels_at_once(stage, True) for h, w, stage in stages)
+        if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+            return replayed(network, x, plan, partial(_joined, dtype=x.dtype))
+        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
+        with torch.inference_mode():
+            strips = plan()(x)
+        return _joined(strips, x.dtype)
+
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
+        """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
+        device = x.device.type
+        dtype = x.dtype if device != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
+        bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
+        strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
+        lowest = min(h * w for h, w, _ in stages)
+        widest = middle.resnets[0].conv1.out_channels
+        attended = lowest * widest * ATTENTION_MAPS if middle.attentions else 0
+        score_bytes = min(4 * lowest * QUERIES_AT_ONCE[device], bound // 8) if middle.attentions else 0
+        kept, remade = (
+            max(attended, *(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages))
+            * (len(x) * dtype.itemsize)
+            + max(STRIPS_AT_ONCE * strip_bytes, 2 * score_bytes)  # the latter with the weights of attention
+            for keeps in (True, False)
+        )
+        if self.max_memory is not None and remade > self.max_memory:
+            raise ValueError(
+                f"max_memory {self.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: the widest "
+                f"feature map alone needs {remade:,}"
+            )
+        scratch = torch.empty(0, dtype=dtype, device=x.device)
+        kernels = fastest(device) if self.compiled else EAGER
+        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch)
+
+
+def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Strips [B, r, W, C] -> [B, C, H, W], which is fit for autograd wherever the caller is."""
+    return torch.cat([strip.to(dtype) for strip in strips], 1).permute(0, 3, 1, 2)
+
+
+def _channels_at_once(stage: Stage, keeps: bool) -> int:
+    """Channels of all maps that a block of a stage holds at most, its input being freed as it is read."""
+    if stage.attentions:
+        return ATTENTION_MAPS * stage.out_channels
+    return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
+
+
+def _within(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all inside it; at every call, so without the names and the memory of `Module.modules`."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _within(child)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is what it was built as: no adapter, no wrapper, no other padding, nobody listening."""
+    if is_listened_to(module):
+        return False
+    if isinstance(module, nn.Conv2d) and not _is_plain_convolution(module):
+        return False
+    return type(module) in (BLOCKS if module._modules else LAYERS | {nn.ModuleList})
+
+
+def _is_plain_convolution(layer: nn.Conv2d) -> bool:
+    settings = layer.padding_mode, layer.dilation, layer.groups
+    return settings == ("zeros", (1, 1), 1) and "_conv_forward" not in layer.__dict__
+
+
+def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Half precision without units for it is slower than float32, and float16 is slow on all CPUs."""
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be had without making room for them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,272 @@
+"""Encoder and Decoder, layer by layer over strips of rows: exact, lean, and as fast as the cache lets them be.
+
+A feature map is a sequence of strips. A residual block reads one at a time with a row of each neighbour, normalises,
+activates and convolves it while it is in the cache, and hands it on. It is exact because a layer ends before the next
+begins: a group norm uses the statistics of the whole map, gathered while its strips were written, and attention sees
+every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
+too much, the inner one is not kept but made again when it is needed, and the block holds one.
+
+This is how the networks run when no gradient is asked for; training runs the same layers as the modules of
+`blocks.py`. The pointwise functions are in `kernels.py`, the convolutions of a strip in `convolutions.py`.
+
+Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n = H W. Strips are [B, r, W, C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentcodec.ops.convolutions import convolution, doubled_convolution
+from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
+from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
+
+T = TypeVar("T")
+
+FUNCTIONS: dict[type[nn.Module], Activation] = {
+    nn.SiLU: F.silu,
+    nn.GELU: F.gelu,
+    nn.Mish: F.mish,
+    nn.ReLU: F.relu,
+}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A feature map [B, H, W, C] as strips."""
+
+    moments: Moments
+    strips: Callable[[bool], Iterator[Tensor]]
+    """From the top; with True for the last time, so that each is freed once it has been read."""
+
+
+@dataclass(frozen=True)
+class StripPass:
+    """One pass of a network over one batch."""
+
+    dtype: torch.dtype
+    """In which everything is computed."""
+    kernels: Kernels
+    strip_bytes: int
+    """Of a strip of a stage's widest map."""
+    score_bytes: int
+    """Of attention scores at a time, in float32."""
+    keeps: bool
+    """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
+    scratch: Tensor
+    """[0] of `dtype` on the device of the images, to be grown to the largest window."""
+
+    def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
+        """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
+        stages, width = list(encoder.down_blocks), x.shape[3]
+        self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
+        feature = self._enter(encoder.conv_in, x, self._rows(stages[0], x, width))
+        for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
+            feature = self._refine(stage, feature)
+            for layer in stage.downsamplers:
+                width //= 2
+                moments = self.kernels.moments()
+                strips = self._halved(layer, feature, moments)
+                feature = _kept(moments, _regrouped(strips, self._rows(following, x, width)))
+        feature = self._middle(encoder.mid_block, feature)
+        return self._leave(encoder, feature)
+
+    def decode(self, decoder: Any, z: Tensor) -> list[Tensor]:
+        """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
+        stages, width = list(decoder.up_blocks), z.shape[3]
+        self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
+        feature = self._enter(decoder.conv_in, z, self._rows(stages[0], z, width))
+        feature = self._middle(decoder.mid_block, feature)
+        for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
+            feature = self._refine(stage, feature)
+            for layer in stage.upsamplers:
+                width *= 2
+                feature = self._doubled(layer, feature, self._rows(following, z, width))
+        return self._leave(decoder, feature)
+
+    # ---- the layers
+
+    def _enter(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
+        convolve, moments = convolution(layer, self.dtype), self.kernels.moments()
+        strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
+        return _kept(moments, (convolve(self._window(*part), moments) for part in _with_neighbours(strips)))
+
+    def _refine(self, stage: Any, feature: Map) -> Map:
+        for index, block in enumerate(stage.resnets):
+            feature = self._residual(block, feature)
+            if stage.attentions:
+                feature = self._attend(stage.attentions[index], feature)
+        return feature
+
+    def _middle(self, block: Any, feature: Map) -> Map:
+        feature = self._residual(block.resnets[0], feature)
+        for layer in block.attentions:
+            feature = self._attend(layer, feature)
+        return self._residual(block.resnets[1], feature)
+
+    def _residual(self, block: ResnetBlock2D, feature: Map) -> Map:
+        """shortcut(x) + conv2(norm2(conv1(norm1(x))))."""
+        activation = FUNCTIONS[type(block.nonlinearity)]
+        norm1 = feature.moments.norm(block.norm1, activation)
+        conv1, conv2 = (convolution(layer, self.dtype) for layer in (block.conv1, block.conv2))
+        shortcut: Callable[[Tensor], Tensor] = lambda strip: strip  # noqa: E731
+        if block.conv_shortcut is not None:
+            shortcut = convolution(block.conv_shortcut, self.dtype)
+
+        inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
+
+        def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+            for above, strip, below in _with_neighbours(feature.strips(last)):
+                h = conv1(self._window(above, strip, below, norm1), inner)
+                yield h, shortcut(strip) if last else strip
+
+        pairs = self._kept_or_remade(branches)
+        norm2 = inner.norm(block.norm2, activation)
+
+        def joined() -> Iterator[Tensor]:
+            for above, (h, residual), below in _with_neighbours(pairs, lambda pair: _last_row(pair[0])):
+                yield conv2(self._window(above, h, below and below[0], norm2), moments, residual)
+
+        return _kept(moments, joined())
+
+    def _attend(self, layer: Attention, feature: Map) -> Map:
+        """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
+        strips = list(feature.strips(True))
+        x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
+        normed = torch.empty_like(x)
+        self.kernels.normalise_(normed, x, feature.moments.norm(layer.group_norm, None))
+        q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
+        seen = self.kernels.attend(q, k, v, self.score_bytes)
+        out = _linear(layer.to_out[0], seen).add_(x)
+        parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
+        result = [part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True)]
+        moments = self.kernels.moments()
+        for strip in result:
+            moments.add(strip)
+        return _kept(moments, result)
+
+    def _halved(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
+        """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
+        convolve = convolution(layer.conv, self.dtype)
+        for _, strip, below in _with_neighbours(feature.strips(True)):
+            batch, rows, columns, channels = strip.shape
+            if rows > 1:
+                window = self._scratch(batch, rows + 1, columns + 1, channels)
+                self.kernels.halving_window_(window, strip, below)
+                yield convolve(window, moments)
+
+    def _doubled(self, layer: Upsample, feature: Map, rows: int) -> Map:
+        convolve, moments = doubled_convolution(layer.conv, self.dtype), self.kernels.moments()
+
+        def strips(last: bool) -> Iterator[Tensor]:
+            for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
+                yield convolve(self._window(*part), moments)
+
+        if self.keeps:
+            return _kept(moments, strips(True))
+        for _ in strips(False):
+            pass
+        return Map(moments, strips)
+
+    def _leave(self, network: Any, feature: Map) -> list[Tensor]:
+        norm = feature.moments.norm(network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
+        convolve = convolution(network.conv_out, self.dtype)
+        return [convolve(self._window(*part, norm)) for part in _with_neighbours(feature.strips(True))]
+
+    # ---- strips
+
+    def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
+        """Of a strip in `stage`: even, so that strips can be halved."""
+        row_bytes = len(x) * width * _widest(stage) * self.dtype.itemsize
+        return max(2, self.strip_bytes // row_bytes // 2 * 2)
+
+    def _window(
+        self, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None = None
+    ) -> Tensor:
+        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
+        batch, rows, columns, channels = strip.shape
+        window = self._scratch(batch, rows + 2, columns, channels)
+        self.kernels.window_(window, above, strip, below, norm)
+        return window
+
+    def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
+        """Memory for every window, given the stages with the heights and widths of their maps."""
+        largest = max(
+            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(_widest(stage), x.shape[1])
+            for stage, height, width in stages  # the first convolution may read more channels than any makes
+        )
+        self.scratch.resize_(len(x) * largest)
+
+    def _scratch(self, *shape: int) -> Tensor:
+        """A window for the next convolution, always in the same memory: freed between two strips that stay, windows
+        would leave holes that no strip fits into."""
+        return self.scratch[: math.prod(shape)].view(shape)
+
+    def _kept_or_remade(self, make: Callable[[bool], Iterator[T]]) -> Iterator[T]:
+        """All that `make` yields, after it has run to its end once: kept since then, or made again."""
+        if self.keeps:
+            return _drained(deque(make(True)))
+        for _ in make(False):
+            pass
+        return make(True)
+
+
+def _widest(stage: Stage) -> int:
+    """Channels of the widest map that a stage reads or makes."""
+    return max(stage.in_channels, stage.out_channels)
+
+
+def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
+    """The map of strips that are counted in as they are made."""
+    kept = deque(strips)
+    return Map(moments, lambda last: _drained(kept) if last else iter(kept))
+
+
+def _last_row(strip: Tensor) -> Tensor:
+    """[B, 1, W, C], in memory of its own, so that the strip can be freed."""
+    return strip[:, -1:].clone()
+
+
+def _with_neighbours(
+    items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
+) -> Iterator[tuple[Tensor | None, T, T | None]]:
+    """Each item between the last row before it and the item after it."""
+    iterator = iter(items)
+    above, item = None, next(iterator, None)
+    while item is not None:
+        below = next(iterator, None)
+        yield above, item, below
+        above, item = (None if below is None else last_row(item)), below
+
+
+def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+    """The same rows in strips of `rows`, the last one of what is left."""
+    parts: list[Tensor] = []
+    missing = rows
+    for strip in strips:
+        start = 0
+        while start < strip.shape[1]:
+            part = strip[:, start : start + missing]
+            parts.append(part)
+            start, missing = start + part.shape[1], missing - part.shape[1]
+            if not missing:
+                yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                parts, missing = [], rows
+    if parts:
+        yield torch.cat(parts, 1)
+
+
+def _drained(items: deque[T]) -> Iterator[T]:
+    while items:
+        yield items.popleft()
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -1,0 +1,153 @@
+"""From images to batches of training crops.
+
+A crop is a pure function of (seed, position), whichever process cuts it. The streams here are what a
+`DataLoader` reads from; who starts one is in `data.py`. Shapes: B batch, C channels, H W pixels.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from latentcodec.pixels import UnreadableImage
+from latentcodec.randomness import Purpose, keyed_generator
+from latentcodec.sources.images import ImageSource
+from latentcodec.sources.remote import Cell, RemoteSource
+from latentcodec.training.data.order import EpochOrder, Positions
+
+PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole set is broken
+_HOPELESS = "{} images in a row cannot be read, the last of them: {}"
+
+
+class Batch(TypedDict):
+    """What the trainer receives for one micro-batch."""
+
+    pixels: Tensor  # [B, C, H, W] float32 in [-1, 1], contiguous
+    position: Tensor  # [B] int64
+    rejected: list[str]  # one line for each unreadable image that had to be replaced here
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """How crops are cut: `random_crop` with draws that depend on the seed and the position alone."""
+
+    seed: int
+    min_scale: float
+    flip: bool
+
+    def batch(
+        self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejected: list[str]
+    ) -> Batch:
+        """One crop of H x W from each of the images."""
+        crops = []
+        for position, image in zip(positions, images, strict=True):
+            generator = keyed_generator(self.seed, Purpose.AUGMENTATION, position)
+            draws = torch.rand(4, generator=generator).tolist()
+            crops.append(random_crop(image, size, self.min_scale, self.flip, draws))
+        return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejected": rejected}
+
+
+def random_crop(
+    image: Tensor, size: tuple[int, int], min_scale: float, flip: bool, draws: list[float]
+) -> Tensor:
+    """Cuts a [C, *size] crop; four draws from [0, 1) choose its scale, its place and whether it is mirrored.
+
+    The image is scaled by a factor from [min_scale, 1], uniformly, but never below the crop; one that is
+    smaller than the crop is scaled up to it. Only the window that becomes the crop is scaled, antialiased.
+    """
+    height, width = image.shape[-2:]
+    cover = max(size[0] / height, size[1] / width)  # the scale at which the image just covers the crop
+    least = max(min_scale, cover)
+    scale = cover if cover > 1 else least + draws[0] * (1 - least)
+    window = min(height, max(1, round(size[0] / scale))), min(width, max(1, round(size[1] / scale)))
+    top, left = int(draws[1] * (height - window[0] + 1)), int(draws[2] * (width - window[1] + 1))
+    crop = image[:, top : top + window[0], left : left + window[1]]
+    if window != size:
+        crop = interpolate(crop[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    return crop.flip(-1) if flip and draws[3] < 0.5 else crop
+
+
+def centre_crop(image: Tensor, side: int) -> Tensor:
+    """The middle of an image, at most `side` pixels high and wide."""
+    height, width = image.shape[-2:]
+    top, left = max(0, height - side) // 2, max(0, width - side) // 2
+    return image[..., top : top + side, left : left + side].contiguous()
+
+
+class CropStream(Dataset[Batch | ValueError]):
+    """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10]]` is that batch.
+
+    A hopeless set gives a `ValueError` instead of raising it: what a worker raises reaches the user wrapped
+    in the worker's traceback. The reader of the stream raises it.
+    """
+
+    def __init__(self, source: ImageSource, order: EpochOrder, cropping: Cropping) -> None:
+        self.source, self.order, self.cropping = source, order, cropping
+
+    def __getitem__(self, positions: list[int]) -> Batch | ValueError:
+        rejected: dict[str, None] = {}  # an ordered set
+        try:
+            images = [self._read(position, rejected) for position in positions]
+        except ValueError as error:
+            return error
+        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejected))
+
+    def _read(self, position: int, rejected: dict[str, None]) -> Tensor:
+        """The image at a position, or the next of its epoch's order that can be read."""
+        for tried, index in enumerate(self.order.images_from(position), start=1):
+            try:
+                return self.source.read(index)
+            except UnreadableImage as error:
+                rejected[str(error)] = None
+                if tried == PATIENCE_IMAGES:
+                    break
+        raise ValueError(_HOPELESS.format(tried, list(rejected)[-1]))
+
+
+class RemoteCropStream(IterableDataset[Batch | ValueError]):
+    """The stream of a remote set for one rank: each worker process makes every `workers`-th micro-batch."""
+
+    def __init__(self, source: RemoteSource, positions: Positions, cropping: Cropping, side: int) -> None:
+        self.source, self.positions, self.cropping, self.side = source, positions, cropping, side
+
+    def __iter__(self) -> Iterator[Batch | ValueError]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self.positions.first + number
+        # Wherever a run resumes, the loader asks worker 0 first: lanes go by the batches they make.
+        lane, skip = first % workers, first // workers * self.positions.batch_size
+        lane, lanes = self.positions.rank * workers + lane, self.positions.world_size * workers
+        images = readable(self.source, self.source.lane(lane, lanes, self.cropping.seed, skip))
+        try:
+            for positions in itertools.islice(self.positions, number, None, workers):
+                drawn = list(itertools.islice(images, len(positions)))
+                rejected = list(dict.fromkeys(line for _, lines in drawn for line in lines))
+                size = (self.side, self.side)
+                yield self.cropping.batch(positions, [image for image, _ in drawn], size, rejected)
+        except ValueError as error:
+            yield error  # for the same reason as in `CropStream`
+
+
+def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tensor, list[str]]]:
+    """Decodes cell after cell; an unreadable one is replaced by the next that can be read.
+
+    Yields as many images as there are cells, each with the complaints about the cells it stands in for.
+    """
+    complaints: list[str] = []
+    for cell in cells:
+        try:
+            image = source.decode(cell)
+        except UnreadableImage as error:
+            complaints.append(str(error))
+            if len(complaints) == PATIENCE_IMAGES:
+                raise ValueError(_HOPELESS.format(PATIENCE_IMAGES, error)) from error
+            continue
+        for _ in complaints:
+            yield image, complaints
+        yield image, []
+        complaints = []

@@ -1,0 +1,275 @@
+"""What makes a latent space easier for a diffusion model, each a pure function: no network and no state.
+
+Each loss is a mean per image, [B]. What transforms image and latent alike takes its draw as an argument;
+the draws are functions of (seed, optimizer step) or (seed, sample position), the same on every process. The
+order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> losses.py. The
+spectra are computed in float32: call them outside autocast.
+
+Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells, f downsampling factor.
+Pixels are in [-1, 1]; z is the sampled latent as it enters the decoder, in its raw units.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentcodec.randomness import Purpose, keyed_generator, keyed_uniform
+
+# EQ-VAE draws from j / 32, j = 8..31; with six of them there are few image sizes, and so few compiled graphs.
+EQUIVARIANCE_SCALES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+DOWNSCALE_FACTORS = (2, 4)  # Skorokhodov et al.
+SPECTRUM_BINS = 16  # radial; Ning et al.
+BLOCK = 8  # side of the blocks whose frequencies are masked; Ning et al.
+MASKED_DIAGONALS = (0, 8, 10, 12)  # of the 15 of a block; Ning et al.
+
+
+@dataclass
+class RegularizerConfig:
+    """Weights and probabilities of the regularizers; all are off, and what is off costs no computation."""
+
+    equivariance_probability: float = 0.0
+    """Share of the optimizer steps in which latent and target are rotated and scaled alike (EQ-VAE: 0.5)."""
+    low_resolution_probability: float = 0.0
+    """Share of the other steps in which the image is scaled down before it is encoded (EQ-VAE: 0.25)."""
+    latent_noise_share: float = 0.0
+    """Share of the samples whose latent gets noise on its way to the decoder (l-DeTok: 1)."""
+    interpolative_noise: float = 0.0
+    """Largest part of the latent, 0 to 1, that such a sample has replaced by noise; the part is uniform
+    below it (l-DeTok: 1)."""
+    interpolative_noise_std: float = 3.0
+    """Standard deviation of that noise in the latent's raw units (l-DeTok: 3)."""
+    additive_noise: float = 0.0
+    """Largest standard deviation, in the latent's raw units, of the noise added to such a sample; uniform
+    below it (RAE: 0.8)."""
+    scale_equivariance_weight: float = 0.0
+    """Factor of the reconstruction loss of the downscaled image from the downscaled latent, in nats per
+    pixel-channel like the likelihood itself (Skorokhodov et al.: about 0.25). Costs a second, smaller
+    decoding."""
+    spectrum_weight: float = 0.0
+    """Factor of the divergence between the spectra of image and latent, in nats (ESM: 0.01)."""
+    spectrum_flattening: float = 1.0
+    """Power of the frequency by which the image's spectrum is flattened before it is the target (ESM: 1)."""
+    spectrum_masking: bool = False
+    """Mask the same high frequencies of 8 x 8 blocks in latent and target (DSM). Needs latents whose sides
+    are multiples of 8 cells."""
+    variance_expansion_weight: float = 0.0
+    """Factor of the mean inverse posterior variance, which keeps the posterior wide in place of the KL (VE
+    loss: 0.1, beside a likelihood whose reduction we do not know)."""
+    variance_expansion_floor: float = 1e-2
+    """Added to the variance there, so that the loss stays below its inverse. Our value, not the source's."""
+    latent_tail_weight: float = 0.0
+    """Factor of the mean of e^(|z| - 1), which bounds the latent where there is no KL (VE loss: 1e-6)."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for values out of range and for noise that no sample would get."""
+        for name in ("equivariance_probability", "low_resolution_probability", "latent_noise_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"regularizer.{name} is a share from 0 to 1, not {getattr(self, name)}")
+        scales = ("interpolative_noise_std", "additive_noise", "variance_expansion_floor")
+        for name in (*scales, *(name for name in vars(self) if name.endswith("_weight"))):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"regularizer.{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.interpolative_noise <= 1:
+            raise ValueError(
+                f"regularizer.interpolative_noise is a part from 0 to 1, not {self.interpolative_noise}"
+            )
+        if (self.latent_noise_share > 0) != (self.interpolative_noise > 0 or self.additive_noise > 0):
+            raise ValueError(
+                "regularizer.latent_noise_share says who gets noise, regularizer.interpolative_noise and "
+                "regularizer.additive_noise how much; one without the other does nothing"
+            )
+
+
+# ---- equivariance: the same transform of latent and image ----
+
+
+@dataclass(frozen=True)
+class Warp:
+    """The transform of one optimizer step: a scale, then quarter turns."""
+
+    scale: float
+    """Side of the result over side of the original, at most 1."""
+    turns: int
+    """Quarter turns, 0 to 3."""
+    of_latent: bool
+    """True: after the encoder, of latent and target (the regularizer). False: of the image before the
+    encoder, so that small images stay in the training set."""
+
+
+def draw_warp(config: RegularizerConfig, seed: int, step: int) -> Warp | None:
+    """What EQ-VAE does in this optimizer step, None for nothing: the same on every process."""
+    generator = keyed_generator(seed, Purpose.EQUIVARIANCE, step)
+    chance = torch.rand(2, generator=generator).tolist()
+    scale = EQUIVARIANCE_SCALES[int(torch.randint(len(EQUIVARIANCE_SCALES), (), generator=generator))]
+    if chance[0] < config.equivariance_probability:
+        return Warp(scale, int(torch.randint(1, 4, (), generator=generator)), of_latent=True)
+    if chance[1] < config.low_resolution_probability:
+        return Warp(scale, 0, of_latent=False)
+    return None
+
+
+def warp_latent(z: Tensor, warp: Warp) -> Tensor:
+    """[B, c, h, w] -> the scaled and turned latent: the implicit equivariance of EQ-VAE.
+
+    EQ-VAE (Kouzelis et al. 2025): the whole reconstruction loss becomes L(D(T z), T x), with T a bilinear
+    scale and rot90^k; the KL stays that of the posterior of x. A scale rounds to whole cells, at least one.
+    The explicit form |T E(x) - E(T x)|^2 collapses the latent (their table 7) and is not offered.
+    """
+    return _warp(z, warp, _scaled(z.shape[-2:], warp.scale))
+
+
+def warp_image(x: Tensor, warp: Warp, f: int) -> Tensor:
+    """[B, C, H, W] -> the image that belongs to the warped latent, f times its cells; H and W multiples of
+    f."""
+    rows, columns = _scaled((x.shape[-2] // f, x.shape[-1] // f), warp.scale)
+    return _warp(x, warp, (rows * f, columns * f))
+
+
+def _warp(t: Tensor, warp: Warp, size: tuple[int, int]) -> Tensor:
+    return torch.rot90(
+        F.interpolate(t, size=size, mode="bilinear", align_corners=False), warp.turns, (-2, -1)
+    )
+
+
+def _scaled(size: tuple[int, int] | torch.Size, scale: float) -> tuple[int, int]:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def draw_downscale(seed: int, step: int) -> int:
+    """The factor 2 or 4 of the scale equivariance loss in this optimizer step."""
+    generator = keyed_generator(seed, Purpose.DOWNSCALE, step)
+    return DOWNSCALE_FACTORS[int(torch.randint(len(DOWNSCALE_FACTORS), (), generator=generator))]
+
+
+def downscale_pair(x: Tensor, z: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Image and latent, both smaller by the factor: the pair of the scale equivariance loss.
+
+    Skorokhodov et al., "Improving the diffusability of autoencoders", 2025: L = d(x, D(z)) + weight d(x',
+    D(z')) with x', z' bilinearly downscaled and d the reconstruction loss of the run, here per
+    pixel-channel of x'. Both are low-pass filtered on the way (antialias), since what the loss teaches is
+    that the low frequencies of the latent are those of the image. The sides shrink to whole cells, at least
+    one.
+    """
+    f = x.shape[-1] // z.shape[-1]
+    rows, columns = _scaled(z.shape[-2:], 1 / factor)
+    return _shrink(x, (rows * f, columns * f)), _shrink(z, (rows, columns))
+
+
+def _shrink(t: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(t, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+# ---- noise on the latent ----
+
+
+def draw_noise_levels(share: float, largest: float, seed: int, positions: Iterable[int] | Tensor) -> Tensor:
+    """[B] on the CPU: for a share of the samples uniform on [0, largest), 0 for the others; keyed by
+    position."""
+    chance, level = keyed_uniform(seed, positions, (2,), Purpose.LATENT_NOISE_LEVEL).unbind(1)
+    return torch.where(chance < share, largest * level, 0.0)
+
+
+def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Tensor:
+    """[B, c, h, w]: (1 - level) z + level std noise, level [B] in 0..1; l-DeTok (Yang et al. 2025), std 3."""
+    level = level.view(-1, 1, 1, 1)
+    return (1 - level) * z + level * std * noise
+
+
+def add_noise(z: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """[B, c, h, w]: z + level noise, level [B] in units of z; the decoder noise of RAE (Zheng et al.
+    2025)."""
+    return z + level.view(-1, 1, 1, 1) * noise
+
+
+# ---- the spectrum of the latent (Ning et al., "Spectrum matching", 2026) ----
+
+
+def spectrum_loss(z: Tensor, x: Tensor, flattening: float) -> Tensor:
+    """[B] nats: KL(S_x || S_z), encoding spectrum matching (ESM).
+
+    S is the share of each of 16 radial bins of the two-dimensional cosine transform: the mean power over
+    the channels and over the frequencies of a bin, without the constant; the image's times bin^flattening
+    (1 is the first bin); then log(1 + power), divided by the sum over the bins. The image is first brought
+    to h x w by an antialiased bicubic filter (theirs: a blur and bicubic). The logarithm makes S depend on
+    the latent's scale.
+    """
+    with torch.no_grad():
+        small = F.interpolate(x.float(), z.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
+        bins = torch.arange(1, SPECTRUM_BINS + 1, device=x.device)
+        target = _shares(_radial_power(small) * bins**flattening)
+    latent = _shares(_radial_power(z.float()))
+    return (target * (torch.log(target + 1e-8) - torch.log(latent + 1e-8))).sum(1)
+
+
+def _radial_power(t: Tensor) -> Tensor:
+    """[B, n, h, w] -> [B, 16]: mean power of the frequencies at a rising distance from the constant."""
+    h, w = t.shape[-2:]
+    coefficients = cosine_matrix(h, t.device) @ t @ cosine_matrix(w, t.device).T
+    power = coefficients.square().mean(1).flatten(1)[:, 1:]  # without the constant, the first of them
+    rows, columns = torch.arange(h, device=t.device), torch.arange(w, device=t.device)
+    radius = torch.hypot(rows[:, None].float(), columns.float()).flatten()[1:]
+    index = (radius / radius.max() * SPECTRUM_BINS).long().clamp(max=SPECTRUM_BINS - 1)
+    members = F.one_hot(index, SPECTRUM_BINS).to(power)  # [h w - 1, 16]
+    return power @ (members / members.sum(0).clamp(min=1))  # a small latent leaves bins empty
+
+
+def _shares(power: Tensor) -> Tensor:
+    compressed = torch.log1p(power)
+    return compressed / (compressed.sum(1, keepdim=True) + 1e-8)
+
+
+def draw_masked_diagonals(seed: int, step: int) -> int:
+    """How many diagonals `mask_spectrum` removes in this optimizer step: 0, 8, 10 or 12."""
+    generator = keyed_generator(seed, Purpose.SPECTRUM_MASK, step)
+    return MASKED_DIAGONALS[int(torch.randint(len(MASKED_DIAGONALS), (), generator=generator))]
+
+
+def mask_spectrum(t: Tensor, diagonals: int) -> Tensor:
+    """[B, n, h, w] -> the same without the highest frequencies of its 8 x 8 blocks.
+
+    Decoding spectrum matching (DSM): of the cosine transform of each block the coefficients (u, v) with u +
+    v >= 15 - diagonals are zero; done to z and to the target alike, the decoder learns that the frequencies
+    of the latent are those of the image. Raises `ValueError` where a side is no multiple of 8.
+    """
+    if t.shape[-2] % BLOCK or t.shape[-1] % BLOCK:
+        raise ValueError(
+            f"regularizer.spectrum_masking works on {BLOCK} x {BLOCK} blocks, into which {t.shape[-2]} x "
+            f"{t.shape[-1]} does not divide; data.resolution must be a multiple of {BLOCK} latent cells"
+        )
+    order = torch.arange(BLOCK, device=t.device)
+    kept = (order[:, None] + order < 2 * BLOCK - 1 - diagonals).to(t)
+    matrix = cosine_matrix(BLOCK, t.device).to(t)
+    blocks = rearrange(t, "B n (h i) (w j) -> B n h w i j", i=BLOCK, j=BLOCK)
+    blocks = matrix.T @ ((matrix @ blocks @ matrix.T) * kept) @ matrix
+    return rearrange(blocks, "B n h w i j -> B n (h i) (w j)")
+
+
+def cosine_matrix(n: int, device: torch.device) -> Tensor:
+    """[n, n] float32: the orthonormal discrete cosine transform (DCT-II), a row for each frequency."""
+    index = torch.arange(n, device=device, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * index[:, None] * (index + 0.5)) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+# ---- variance expansion (Li et al., "Taming sampling perturbations", 2026) ----
+
+
+def variance_expansion_loss(logvar: Tensor, floor: float) -> Tensor:
+    """[B], mean over the latent elements of an image: 1 / (sigma^2 + floor), sigma^2 = e^logvar.
+
+    The reconstruction loss shrinks the posterior's variance, this one widens it most where it is smallest: an
+    equilibrium at each element in place of the KL's pull to one.
+    """
+    return (1 / (logvar.exp() + floor)).flatten(1).mean(1)
+
+
+def latent_tail_loss(z: Tensor) -> Tensor:
+    """[B], mean over the latent elements of an image: e^(|z| - 1). Nothing else bounds a latent without a
+    KL."""
+    return torch.exp(z.abs() - 1).flatten(1).mean(1)

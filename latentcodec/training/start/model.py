@@ -1,0 +1,212 @@
+"""The model that is trained: an AutoencoderKL, new or fine-tuned, and the one forward pass of training around it.
+
+What a change of channels does to pretrained weights is in `adapt.py`, what a teacher asks for in `teacher.py`.
+
+Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latentcodec.adopt import build
+from latentcodec.codec import LatentCodec
+from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
+from latentcodec.training.start.linear import linear_start, zero_residuals
+from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.posterior import sample_posterior, split_moments
+
+
+@dataclass
+class ModelConfig:
+    """The architecture, in AutoencoderKL's terms, and where its weights start."""
+
+    image_channels: int = 3
+    """Channels of the images, in and out: 1 grey, 3 RGB, 4 RGB with alpha."""
+    latent_channels: int = 16
+    """Channels of the latents."""
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    """Width of each stage, from the image's resolution down; each stage after the first halves the resolution."""
+    layers_per_block: int = 1
+    """Residual blocks of each stage of the encoder; the decoder has one more."""
+    norm_num_groups: int = 8
+    """Groups of every group norm; divides every width. The linear start needs 2 ceil(S / groups) + 2 channels a
+    group: in the first width for S image channels, in the last for S latent channels."""
+    mid_block_add_attention: bool = False
+    """Attention at the lowest resolution, as in Stable Diffusion's VAE."""
+    use_quant_conv: bool = False
+    """The 1x1 convolutions around the latent that Stable Diffusion 1 and 2 and SDXL have."""
+    init: Literal["linear", "default"] = "linear"
+    """Start as the linear codec fitted to the data (initialization.py), or with torch's default weights and residual
+    branches at zero."""
+    from_pretrained: str | None = None
+    """Fine-tune this codec instead: folder, hub id, .safetensors file or bundled name. Its architecture counts, the
+    keys above do not."""
+    subfolder: str | None = None
+    """Subfolder of from_pretrained, such as vae."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Change the channels of from_pretrained."""
+    part: Literal["all", "decoder", "encoder"] = "all"
+    """What is trained. With decoder, the latents of from_pretrained stay exactly as they are, and so do the numbers
+    that normalise them."""
+    teacher: str | None = None
+    """Train into the latent space of this codec: folder, hub id, .safetensors file or bundled name. For a new model
+    that is distillation; with from_pretrained, whose name may be given here too, the latents are anchored."""
+    teacher_subfolder: str | None = None
+    """Subfolder of teacher, such as vae."""
+    teacher_weight: float = 1.0
+    """Factor of the anchor: the mean squared distance of the latents from the teacher's, in units of their
+    deviation, beside the likelihood in nats per pixel-channel. 1 distils, 0.01 to 0.1 holds gently."""
+    teacher_latents: bool = False
+    """Train the decoder on the teacher's latents instead of the student's own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more time for a fraction of the memory."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for sizes below 1 and for keys that contradict each other."""
+        for key in ("image_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be at least 1, not {getattr(self, key)}")
+        if min(self.block_out_channels, default=0) < 1:
+            raise ValueError(
+                f"model.block_out_channels needs a width of 1 or more a stage, not {self.block_out_channels}"
+            )
+        if not self.teacher_weight >= 0:
+            raise ValueError(f"model.teacher_weight must not be negative, not {self.teacher_weight}")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"model.block_out_channels: {width} is not divisible by model.norm_num_groups "
+                    f"{self.norm_num_groups}"
+                )
+        if self.adapt != AdaptConfig() and self.from_pretrained is None:
+            raise ValueError("model.adapt changes a pretrained codec; give model.from_pretrained")
+        if self.part == "decoder" and self.adapt.latent_channels is not None:
+            raise ValueError("model.part decoder keeps the latents, model.adapt.latent_channels changes them")
+        if self.part == "decoder" and self.teacher is not None:
+            raise ValueError("model.part decoder trains no encoder that could follow model.teacher")
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the latents are those of another codec, whose normalisation holds for this one too."""
+        return self.teacher is not None or (self.part == "decoder" and self.from_pretrained is not None)
+
+
+def load_parent(config: ModelConfig) -> AutoencoderKL | None:
+    """The codec to fine-tune, float32 on the CPU; None for a new one. Raises ValueError naming what is wrong."""
+    if config.from_pretrained is None:
+        return None
+    vae = LatentCodec.from_pretrained(config.from_pretrained, config.subfolder).vae.float()
+    if vae.config.in_channels != vae.config.out_channels:
+        raise ValueError(
+            f"model.from_pretrained {config.from_pretrained} takes images of {vae.config.in_channels} channels and "
+            f"gives {vae.config.out_channels}: it cannot be trained to reconstruct"
+        )
+    return vae
+
+
+def image_channels(config: ModelConfig, parent: AutoencoderKL | None) -> int:
+    """C, of the images that will be trained on."""
+    if parent is None:
+        return config.image_channels
+    return config.adapt.image_channels or int(parent.config.in_channels)
+
+
+def new_vae(
+    config: ModelConfig,
+    parent: AutoencoderKL | None,
+    teacher: Teacher | None,
+    crops: Callable[[], Sequence[Tensor]],
+) -> AutoencoderKL:
+    """The AutoencoderKL that training starts from, float32 on the CPU: `parent`, in place, or a new one.
+
+    `crops` gives training crops [C, H, W] of one size; it is called only where weights depend on them (the linear
+    start, a change of latent channels). Raises ValueError naming the key that cannot be.
+    """
+    vae = build(_architecture(config)) if parent is None else _adapted(parent, config.adapt, crops)
+    if teacher is not None:
+        teacher.hand_over(vae)
+    if parent is None:
+        zero_residuals(vae)
+    if parent is None and config.init == "linear":
+        images = crops()
+        linear_start(vae, images, None if teacher is None else teacher.latents(images))
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    vae.encoder.requires_grad_(config.part != "decoder")
+    vae.decoder.requires_grad_(config.part != "encoder")
+    for conv, part in ((vae.quant_conv, "decoder"), (vae.post_quant_conv, "encoder")):
+        if conv is not None:
+            conv.requires_grad_(config.part != part)
+    return vae
+
+
+def _adapted(vae: AutoencoderKL, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> AutoencoderKL:
+    if adapt.image_channels is not None:
+        change_image_channels(vae, adapt.image_channels)
+    if adapt.latent_channels is not None:
+        change_latent_channels(vae, adapt.latent_channels, crops)
+    return vae
+
+
+def _architecture(config: ModelConfig) -> dict[str, object]:
+    stages = len(config.block_out_channels)
+    return {
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * stages,
+        "up_block_types": ["UpDecoderBlock2D"] * stages,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "use_quant_conv": config.use_quant_conv,
+        "use_post_quant_conv": config.use_quant_conv,
+        "sample_size": 2 ** (stages - 1) * 32,
+        "force_upcast": False,
+    }
+
+
+class Pass(NamedTuple):
+    """What one forward pass of training gives to the losses."""
+
+    mean: Tensor
+    """[B, c, h, w] float32 of the posterior."""
+    logvar: Tensor
+    """[B, c, h, w] float32, clamped."""
+    latent: Tensor
+    """[B, c, h, w] float32: the posterior's draw, before any transform."""
+    reconstruction: Tensor
+    """[B, C, H, W] float32: what the decoder made of the (transformed) latent."""
+    log_scale: Tensor
+    """Scalar: the logarithm of the likelihood's scale."""
+
+
+class TrainedCodec(nn.Module):
+    """Encode, draw, decode in one forward: data parallelism synchronises only what runs inside `forward`.
+
+    diffusers' own trainer calls `unwrap_model(vae).encode`, which skips the synchronisation, so that N processes
+    train N different models.
+    """
+
+    def __init__(self, vae: AutoencoderKL, scale: float, learn_scale: bool) -> None:
+        super().__init__()
+        self.vae = vae
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+        self.downsampling_factor = downsampling_factor(vae.config)
+
+    def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> Pass:
+        """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
+        mean, logvar = split_moments(self.vae.encode(x).latent_dist.parameters)
+        latent = sample_posterior(mean, logvar, noise)
+        reconstruction = self.vae.decode(transform(latent)).sample.float()
+        return Pass(mean, logvar, latent, reconstruction, self.log_scale)
