@@ -57,18 +57,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of a command line; what a user can mend is one line on stderr."""
     try:
         code = app(arguments, prog_name="latentcodec", standalone_mode=False)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except typer.Exit as end:
-        return end.exit_code
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except ValueError as error:
         return _failed(error, WRONG)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        return _failed(error, WRONG)
     except OSError as error:
-        return _failed(error, FAILED)
+        is_wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        return _failed(error, WRONG if is_wrong_path else FAILED)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        error.show()  # type: ignore[attr-defined] - what typer says of a wrong option
+        return error.exit_code
     return code if isinstance(code, int) else DONE
 
 

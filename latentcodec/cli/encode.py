@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,6 +74,9 @@ def encode(
         str | None, _option("cpu or cuda; by default a GPU where there is one.", panel=RUN)
     ] = None,
     batch: Annotated[int, _option("Pictures encoded at once; 0: by their size.", panel=RUN)] = 0,
+    threads: Annotated[
+        int | None, _option("Threads of the model on a CPU; by default the cores.", panel=RUN)
+    ] = None,
     workers: Annotated[
         int | None, _option("Processes that decode pictures; by default the cores.", panel=RUN)
     ] = None,
@@ -103,7 +105,8 @@ def encode(
     from latentcodec.codec import LatentCodec
     from latentcodec.store.items import Columns
     from latentcodec.store.job import encode as encode_shards
-    from latentcodec.store.job import missing_shards, prepare, rank_and_world
+    from latentcodec.store.job import missing_shards, prepare
+    from latentcodec.store.ranks import rank_and_world
 
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine {engine}: local or ray")
@@ -113,11 +116,11 @@ def encode(
         sources, out, model, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
         posterior="mean and std" if std else "mode", mirrored=mirrored, shard_size=shard_size, sampled=check,
         columns=Columns(image_column, caption_column, label_column, subset, split), device=device, batch=batch,
-        keep_codec=not no_codec, save=not dry_run,
+        threads=threads, keep_codec=not no_codec, save=not dry_run,
     )  # fmt: skip
     if dry_run:
         return _estimate(plan, model, out, as_json)
-    told_rank, told_world = rank_and_world(os.environ)
+    told_rank, told_world = rank_and_world()
     rank, world = told_rank if rank is None else rank, told_world if world is None else world
     pictures = sum(plan.rows(shard) for shard in missing_shards(out, plan)[rank::world])
     with counting(pictures, "pictures") as advance:
@@ -181,7 +184,7 @@ def _estimate(plan: Plan, codec: LatentCodec, out: Path, as_json: bool) -> int:
             "rejected": found.rejected,
             "shards": found.shards,
             "bytes": found.bytes,
-            "seconds": round(found.seconds, 1),
+            "seconds": round(found.seconds, 3),
             "fingerprint": plan.settings.codec,
         },
     )

@@ -5,6 +5,7 @@ Shapes: C channels, H W pixels, c latent channels, h w latent cells.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -73,12 +74,15 @@ class _Batches(Dataset):
         return len(self.jobs)
 
     def __getitem__(self, number: int) -> list[Decoded]:
-        shard, start, stop = self.jobs[number]
-        columns = Columns(**self.plan.part(shard).about["columns"])
-        reader = EntryReader(columns, with_captions=self.plan.settings.captions is not None)
-        return [
-            decode(picture, reader, self.plan.settings) for picture in self.plan.pictures(shard, start, stop)
-        ]
+        return decode_pictures(self.plan, *self.jobs[number])
+
+
+def decode_pictures(plan: Plan, shard: int, start: int, stop: int) -> list[Decoded]:
+    """The pictures number `start` to `stop` - 1 of a shard."""
+    reader = EntryReader(Columns(**plan.part(shard).about["columns"]), plan.settings.captions is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # what is stored must not depend on a filter that makes them errors
+        return [decode(picture, reader, plan.settings) for picture in plan.pictures(shard, start, stop)]
 
 
 def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:

@@ -24,7 +24,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.metrics import psnr
 from latentcodec.store.decoding import Decoded, decoded_batches
-from latentcodec.store.format import CODEC, Settings, StoreError, latent_columns
+from latentcodec.store.format import CODEC, MIRRORED, Settings, StoreError, latent_columns
 from latentcodec.store.identity import fingerprint_of, posterior_of
 from latentcodec.store.picture import mirrored
 from latentcodec.store.plan import Plan
@@ -188,7 +188,7 @@ def encode_batch(codec: LatentCodec, pictures: list[Decoded], settings: Settings
     latents = _posterior(codec, torch.stack([p.x for p in pixels]), settings)
     if settings.mirrored:
         flipped = torch.stack([mirrored(p, settings.downsampling_factor) for p in pixels])
-        latents |= {f"mirrored_{n}": z for n, z in _posterior(codec, flipped, settings).items()}
+        latents |= {MIRRORED[n]: z for n, z in _posterior(codec, flipped, settings).items()}
     return latents
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentcodec.codec import LatentCodec
-from latentcodec.store.decoding import decode
+from latentcodec.store.decoding import decode_pictures
 from latentcodec.store.encoding import encode_batch
 from latentcodec.store.format import ITEM_BYTES, Shape
-from latentcodec.store.items import Columns, EntryReader
 from latentcodec.store.plan import Plan
 
 ROW_BYTES = 200  # of a row's metadata, about
@@ -56,11 +55,7 @@ def estimate(plan: Plan, codec: LatentCodec, out: Path) -> Estimate:
 def _seconds_per_value(plan: Plan, codec: LatentCodec) -> float:
     """Seconds that encoding takes for each number of a latent: pictures of other shapes take in proportion."""
     shard = max(plan.shards, key=plan.rows)
-    reader = EntryReader(Columns(**plan.part(shard).about["columns"]), with_captions=False)
-    pictures = [
-        decode(p, reader, plan.settings)
-        for p in plan.pictures(shard, 0, min(plan.batch(shard), plan.rows(shard)))
-    ]
+    pictures = decode_pictures(plan, shard, 0, min(plan.batch(shard), plan.rows(shard)))
     ready = [picture for picture in pictures if picture.reason is None]
     if not ready:
         return 0.0

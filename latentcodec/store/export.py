@@ -1,4 +1,4 @@
-"""A store for other tools: `datasets`, parquet files and WebDataset tars.
+"""A store for other tools: parquet files and WebDataset tars.
 
 The shards themselves are Arrow files that pyarrow, `datasets` and polars read; these are for what reads neither. Each
 shard becomes one file, written whole or not at all.
@@ -13,13 +13,12 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentcodec.store.format import METADATA, Shape
+from latentcodec.store.format import METADATA
 from latentcodec.store.read import LatentStore
 from latentcodec.store.shard import Shard
 from latentcodec.store.write import write_durable
@@ -48,25 +47,6 @@ def export(
         if progress is not None:
             progress(number, len(store.index.shards))
     return [file for file in files if file.exists()]
-
-
-def as_datasets(store: LatentStore) -> Any:
-    """A `datasets.Dataset` over the mapped shards; where there are several shapes a DatasetDict, by `16x32x32`."""
-    import datasets
-    from datasets.table import ConcatenationTable, InMemoryTable
-
-    by_shape: dict[Shape, list[Any]] = {}
-    for number, entry in enumerate(store.index.shards):
-        if entry.items:
-            table = pa.Table.from_batches([store.shard(number).batch]).replace_schema_metadata(None)
-            by_shape.setdefault(entry.shape, []).append(InMemoryTable(table))  # a view: the shard is mapped
-    sets = {
-        "x".join(map(str, shape)): datasets.Dataset(ConcatenationTable.from_tables(tables))
-        for shape, tables in by_shape.items()
-    }
-    if not sets:
-        raise ValueError(f"{store.folder}: holds no picture")
-    return next(iter(sets.values())) if len(sets) == 1 else datasets.DatasetDict(sets)
 
 
 def _latents(shard: Shard) -> dict[str, np.ndarray]:

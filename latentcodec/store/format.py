@@ -28,6 +28,7 @@ import xxhash
 FORMAT = "latentcodec store"
 VERSION = 1
 INDEX, CODEC, REJECTS, DROPPED = "index.json", "codec", "rejects.jsonl", "dropped.json"
+LOCKS = ".encoding"  # one file for each process at work
 Shape = tuple[int, int, int]  # c, h, w
 
 STORED = {  # dtype of the latents -> Arrow type of one value; None: bytes, for which Arrow has no number type
@@ -51,6 +52,7 @@ METADATA = (  # the columns of a row that are not latents, in the order in which
     ("label", pa.int64()),
 )
 CHECKSUM = "checksum"
+MIRRORED = {"latent": "mirrored", "std": "mirrored_std"}  # a latent column -> that of the mirrored picture
 
 
 class StoreError(ValueError):
@@ -222,7 +224,7 @@ class LatentColumn(NamedTuple):
 def latent_columns(settings: Settings, shape: Shape) -> list[LatentColumn]:
     """The latent columns of a shard: latent, std and those of the mirrored picture, as far as they are stored."""
     names = ["latent"] + ["std"] * (settings.posterior != "mode")
-    names += [f"mirrored_{name}" for name in names] if settings.mirrored else []
+    names += [MIRRORED[name] for name in names] if settings.mirrored else []
     c, h, w = shape
     value = STORED[settings.dtype]
     stored = (

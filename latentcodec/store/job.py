@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ import torch
 
 from latentcodec.codec import LatentCodec
 from latentcodec.store.encoding import Receipt, ShardEncoder
-from latentcodec.store.format import CODEC, Index, Settings, StoreError
+from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
 from latentcodec.store.identity import fingerprint_of, normalisation_of
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
 from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
+from latentcodec.store.ranks import rank_and_world
 from latentcodec.store.write import finish, write_durable
 
 try:
@@ -37,11 +38,6 @@ except ImportError:  # Windows
 
 BATCH_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 23}  # 8 pictures of 512 x 512, or 32
 DECODERS = 8  # worker processes at most, unless more are asked for
-LOCKS = ".encoding"
-RANKS = (  # (rank, number of ranks) as launchers tell them
-    ("RANK", "WORLD_SIZE"),  # torchrun, accelerate
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,7 @@ def prepare(
     sampled: int = 16,
     device: str | None = None,
     batch: int = 0,
+    threads: int | None = None,
     imported: str | None = None,
     keep_codec: bool = True,
     save: bool = True,
@@ -102,7 +99,7 @@ def prepare(
             raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
         if missing_shards(out, before):
             return _resumed(out, before, told)
-    machine = _machine(device, batch)
+    machine = _machine(device, batch, threads)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
     if save:
         if keep_codec:
@@ -128,7 +125,7 @@ def encode(
     is called after each batch.
     """
     out = Path(out).expanduser()
-    told_rank, told_world = rank_and_world(os.environ)
+    told_rank, told_world = rank_and_world()
     rank, world = told_rank if rank is None else rank, told_world if world is None else world
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}: ranks count from 0")
@@ -144,30 +141,13 @@ def missing_shards(out: Path, plan: Plan) -> list[int]:
     return [shard for shard in plan.shards if not (out / plan.file(shard)).is_file()]
 
 
-def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process and their number, as torchrun, accelerate or SLURM tell them; (0, 1) where nobody does.
-
-    Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks.
-    """
-    rank, world = 0, 1
-    for rank_name, world_name in RANKS:
-        if rank_name in environment and world_name in environment:
-            rank, world = int(environment[rank_name]), int(environment[world_name])
-            break
-    if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        task, tasks = (
-            int(environment["SLURM_ARRAY_TASK_ID"]) - first,
-            int(environment["SLURM_ARRAY_TASK_COUNT"]),
-        )
-        rank, world = task * world + rank, tasks * world
-    return rank, world
-
-
 def cores() -> int:
     """Processes that decode pictures by default."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(DECODERS, available)
+    return min(DECODERS, _available_cores())
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(settings: Settings, shard_size: int) -> None:
@@ -214,16 +194,15 @@ def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
     return plan
 
 
-def _machine(device: str | None, batch: int) -> dict[str, Any]:
+def _machine(device: str | None, batch: int, threads: int | None) -> dict[str, Any]:
     """How this part of the store is encoded, on this machine and wherever it is gone on with."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "device": chosen,
         "precision": "float32",
         "batch": batch,
         "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
-        "threads": threads,
+        "threads": threads or _available_cores(),
         "torch": torch.__version__,
     }
 

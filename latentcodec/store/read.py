@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from latentcodec.store.format import CODEC, Index, Shape, StoreError
-from latentcodec.store.shard import RowBatch, Shard
+from latentcodec.store.identity import fingerprint_of
+from latentcodec.store.shard import RowBatch, Shard, as_datasets
+from latentcodec.store.stream import LatentBatches
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
@@ -72,7 +74,7 @@ class LatentStore:
         self._ends = list(accumulate(entry.items for entry in self.index.shards))
         self._open: OrderedDict[int, Shard] = OrderedDict()
         if codec is not None:
-            self._require(codec if isinstance(codec, str) else fingerprint(codec))
+            self._require(codec if isinstance(codec, str) else fingerprint_of(codec))
 
     def _require(self, given: str) -> None:
         if given != self.fingerprint:
@@ -106,7 +108,7 @@ class LatentStore:
             raise StoreError(f"{self.folder}: holds no copy of its codec; give the codec {self.fingerprint}")
         codec = LatentCodec.from_pretrained(self.folder / CODEC, device=device, dtype=dtype)
         if dtype in (None, torch.float32):
-            self._require(fingerprint(codec))
+            self._require(fingerprint_of(codec))
         return codec
 
     def __len__(self) -> int:
@@ -173,13 +175,11 @@ class LatentStore:
             rows_of_batch.put(shards[number], positions, rows)
         return rows_of_batch.as_dict()
 
-    def dataset(self, batch_size: int, **options: Any) -> Any:
+    def dataset(self, batch_size: int, **options: Any) -> LatentBatches:
         """A torch IterableDataset of batches, see `LatentBatches` for the options.
 
         Shuffled by (seed, epoch), divided among ranks and workers, drawn from mean and std where they are stored.
         """
-        from latentcodec.store.stream import LatentBatches
-
         return LatentBatches(self, batch_size, **options)
 
     def to_datasets(self) -> Any:
@@ -187,16 +187,8 @@ class LatentStore:
 
         The latents are flat lists of c h w numbers; the scales of int8 and bytes of bfloat16 and float8 are as stored.
         """
-        from latentcodec.store.export import as_datasets
-
-        return as_datasets(self)
-
-
-def fingerprint(codec: LatentCodec) -> str:
-    """A codec's fingerprint."""
-    from latentcodec.store.identity import fingerprint_of
-
-    return fingerprint_of(codec)
+        filled = (number for number, entry in enumerate(self.index.shards) if entry.items)
+        return as_datasets(self.shard(number) for number in filled)
 
 
 def _require_intact(shard: Shard, rows: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ Shapes: n rows, c latent channels, h w latent cells.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +181,19 @@ def _about(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def as_datasets(shards: Iterable[Shard]) -> Any:
+    """A `datasets.Dataset` over mapped shards; where there are several shapes a DatasetDict, by `16x32x32`."""
+    import datasets
+    from datasets.table import ConcatenationTable, InMemoryTable
+
+    by_shape: dict[Shape, list[Any]] = {}
+    for shard in shards:
+        table = pa.Table.from_batches([shard.batch]).replace_schema_metadata(None)
+        by_shape.setdefault(shard.shape, []).append(InMemoryTable(table))  # a view: the shard is mapped
+    sets = {
+        "x".join(map(str, shape)): datasets.Dataset(ConcatenationTable.from_tables(tables))
+        for shape, tables in by_shape.items()
+    }
+    return next(iter(sets.values())) if len(sets) == 1 else datasets.DatasetDict(sets)

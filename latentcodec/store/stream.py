@@ -9,18 +9,37 @@ Shapes: B batch, c latent channels, h w latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latentcodec.randomness import Purpose, keyed_normal
-from latentcodec.store.job import rank_and_world
+from latentcodec.store.format import MIRRORED, Index, Shape
+from latentcodec.store.ranks import rank_and_world
 
-if TYPE_CHECKING:
-    from latentcodec.store.read import LatentStore
+
+class Store(Protocol):
+    """What a stream needs of a LatentStore."""
+
+    folder: Path
+    index: Index
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the codec."""
+
+    @property
+    def shapes(self) -> dict[Shape, int]:
+        """Pictures of each latent shape."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Some pictures of one shape, stacked."""
 
 
 class LatentBatches(IterableDataset):
@@ -31,7 +50,7 @@ class LatentBatches(IterableDataset):
 
     def __init__(
         self,
-        store: LatentStore,
+        store: Store,
         batch_size: int,
         *,
         shuffle: bool = True,
@@ -50,7 +69,7 @@ class LatentBatches(IterableDataset):
         one rank only. `rank`, `world`: from torchrun's or SLURM's environment by default. Raises ValueError for what
         the store does not hold.
         """
-        told_rank, told_world = rank_and_world(_environment())
+        told_rank, told_world = rank_and_world()
         self.store, self.batch_size, self.shuffle, self.seed = store, batch_size, shuffle, seed
         self.rank = told_rank if rank is None else rank
         self.world = told_world if world is None else world
@@ -134,17 +153,10 @@ class LatentBatches(IterableDataset):
         batch = self.store.batch(pictures.tolist())
         batch["index"], batch["step"] = torch.from_numpy(pictures), step
         keys = (self.epoch * len(self.store) + pictures).tolist()  # one number for each picture of each epoch
-        mirrored = {
-            name: batch.pop(f"mirrored_{name}") for name in ("latent", "std") if f"mirrored_{name}" in batch
-        }
+        others = {name: batch.pop(other) for name, other in MIRRORED.items() if other in batch}
         if self.mirror:
-            flips = torch.from_numpy(
-                np.random.default_rng([Purpose.AUGMENTATION, self.seed, self.epoch]).random(len(self.store))[
-                    pictures
-                ]
-                < 0.5
-            )
-            for name, other in mirrored.items():
+            flips = torch.from_numpy(self._flips()[pictures])
+            for name, other in others.items():
                 batch[name] = torch.where(flips[:, None, None, None], other, batch[name])
             batch["is_mirrored"] = flips
         if self.draw:
@@ -154,8 +166,13 @@ class LatentBatches(IterableDataset):
             )
         return batch
 
+    def _flips(self) -> np.ndarray:
+        """Which pictures are mirrored in this epoch, bool for each picture of the store."""
+        random = np.random.default_rng([Purpose.AUGMENTATION, self.seed, self.epoch])
+        return random.random(len(self.store)) < 0.5
 
-def _by_shape(store: LatentStore) -> list[np.ndarray]:
+
+def _by_shape(store: Store) -> list[np.ndarray]:
     """The numbers of the pictures of each latent shape."""
     found: dict[Any, list[np.ndarray]] = {}
     start = 0
@@ -163,9 +180,3 @@ def _by_shape(store: LatentStore) -> list[np.ndarray]:
         found.setdefault(entry.shape, []).append(np.arange(start, start + entry.items))
         start += entry.items
     return [np.concatenate(parts) for _, parts in sorted(found.items())]
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)

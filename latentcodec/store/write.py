@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +26,7 @@ from latentcodec.store.format import (
     DROPPED,
     FORMAT,
     INDEX,
+    LOCKS,
     METADATA,
     REJECTS,
     VERSION,
@@ -148,9 +150,17 @@ def finish(
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
     write_durable(store / REJECTS, lines.encode())
     write_durable(store / INDEX, index.to_json())
-    for litter in [*store.glob("shards/*/.*.tmp"), *store.glob("plan/.*.tmp"), *store.glob(".*.tmp")]:
-        litter.unlink(missing_ok=True)  # of processes that were killed while they wrote
+    _clear_litter(store)
     return index
+
+
+def _clear_litter(store: Path) -> None:
+    """Removes what processes left that were killed while they wrote, and their locks."""
+    for litter in [*store.rglob(".*.tmp"), store / LOCKS]:
+        if litter.is_dir():
+            shutil.rmtree(litter, ignore_errors=True)
+        else:
+            litter.unlink(missing_ok=True)
 
 
 def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tuple[int, Shard]]:
