@@ -19,7 +19,7 @@ from latentcodec.quality import perceptual
 from latentcodec.quality.perceptual import Perceptual, load_lpips
 from latentcodec.training.losses import terms as losses
 from latentcodec.training.losses.terms import LossConfig
-from latentcodec.vae.posterior import sample_posterior, mean_and_logvar
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 SHAPE = (3, 2, 6, 5)
 

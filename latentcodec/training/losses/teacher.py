@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.vae.posterior import sample_posterior, mean_and_logvar
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 if TYPE_CHECKING:
     from latentcodec.training.losses.objective import Inputs

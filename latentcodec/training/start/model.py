@@ -22,7 +22,7 @@ from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start, zero_residuals
 from latentcodec.vae.networks import downsampling_factor
-from latentcodec.vae.posterior import sample_posterior, mean_and_logvar
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 
 @dataclass
