@@ -493,7 +493,9 @@ def test_attention_processors_are_listed_as_diffusers_lists_them():
     vae = tiny_vae()
     expected = reconstruction(vae)
     stock = AutoencoderKL.from_config(vae.config).attn_processors
-    assert {name: type(p) for name, p in vae.attn_processors.items()} == {n: type(p) for n, p in stock.items()}
+    assert {name: type(p) for name, p in vae.attn_processors.items()} == {
+        n: type(p) for n, p in stock.items()
+    }
     assert stock
     for switch in (vae.set_default_attn_processor, vae.fuse_qkv_projections, vae.unfuse_qkv_projections):
         switch()
