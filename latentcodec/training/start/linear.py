@@ -164,52 +164,50 @@ def _least_squares(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     h [B, n, H, W], target [B, m, H, W]; zero padding as the layer has it.
     """
-    gram, moments = _normal_equations(F.pad(h, (1, 1, 1, 1)), 3, target)
-    return _solved(gram, moments, h.shape[1])
+    gram, products = _normal_equations(F.pad(h, (1, 1, 1, 1)), 3, target)
+    return _solved(gram, products, h.shape[1])
 
 
 def _least_squares_doubled(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The same for the map that is `h` doubled by nearest neighbours: h [B, n, H, W], target [B, m, 2H, 2W].
 
-    Where a 3x3 window of the doubled map begins at an even row, its rows are copies of the rows i - 1, i, i of h; where it
-    begins at an odd one, of i, i, i + 1. So each of the four kinds of position sees only 2x2 values of h, and its normal
-    equations in those give the ones in the nine taps: with a fifth of the multiplications.
+    The rows of a 3x3 window around an even row of the doubled map are the rows i - 1, i, i of h, and around an odd one
+    i, i, i + 1. So each of the four kinds of position sees 2x2 values of h, and its normal equations in those give the
+    ones in the nine taps: with a fifth of the multiplications.
     """
     n, m = h.shape[1], target.shape[1]
     gram = torch.zeros(9 * n + 1, 9 * n + 1, dtype=torch.float64)
-    moments = torch.zeros(9 * n + 1, m, dtype=torch.float64)
+    products = torch.zeros(9 * n + 1, m, dtype=torch.float64)
     copied = torch.tensor(
         [[0, 1, 1], [0, 0, 1]]
-    )  # [parity, tap]: which of the two rows, or columns, a tap reads
+    )  # [parity, tap]: the row, or column, of the two that a tap reads
     channels = 4 * torch.arange(n)[:, None, None]
     for a, b in itertools.product(range(2), repeat=2):
         window = F.pad(h, (1 - b, b, 1 - a, a))
-        small, small_moments = _normal_equations(window, 2, target[:, :, a::2, b::2])
-        reads = (
-            channels + 2 * copied[a][:, None] + copied[b]
-        ).flatten()  # [9n], which column of the small ones
-        reads = torch.cat([reads, torch.tensor([4 * n])])  # the bias
+        small, small_products = _normal_equations(window, 2, target[:, :, a::2, b::2])
+        taps = channels + 2 * copied[a][:, None] + copied[b]  # [n, 3, 3]: the unknown of the small equations
+        reads = torch.cat([taps.flatten(), torch.tensor([4 * n])])  # and the bias
         gram += small[reads[:, None], reads]
-        moments += small_moments[reads]
-    return _solved(gram, moments, n)
+        products += small_products[reads]
+    return _solved(gram, products, n)
 
 
 def _normal_equations(h: Tensor, side: int, target: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over all positions of the products of a window's k = n side^2 values and a 1 with one another, [k+1, k+1],
     and with `target` [B, m, H, W]: [k+1, m]; h [B, n, H + side - 1, W + side - 1]; float64."""
-    gram, moments = 0.0, 0.0
+    gram, products = 0.0, 0.0
     for h_part, target_part in zip(h.split(8), target.split(8), strict=True):
         rows = rearrange(F.unfold(h_part, side), "b k p -> (b p) k")
         rows = F.pad(rows, (0, 1), value=1.0)  # the bias
         gram = gram + (rows.T @ rows).double()
-        moments = moments + (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
-    return torch.as_tensor(gram), torch.as_tensor(moments)
+        products = products + (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
+    return torch.as_tensor(gram), torch.as_tensor(products)
 
 
-def _solved(gram: Tensor, moments: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _solved(gram: Tensor, products: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Weight [m, n, 3, 3] and bias [m] of normal equations, with a small ridge."""
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    solution = torch.linalg.solve(gram, moments).float()
+    solution = torch.linalg.solve(gram, products).float()
     return rearrange(solution[:-1], "(n i j) m -> m n i j", i=3, j=3), solution[-1]
 
 
