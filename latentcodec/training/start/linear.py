@@ -195,13 +195,15 @@ def _least_squares_doubled(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _normal_equations(h: Tensor, side: int, target: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over all positions of the products of a window's k = n side^2 values and a 1 with one another, [k+1, k+1],
     and with `target` [B, m, H, W]: [k+1, m]; h [B, n, H + side - 1, W + side - 1]; float64."""
-    gram, products = 0.0, 0.0
+    k = h.shape[1] * side**2
+    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64)
+    products = torch.zeros(k + 1, target.shape[1], dtype=torch.float64)
     for h_part, target_part in zip(h.split(8), target.split(8), strict=True):
         rows = rearrange(F.unfold(h_part, side), "b k p -> (b p) k")
         rows = F.pad(rows, (0, 1), value=1.0)  # the bias
-        gram = gram + (rows.T @ rows).double()
-        products = products + (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
-    return torch.as_tensor(gram), torch.as_tensor(products)
+        gram += (rows.T @ rows).double()
+        products += (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
+    return gram, products
 
 
 def _solved(gram: Tensor, products: Tensor, n: int) -> tuple[Tensor, Tensor]:
