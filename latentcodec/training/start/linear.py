@@ -178,9 +178,7 @@ def _least_squares_doubled(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     n, m = h.shape[1], target.shape[1]
     gram = torch.zeros(9 * n + 1, 9 * n + 1, dtype=torch.float64)
     products = torch.zeros(9 * n + 1, m, dtype=torch.float64)
-    copied = torch.tensor(
-        [[0, 1, 1], [0, 0, 1]]
-    )  # [parity, tap]: the row, or column, of the two that a tap reads
+    copied = torch.tensor([[0, 1, 1], [0, 0, 1]])  # [parity, tap]: the row, or column, that a tap reads
     channels = 4 * torch.arange(n)[:, None, None]
     for a, b in itertools.product(range(2), repeat=2):
         window = F.pad(h, (1 - b, b, 1 - a, a))
