@@ -54,6 +54,7 @@ from latentcodec.training.preflight import (
     newest_checkpoint,
     smallest_crop,
 )
+from latentcodec.training.progress import counted, phase
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start.model import TrainedCodec, image_channels, load_parent, new_vae
 from latentcodec.vae.networks import downsampling_factor
@@ -188,7 +189,7 @@ class Trainer:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(self.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, images)
+            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
             self.journal.validated(self.step, self.seconds, evaluation)
             self.journal.samples(
                 self.step, [(image, reconstruct(codec, image[None])[0]) for image in images[:6]]
@@ -226,7 +227,8 @@ class Trainer:
         train, device = self.config.train, self.accelerator.device
         widest = train.batch_size * self.ema.config.block_out_channels[0] * self.config.data.resolution**2
         if train.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            compile_gradients(DTYPES[self.hardware.precision], train.batch_size)
+            with phase("compiling norms and their gradients, once on a machine"):
+                compile_gradients(DTYPES[self.hardware.precision], train.batch_size)
 
     def finish(self) -> None:
         """The end of a complete run: its score and its codec."""
