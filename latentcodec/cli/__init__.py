@@ -65,10 +65,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         is_wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return _failed(error, WRONG if is_wrong_path else FAILED)
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or code is None:
             raise
-        error.show()  # type: ignore[attr-defined] - what typer says of a wrong option
-        return error.exit_code
+        show()  # what typer says of a wrong option
     return code if isinstance(code, int) else DONE
 
 

@@ -74,6 +74,9 @@ def encode(
         str | None, _option("cpu or cuda; by default a GPU where there is one.", panel=RUN)
     ] = None,
     batch: Annotated[int, _option("Pictures encoded at once; 0: by their size.", panel=RUN)] = 0,
+    precision: Annotated[
+        str | None, _option("float32 or bfloat16; by default what the machine is fast in.", panel=RUN)
+    ] = None,
     threads: Annotated[
         int | None, _option("Threads of the model on a CPU; by default the cores.", panel=RUN)
     ] = None,
@@ -116,7 +119,7 @@ def encode(
         sources, out, model, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
         posterior="mean and std" if std else "mode", mirrored=mirrored, shard_size=shard_size, sampled=check,
         columns=Columns(image_column, caption_column, label_column, subset, split), device=device, batch=batch,
-        threads=threads, keep_codec=not no_codec, save=not dry_run,
+        threads=threads, precision=precision, keep_codec=not no_codec, save=not dry_run,
     )  # fmt: skip
     if dry_run:
         return _estimate(plan, model, out, as_json)

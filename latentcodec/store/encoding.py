@@ -10,6 +10,7 @@ Shapes: B batch, C image channels, c latent channels, h w latent cells, H W pixe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -126,9 +127,11 @@ class ShardEncoder:
             raise StoreError(
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
-        codec.vae.to(self.device or machine["device"])
-        torch.nn.Module.to(codec.vae, getattr(torch, machine["precision"]))  # diffusers' own warns of a cast
-        return codec
+        device, dtype = torch.device(self.device or machine["device"]), getattr(torch, machine["precision"])
+        if (codec.device.type, codec.dtype) == (device.type, dtype):
+            return codec
+        vae = copy.deepcopy(codec.vae)  # the caller's own stays as it is
+        return LatentCodec.from_pretrained(vae, device=device, dtype=dtype)
 
     def _write(self, shard: int, content: _Content) -> Receipt:
         settings, shape = self.plan.settings, self.plan.shape(shard)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from latentcodec.codec import LatentCodec
+from latentcodec.machine import DTYPES, fast_dtype, physical_cores
 from latentcodec.store.encoding import Receipt, ShardEncoder
 from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
 from latentcodec.store.identity import fingerprint_of, normalisation_of
@@ -68,6 +69,7 @@ def prepare(
     device: str | None = None,
     batch: int = 0,
     threads: int | None = None,
+    precision: str | None = None,
     imported: str | None = None,
     keep_codec: bool = True,
     save: bool = True,
@@ -89,6 +91,8 @@ def prepare(
         captions=columns.caption or captions, label=columns.label, imported=imported,
     )  # fmt: skip
     _check(settings, shard_size)
+    if precision not in (None, *DTYPES):
+        raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
     before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
     told = [
         os.path.abspath(os.path.expanduser(s)) if os.path.exists(os.path.expanduser(s)) else s
@@ -99,7 +103,7 @@ def prepare(
             raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
         if missing_shards(out, before):
             return _resumed(out, before, told)
-    machine = _machine(device, batch, threads)
+    machine = _machine(device, batch, threads, precision)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
     if save:
         if keep_codec:
@@ -129,7 +133,9 @@ def encode(
     rank, world = told_rank if rank is None else rank, told_world if world is None else world
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}: ranks count from 0")
-    encoder = ShardEncoder(out, codec, device, cores() if workers is None else workers)
+    encoder = ShardEncoder(
+        out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
+    )
     with _alone(out, rank, world):
         receipts = list(encoder.run(encoder.plan.shards[rank::world], progress))
     index = None if missing_shards(out, encoder.plan) else finish(out)
@@ -139,15 +145,6 @@ def encode(
 def missing_shards(out: Path, plan: Plan) -> list[int]:
     """The numbers of the shards that are not there yet."""
     return [shard for shard in plan.shards if not (out / plan.file(shard)).is_file()]
-
-
-def cores() -> int:
-    """Processes that decode pictures by default."""
-    return min(DECODERS, _available_cores())
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(settings: Settings, shard_size: int) -> None:
@@ -194,15 +191,16 @@ def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
     return plan
 
 
-def _machine(device: str | None, batch: int, threads: int | None) -> dict[str, Any]:
+def _machine(device: str | None, batch: int, threads: int | None, precision: str | None) -> dict[str, Any]:
     """How this part of the store is encoded, on this machine and wherever it is gone on with."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    dtype = fast_dtype(chosen) if precision is None else DTYPES[precision]
     return {
         "device": chosen,
-        "precision": "float32",
+        "precision": str(dtype).removeprefix("torch."),
         "batch": batch,
         "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
-        "threads": threads or _available_cores(),
+        "threads": threads or physical_cores(),
         "torch": torch.__version__,
     }
 

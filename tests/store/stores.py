@@ -14,7 +14,7 @@ from PIL import Image
 
 from latentcodec.codec import LatentCodec
 
-SMALL = dict(shard_size=4, sampled=2, batch=2, threads=1)
+SMALL = dict(shard_size=4, sampled=2, batch=2, threads=1, precision="float32")
 
 
 def tiny_codec(seed: int = 0, latent_channels: int = 4) -> LatentCodec:

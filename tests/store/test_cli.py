@@ -1,4 +1,4 @@
-"""The command: every verb, from a folder of photographs to latents and back; exit codes, JSON lines, errors of one line."""
+"""The command: every verb, from photographs to latents and back; exit codes, JSON lines, errors of one line."""
 
 import json
 import subprocess
