@@ -27,6 +27,7 @@ from latentcodec.store.stream import LatentBatches
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
 
+OTHERS = ("std", "mirrored", "mirrored_std")  # latent columns that an item may have, in its order
 OPEN_SHARDS = 16384  # a process may have 65,530 mappings
 
 
@@ -120,9 +121,10 @@ class LatentStore:
     def place(self, index: int) -> tuple[int, int]:
         """Number in the index's list of shards, and row, of a picture. Raises IndexError."""
         length = len(self)
-        if not -length <= index < length:
-            raise IndexError(f"{self.folder}: picture {index} of {length}")
-        index %= length
+        if not 0 <= index < length:
+            if not -length <= index < 0:
+                raise IndexError(f"{self.folder}: picture {index} of {length}")
+            index += length
         number = bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
 
@@ -143,11 +145,10 @@ class LatentStore:
         if self.check:
             _require_intact(shard, [row])
         height, width, original_height, original_width, top, left = shard.numbers(row)
-        columns = {name: shard.latent(row, name) for name in shard.columns if not name.endswith("_scale")}
         return Item(
-            shard.text(row, "id"), columns.pop("latent"), (height, width), shard.text(row, "caption"),
+            shard.text(row, "id"), shard.latent(row), (height, width), shard.text(row, "caption"),
             shard.text(row, "label"), shard.text(row, "source"), (original_height, original_width), (top, left),
-            **columns,
+            *(shard.latent(row, name) if name in shard.names else None for name in OTHERS),
         )  # fmt: skip
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:  # what a DataLoader asks for a batch
