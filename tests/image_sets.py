@@ -149,4 +149,4 @@ def assert_same_stream(ours, expected):
     for one, other in zip(ours, expected, strict=True):
         assert torch.equal(one["position"], other["position"])
         assert torch.equal(one["pixels"], other["pixels"])
-        assert one["rejected"] == other["rejected"]
+        assert one["rejects"] == other["rejects"]

@@ -416,7 +416,7 @@ def test_a_teacher_of_another_shape_is_refused():
 def _trained_weights(config) -> list[torch.Tensor]:
     trainer = start(config)
     train(trainer)
-    return [parameter.detach().clone() for parameter in trainer.codec.parameters()]
+    return [parameter.detach().clone() for parameter in trainer.state.codec.parameters()]
 
 
 def _one_of_two(rank, port, config, results) -> None:

@@ -69,6 +69,10 @@ class Checkpoint:
         """The step it was saved at."""
         return int(self.state["step"])
 
+    def has(self, name: str) -> bool:
+        """Whether something was saved under `name`."""
+        return any((self.path / f"{name}.{suffix}").exists() for suffix in ("safetensors", "pt"))
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The group of tensors saved under `name`, contiguous, on the CPU."""
         return safetensors.torch.load_file(self.path / f"{name}.safetensors")

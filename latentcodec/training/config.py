@@ -67,7 +67,7 @@ class ConfigFile(ActionConfigFile):
             raise ValueError(f"--config {path}: {error}") from error
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py") -> Config:
     """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
 
     Where a key is unknown, has a wrong value or contradicts another, ends the program with code 2 and one line that
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         docstring_parse_attribute_docstrings=True
     )  # the strings under the fields, for --help
     parser = ArgumentParser(
-        prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
+        prog=program, description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(Config)

@@ -7,7 +7,7 @@ A crop is a pure function of (seed, position), whichever process cuts it. The st
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,12 +24,24 @@ PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole
 _HOPELESS = "{} images in a row cannot be read, the last of them: {}"
 
 
+class Reject(NamedTuple):
+    """An image that was left out: a line of rejects.jsonl."""
+
+    path: str
+    reason: str
+
+
+def rejected(name: str, error: UnreadableImage) -> Reject:
+    """The line for an image of this name; the error's message repeats the name, the line does not."""
+    return Reject(name, str(error).removeprefix(f"{name}: "))
+
+
 class Batch(TypedDict):
     """What the trainer receives for one micro-batch."""
 
     pixels: Tensor  # [B, C, H, W] float32 in [-1, 1], contiguous
     position: Tensor  # [B] int64
-    rejected: list[str]  # one line for each unreadable image that had to be replaced here
+    rejects: list[Reject]  # one for each unreadable image that had to be replaced here
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Cropping:
     flip: bool
 
     def batch(
-        self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejected: list[str]
+        self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejects: list[Reject]
     ) -> Batch:
         """One crop of H x W from each of the images."""
         crops = []
@@ -49,7 +61,7 @@ class Cropping:
             generator = keyed_generator(self.seed, Purpose.AUGMENTATION, position)
             draws = torch.rand(4, generator=generator).tolist()
             crops.append(random_crop(image, size, self.min_scale, self.flip, draws))
-        return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejected": rejected}
+        return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejects": rejects}
 
 
 def random_crop(
@@ -90,23 +102,24 @@ class CropStream(Dataset[Batch | ValueError]):
         self.source, self.order, self.cropping = source, order, cropping
 
     def __getitem__(self, positions: list[int]) -> Batch | ValueError:
-        rejected: dict[str, None] = {}  # an ordered set
+        rejects: dict[Reject, None] = {}  # an ordered set
         try:
-            images = [self._read(position, rejected) for position in positions]
+            images = [self._read(position, rejects) for position in positions]
         except ValueError as error:
             return error
-        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejected))
+        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejects))
 
-    def _read(self, position: int, rejected: dict[str, None]) -> Tensor:
+    def _read(self, position: int, rejects: dict[Reject, None]) -> Tensor:
         """The image at a position, or the next of its epoch's order that can be read."""
         for tried, index in enumerate(self.order.images_from(position), start=1):
             try:
                 return self.source.read(index)
             except UnreadableImage as error:
-                rejected[str(error)] = None
+                last = error
+                rejects[rejected(self.source.name(index), error)] = None
                 if tried == PATIENCE_IMAGES:
                     break
-        raise ValueError(_HOPELESS.format(tried, list(rejected)[-1]))
+        raise ValueError(_HOPELESS.format(tried, last))
 
 
 class RemoteCropStream(IterableDataset[Batch | ValueError]):
@@ -126,28 +139,28 @@ class RemoteCropStream(IterableDataset[Batch | ValueError]):
         try:
             for positions in itertools.islice(self.positions, number, None, workers):
                 drawn = list(itertools.islice(images, len(positions)))
-                rejected = list(dict.fromkeys(line for _, lines in drawn for line in lines))
+                rejects = list(dict.fromkeys(reject for _, before in drawn for reject in before))
                 size = (self.side, self.side)
-                yield self.cropping.batch(positions, [image for image, _ in drawn], size, rejected)
+                yield self.cropping.batch(positions, [image for image, _ in drawn], size, rejects)
         except ValueError as error:
             yield error  # for the same reason as in `CropStream`
 
 
-def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tensor, list[str]]]:
+def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tensor, list[Reject]]]:
     """Decodes cell after cell; an unreadable one is replaced by the next that can be read.
 
-    Yields as many images as there are cells, each with the complaints about the cells it stands in for.
+    Yields as many images as there are cells, each with the rejected cells whose place it takes.
     """
-    complaints: list[str] = []
+    rejects: list[Reject] = []
     for cell in cells:
         try:
             image = source.decode(cell)
         except UnreadableImage as error:
-            complaints.append(str(error))
-            if len(complaints) == PATIENCE_IMAGES:
+            rejects.append(rejected(source.name(cell), error))
+            if len(rejects) == PATIENCE_IMAGES:
                 raise ValueError(_HOPELESS.format(PATIENCE_IMAGES, error)) from error
             continue
-        for _ in complaints:
-            yield image, complaints
+        for _ in rejects:
+            yield image, rejects
         yield image, []
-        complaints = []
+        rejects = []

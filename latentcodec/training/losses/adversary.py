@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentcodec.training.checkpoint import Checkpoint
 from latentcodec.training.losses.discriminator import (
     DiscriminatorConfig,
     DiscriminatorHealth,
@@ -24,7 +23,6 @@ from latentcodec.training.losses.discriminator import (
     discriminator_losses,
     generator_loss,
 )
-from latentcodec.training.optim.schedule import load_optimizer
 
 
 class Adversary:
@@ -112,22 +110,15 @@ class Adversary:
             warnings.warn(alarm, stacklevel=2)
         return said
 
-    def forget(self) -> None:
-        """Drop the gradients of a step, taken or skipped."""
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step, taken or skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         self._gradients = []
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The discriminator's weights."""
-        return self.plain.state_dict()
-
     def numbers(self) -> dict[str, Any]:
-        """What else it must remember."""
+        """What a step changes beside the weights and the optimizer, as JSON has it."""
         return {"adaptive": self.adaptive, "health": asdict(self.health)}
 
-    def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint."""
-        self.plain.load_state_dict(saved.tensors("discriminator"))
-        load_optimizer(self.optimizer, saved.object("discriminator_optimizer"))
-        self.adaptive = saved.state["adversary"]["adaptive"]
-        self.health = DiscriminatorHealth(**saved.state["adversary"]["health"])
+    def load_numbers(self, saved: dict[str, Any]) -> None:
+        """Go on from what `numbers` gave."""
+        self.adaptive, self.health = saved["adaptive"], DiscriminatorHealth(**saved["health"])

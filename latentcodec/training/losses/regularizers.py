@@ -2,7 +2,7 @@
 
 Each loss is a mean per image, [B]. What transforms image and latent alike takes its draw as an argument;
 the draws are functions of (seed, optimizer step) or (seed, sample position), the same on every process. The
-order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> losses.py. The
+order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> terms.py. The
 spectra are computed in float32: call them outside autocast.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells, f downsampling factor.
@@ -167,11 +167,18 @@ def _shrink(t: Tensor, size: tuple[int, int]) -> Tensor:
 # ---- noise on the latent ----
 
 
-def draw_noise_levels(share: float, largest: float, seed: int, positions: Iterable[int] | Tensor) -> Tensor:
-    """[B] on the CPU: for a share of the samples uniform on [0, largest), 0 for the others; keyed by
-    position."""
-    chance, level = keyed_uniform(seed, positions, (2,), Purpose.LATENT_NOISE_LEVEL).unbind(1)
-    return torch.where(chance < share, largest * level, 0.0)
+def draw_noise_levels(
+    config: RegularizerConfig, seed: int, positions: Iterable[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The levels [B] of `interpolate_noise` and of `add_noise`, on the CPU, keyed by position.
+
+    A sample gets noise with probability `latent_noise_share`, else both levels are 0. The two levels are independent
+    and uniform, up to `interpolative_noise` and `additive_noise`.
+    """
+    chance, *levels = keyed_uniform(seed, positions, (3,), Purpose.LATENT_NOISE_LEVEL).unbind(1)
+    chosen = chance < config.latent_noise_share
+    replaced, added = (torch.where(chosen, level, 0.0) for level in levels)
+    return config.interpolative_noise * replaced, config.additive_noise * added
 
 
 def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Tensor:

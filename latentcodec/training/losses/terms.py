@@ -1,9 +1,9 @@
-"""What training minimises: likelihoods, the KL divergence and its control, and how the terms add up.
+"""What training minimises: likelihoods, the KL divergence, and how the terms add up.
 
 Likelihood and KL are sums over an image's dimensions, in nats, [B]; every other loss is a mean per image.
 With D = C H W the objective is (nll + kl_weight kl) / D + the weighted sum of the other losses, so that one
 clipping threshold fits every resolution. Computed in float32: call these functions outside autocast.
-Regularizers of the latent, the discriminator and LPIPS have their own files.
+How the weight of the KL is chosen is in `rate.py`; regularizers, the discriminator and LPIPS have their own files.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells. Pixels are in [-1, 1].
 """
@@ -22,9 +22,6 @@ from latentcodec.quality.perceptual import LpipsNet
 Likelihood = Literal["gaussian", "student_t", "laplace", "bernoulli"]
 
 PIXEL_STEP = 1 / 127.5  # the distance of two 8-bit levels in [-1, 1]
-KL_WEIGHT_RANGE = (1e-10, 1e4)  # beyond these a rate target is out of reach, and the weight would run away
-CONTROL_GAIN = 0.05  # octaves per step and bit of error; a codec that follows at once is led in 40 steps
-LARGEST_RATE_ERROR = 1.0  # bits: a start far from its target moves the weight by at most 3.5 % a step
 HIGH_PASS_SIGMA = 1.0  # pixels
 HIGH_PASS_RADIUS = 3  # pixels: three sigma, 99.7 % of the blur
 
@@ -203,55 +200,6 @@ def kl_with_free_bits(per_channel: Tensor, reference: Tensor, cells: int, free_b
     """
     floor = free_bits * math.log(2)
     return cells * torch.where(reference > floor, per_channel, floor).sum()
-
-
-def bits_per_element(per_channel: Tensor) -> float:
-    """`kl_per_channel` -> bits per latent element, the mean over the channels: what target_bits is held
-    against."""
-    return per_channel.mean().item() / math.log(2)
-
-
-def channel_statistics(mean: Tensor, logvar: Tensor) -> Tensor:
-    """[3, c]: per channel the batch mean of the posterior's mean, of its square, and of its variance.
-
-    Means, so that those of N processes with equal batches average to those of one.
-    """
-    return torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), logvar.exp().mean((0, 2, 3))])
-
-
-def relative_std(statistics: Tensor) -> float:
-    """`channel_statistics` -> the posterior's std over that of the latent: 1 where nothing is encoded.
-
-    Per channel sqrt(noise / (noise + signal)) with the mean variance of the posterior as noise and the
-    variance of its mean as signal; then the geometric mean over the channels, which no unused channel
-    dominates.
-    """
-    centre, square, noise = statistics.double()
-    signal = (square - centre.square()).clamp(min=0)
-    return (torch.log(noise / (noise + signal)).mean() / 2).exp().item()
-
-
-def bits_of_std(std: float) -> float:
-    """The rate in bits per element of a posterior with this relative std, -log2 std: the gaussian channel."""
-    return -math.log2(std)
-
-
-def kl_warmup(step: int, warmup_steps: int) -> float:
-    """The factor of the KL weight at an optimizer step, counted from 0: a line from 0 to 1, then 1."""
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
-
-
-def next_kl_weight(weight: float, measured: float, target: float) -> float:
-    """The KL weight of the next optimizer step; measured and target are rates in bits per latent element.
-
-    log2 weight grows by CONTROL_GAIN * (measured - target), the error limited to +-1 bit: an integral
-    controller in octaves. The optimal posterior variance of a gaussian decoder is proportional to the KL
-    weight, so one bit per element needs two octaves of weight. For a target std give `bits_of_std` of both.
-    The measured rate must be the same on all processes.
-    """
-    error = max(-LARGEST_RATE_ERROR, min(LARGEST_RATE_ERROR, measured - target))
-    low, high = KL_WEIGHT_RANGE
-    return max(low, min(high, weight * 2 ** (CONTROL_GAIN * error)))
 
 
 def high_frequency_loss(y: Tensor, x: Tensor) -> Tensor:

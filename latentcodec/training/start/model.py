@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
+from latentcodec.training.losses.sample import ForwardPass
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start, zero_residuals
@@ -113,6 +114,14 @@ def load_parent(config: ModelConfig) -> AutoencoderKL | None:
     return vae
 
 
+def load_teacher(config: ModelConfig, device: torch.device, bfloat16: bool) -> Teacher | None:
+    """The teacher that the configuration names, None without one. Raises ValueError where it cannot be loaded."""
+    if config.teacher is None:
+        return None
+    codec = LatentCodec.from_pretrained(config.teacher, config.teacher_subfolder, device, torch.float32)
+    return Teacher(codec, config.teacher_weight, config.teacher_latents, bfloat16)
+
+
 def image_channels(config: ModelConfig, parent: AutoencoderKL | None) -> int:
     """C, of the images that will be trained on."""
     if parent is None:
@@ -176,21 +185,6 @@ def _architecture(config: ModelConfig) -> dict[str, object]:
     }
 
 
-class Pass(NamedTuple):
-    """What one forward pass of training gives to the losses."""
-
-    mean: Tensor
-    """[B, c, h, w] float32 of the posterior."""
-    logvar: Tensor
-    """[B, c, h, w] float32, clamped."""
-    latent: Tensor
-    """[B, c, h, w] float32: the posterior's draw, before any transform."""
-    reconstruction: Tensor
-    """[B, C, H, W] float32: what the decoder made of the (transformed) latent."""
-    log_scale: Tensor
-    """Scalar: the logarithm of the likelihood's scale."""
-
-
 class TrainedCodec(nn.Module):
     """Encode, draw, decode in one forward: data parallelism synchronises only what runs inside `forward`.
 
@@ -204,9 +198,9 @@ class TrainedCodec(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         self.downsampling_factor = downsampling_factor(vae.config)
 
-    def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> Pass:
+    def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> ForwardPass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
         mean, logvar = mean_and_logvar(self.vae.encode(x).latent_dist.parameters)
         latent = sample_posterior(mean, logvar, noise)
         reconstruction = self.vae.decode(transform(latent)).sample.float()
-        return Pass(mean, logvar, latent, reconstruction, self.log_scale)
+        return ForwardPass(mean, logvar, latent, reconstruction, self.log_scale)
