@@ -23,7 +23,7 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS=folder for your own images
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train/train.py --config train/configs/demo.yaml --output_dir "$(DEMO)" $${PHOTOS:+--data.path "$$PHOTOS"}
 	$(BIN)/python bench/pipeline.py --codec "$(DEMO)/codec" --out "$(DEMO)/pipeline" $${PHOTOS:+--images "$$PHOTOS"}
 	$(BIN)/python bench/reconstruction.py --codec "$(DEMO)/codec" --images "$(DEMO)/pipeline/originals" \

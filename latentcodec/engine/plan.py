@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.strips import StripPass
+from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest, is_listened_to
 from latentcodec.ops.pointwise import EAGER
 from latentcodec.vae.layers import (
@@ -94,7 +95,7 @@ class Engine:
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device = x.device.type
-        dtype = x.dtype if device != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
+        dtype = x.dtype if device != "cpu" or is_fast(x.dtype) else torch.float32
         bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
         strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
         lowest = min(h * w for h, w, _ in stages)
@@ -149,13 +150,6 @@ def _is_plain(module: nn.Module) -> bool:
 def _is_plain_convolution(layer: nn.Conv2d) -> bool:
     settings = layer.padding_mode, layer.dilation, layer.groups
     return settings == ("zeros", (1, 1), 1) and "_conv_forward" not in layer.__dict__
-
-
-def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Half precision without units for it is slower than float32, and float16 is slow on all CPUs."""
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def _free_memory(device: torch.device) -> int:

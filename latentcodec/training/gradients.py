@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from latentcodec.ops.functional import compile_gradients
 from latentcodec.ops.pointwise import WORTH_COMPILING
 from latentcodec.training.data.crops import Batch
+from latentcodec.training.hardware import DTYPES
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
 from latentcodec.training.losses.teacher import Teacher
@@ -50,8 +51,7 @@ class Gradients:
         config, device = self.config, self.accelerator.device
         widest = config.batch_size * self.state.ema.config.block_out_channels[0] * resolution**2
         if config.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-            compile_gradients(half.get(self.accelerator.mixed_precision, torch.float32), config.batch_size)
+            compile_gradients(DTYPES[self.accelerator.mixed_precision], config.batch_size)
 
     def compute(self, micro_batches: list[Batch], adversary: Adversary | None) -> dict[str, Tensor]:
         """Fill the gradients of the step, unscaled and clipped; returns its losses by name, means of this process.

@@ -26,6 +26,7 @@ from latentcodec.training.data.stream import first_crops, held_out, open_images,
 from latentcodec.training.exchange import Exchange
 from latentcodec.training.export.exporter import Exporter
 from latentcodec.training.gradients import Gradients
+from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
@@ -35,16 +36,12 @@ from latentcodec.training.preflight import (
     find_checkpoint,
     fixed_settings,
     new_accelerator,
+    new_processes,
     newest_checkpoint,
     smallest_crop,
 )
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.start.model import (
-    image_channels,
-    load_parent,
-    load_teacher,
-    new_vae,
-)
+from latentcodec.training.start.model import image_channels, load_parent, load_teacher, new_vae
 from latentcodec.vae.networks import downsampling_factor
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
@@ -59,12 +56,17 @@ class Trainer:
     """One run: built from its configuration, resumed from its checkpoints, stepped, validated, saved."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.output = config, Path(config.output_dir)
-        self.accelerator = accelerator = new_accelerator(config)
-        self.found = find_checkpoint(config, accelerator)
+        self.output = Path(config.output_dir)
+        processes = new_processes()
+        self.found = find_checkpoint(config, processes)
+        self.hardware = take_hardware(config, self.found, processes)
+        self.config = config = settled(config, self.hardware)
+        self.accelerator = accelerator = new_accelerator(config, self.hardware.precision)
         self.journal = Journal(self.output, accelerator, config)
+        for note in self.hardware.notes:
+            self.journal.say(note)
         parent = load_parent(config.model)
-        teacher = load_teacher(config.model, accelerator.device, accelerator.mixed_precision == "bf16")
+        teacher = load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = image_channels(config.model, parent)
         f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
         smallest = smallest_crop(config, f)
@@ -145,7 +147,8 @@ class Trainer:
         if state.step == self.committed:
             return
         if self.accelerator.is_main_process:
-            settings = {**fixed_settings(config), "config": asdict(config)}
+            settings = fixed_settings(config)
+            settings |= {"config": asdict(config), "machine": self.hardware.record()}
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
         self.accelerator.wait_for_everyone()
