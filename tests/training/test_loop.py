@@ -28,7 +28,7 @@ from latentcodec.ops import pointwise as kernels
 from latentcodec.training import checkpoint
 from latentcodec.training.data.stream import open_images, training_batches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "train/train.py"
 PATIENCE_SECONDS = 240  # of a test for a process; only a hang takes that long
 

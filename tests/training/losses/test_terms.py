@@ -33,7 +33,7 @@ def pixels(*shape: int) -> Tensor:
 @pytest.fixture(scope="session")
 def squeeze_file() -> Path:
     """All weights of LPIPS-squeeze; a checkout without them skips what needs the trained network."""
-    default = Path(__file__).parents[2] / "shared/weights/lpips_squeeze_v0.1.safetensors"
+    default = Path(__file__).parents[4] / "shared/weights/lpips_squeeze_v0.1.safetensors"
     path = Path(os.environ.get("LATENTCODEC_LPIPS_SQUEEZE", default))
     if not path.is_file():
         pytest.skip(f"no LPIPS weights at {path}; point LATENTCODEC_LPIPS_SQUEEZE at them")

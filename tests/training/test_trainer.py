@@ -1,6 +1,6 @@
 """One step, many steps, stopped and resumed steps, spoiled steps: what a run may rely on, against an undisturbed run.
 
-Several processes are in test_train.py.
+Several processes are in test_loop.py.
 """
 
 import json

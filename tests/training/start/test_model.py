@@ -25,7 +25,7 @@ from latentcodec.training.start.linear import linear_start
 from latentcodec.training.start.model import ModelConfig, image_channels, load_parent, new_vae
 from latentcodec.vae.posterior import mean_and_logvar
 
-CONFIGS = Path(__file__).parents[1] / "train/configs"
+CONFIGS = Path(__file__).parents[3] / "train/configs"
 
 
 def tiny(quant=False, **settings):
