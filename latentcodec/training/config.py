@@ -6,10 +6,11 @@ value of the wrong type ends the program with its name before any data or model 
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,32 @@ def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py
         settings: Namespace = parser.parse_args(arguments)
         settings.pop("config")
         _require_sections(settings, parser.get_defaults())
-        return Config(**parser.instantiate(settings))
+        config: Config = _plain(Config(**parser.instantiate(settings)))
+        return config
     except (ArgumentError, ValueError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _plain(value: Any) -> Any:
+    """With plain numbers in place of those of the range types, which have done their work and are no plain YAML."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
+
+
+def _one_line(error: str) -> str:
+    """The library's account of an error; of a number out of its range "train.lr must be > 0, not -1"."""
+    key = re.search(r'key "([^"]+)"', error)
+    limits = re.search(r"does not conform to restriction (v.*)", error)
+    value = re.search(r": (.*) does not conform", error) or re.search(r"Given value: (.*)", error)
+    if not (key and limits and value):
+        return " ".join(error.split())
+    allowed = re.sub(r"v([<>]=?)", r"\1 ", limits[1])
+    return f"{key[1]} must be {allowed}, not {value[1]}"
 
 
 def _require_sections(settings: Namespace, defaults: Namespace) -> None:

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -41,6 +42,7 @@ from latentcodec.training.data.order import (
     nearest_bucket,
     shuffled,
 )
+from latentcodec.training.ranges import ShareAboveZero
 from latentcodec.training.signals import held, shield_data_worker
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
@@ -61,9 +63,9 @@ class DataConfig:
     image_column: str | None = None
     """The column of a Hugging Face data set that holds the images (in tar shards the part of the name after
     the dot). None: the only one that is declared to hold images."""
-    resolution: int = 128
+    resolution: PositiveInt = 128
     """Height and width of the training crops, in pixels."""
-    min_scale: float = 0.5
+    min_scale: ShareAboveZero = 0.5
     """An image is scaled down by a random factor between this and 1 before it is cropped; 1 switches this
     off."""
     flip: bool = True
@@ -75,29 +77,22 @@ class DataConfig:
     """Validation images, understood like path. None: val_images of the training set are held out."""
     val_split: str | None = None
     """The split of a Hugging Face data set to validate on. None: the same as split."""
-    val_images: int = 16
+    val_images: NonNegativeInt = 16
     """How many images to validate on; 0 switches validation off."""
-    val_resolution: int = 512
+    val_resolution: PositiveInt = 512
     """Validation images are whole, but centre-cropped to at most this many pixels on a side."""
     streaming: bool = False
     """Read a Hugging Face data set over the network while training instead of fetching it first. The order
     then depends on the number of ranks and workers, and only with the same numbers is a resume exact."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: PositiveInt = 1000
     """With streaming: how many encoded images each worker keeps to draw the next one from."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Processes that read and crop images; 0 reads them in the training process."""
-    prefetch: int = 4
+    prefetch: PositiveInt = 4
     """Micro-batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= 1:
-            raise ValueError(f"data.min_scale must lie in (0, 1], not {self.min_scale}")
-        for key in ("resolution", "val_resolution", "prefetch", "shuffle_buffer"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("val_images", "workers"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"data.{key} must not be negative, not {getattr(self, key)}")
+        """Raises `ValueError` for keys that contradict each other."""
         if self.streaming and self.path is None:
             raise ValueError("data.streaming needs a data.path; the drawn set is made on the spot")
         if self.streaming and self.buckets:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL
+from jsonargparse.typing import NonNegativeInt
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -31,13 +32,9 @@ class FinishConfig:
     """Fold a whitening into quant_conv and post_quant_conv: latents of unit variance, uncorrelated, ordered by the
     pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
     Diffusion reads one scale, SD3 and FLUX one shift and one scale, and SDXL those of exactly four channels."""
-    certificate_images: int = 4
+    certificate_images: NonNegativeInt = 4
     """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
     force_upcast stays on, since nothing is known."""
-
-    def __post_init__(self) -> None:
-        if self.certificate_images < 0:
-            raise ValueError(f"finish.certificate_images must not be negative, not {self.certificate_images}")
 
 
 def finish(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,52 +35,43 @@ class LossConfig:
     """Distribution of an image given the decoder's output: the squared error, its logarithm image by image
     (student_t), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student_t
     optimises. A bernoulli decoder still puts out pixels in [-1, 1]."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """Sigma of the gaussian and the student_t or b of the laplace, in pixel units of [-1, 1]; the start of a
     learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes."""
     learn_scale: bool = False
     """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian), that
     of a typical image (student_t) or the mean absolute error (laplace). The KL then counts less beside the
     likelihood: for the gaussian as if its weight were scale^2 times the one given."""
-    kl_weight: float = 1e-6
+    kl_weight: NonNegativeFloat = 1e-6
     """Factor of the KL in nats per image, against the likelihood in nats per image (both sums). 1 is the
     evidence lower bound, 1e-6 that of latent diffusion. The start value where a rate target is given."""
-    kl_warmup_steps: int = 0
+    kl_warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the KL weight rises linearly from 0. A rate target takes over after them."""
-    free_bits: float = 0.0
+    free_bits: NonNegativeFloat = 0.0
     """Bits per latent element that cost nothing: the floor under each channel's KL, averaged over the batch
     and the cells of the channel (Kingma et al. 2016, section C.8)."""
-    target_bits: float | None = None
+    target_bits: PositiveFloat | None = None
     """Rate control: the KL in bits per latent element that the KL weight is steered to."""
-    target_std: float | None = None
+    target_std: OpenUnitInterval | None = None
     """Rate control: the posterior's standard deviation, in units of the latent's own, between 0 and 1, that
     the KL weight is steered to; the geometric mean over the channels."""
-    lpips_weight: float = 0.0
+    lpips_weight: NonNegativeFloat = 0.0
     """Factor of LPIPS, a mean per image, beside the likelihood in nats per pixel-channel: 0.1 to 1."""
     lpips_net: LpipsNet = "vgg"
     """The network of LPIPS."""
     lpips_weights: str | None = None
     """A local safetensors file with the network's weights; downloaded where none is given."""
-    high_frequency_weight: float = 0.0
+    high_frequency_weight: NonNegativeFloat = 0.0
     """Factor of the mean absolute error of what a gaussian blur of one pixel takes away (LiteVAE)."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for values out of range and for keys that contradict each other."""
-        for key in ("kl_weight", "kl_warmup_steps", "free_bits", "lpips_weight", "high_frequency_weight"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"loss.{key} must not be negative, not {getattr(self, key)}")
+        """Raises `ValueError` for keys that contradict each other."""
         if self.target_bits is not None and self.target_std is not None:
             raise ValueError(
                 "loss.target_bits and loss.target_std both steer the KL weight; give one of them"
             )
-        if self.target_bits is not None and self.target_bits <= 0:
-            raise ValueError(f"loss.target_bits must be above 0, not {self.target_bits}")
-        if self.target_std is not None and not 0 < self.target_std < 1:
-            raise ValueError(f"loss.target_std must be between 0 and 1, not {self.target_std}")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("loss.learn_scale: loss.likelihood bernoulli has no scale to learn")
-        if self.scale <= 0:
-            raise ValueError(f"loss.scale must be above 0, not {self.scale}")
 
 
 def objective(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor], dimensions: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from latentcodec.adopt import build
@@ -30,15 +31,15 @@ from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 class ModelConfig:
     """The architecture, in AutoencoderKL's terms, and where its weights start."""
 
-    image_channels: int = 3
+    image_channels: PositiveInt = 3
     """Channels of the images, in and out: 1 grey, 3 RGB, 4 RGB with alpha."""
-    latent_channels: int = 16
+    latent_channels: PositiveInt = 16
     """Channels of the latents."""
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96, 128])
     """Width of each stage, from the image's resolution down; each stage after the first halves the resolution."""
-    layers_per_block: int = 1
+    layers_per_block: PositiveInt = 1
     """Residual blocks of each stage of the encoder; the decoder has one more."""
-    norm_num_groups: int = 8
+    norm_num_groups: PositiveInt = 8
     """Groups of every group norm; divides every width. The linear start needs 2 ceil(S / groups) + 2 channels a
     group: in the first width for S image channels, in the last for S latent channels."""
     mid_block_add_attention: bool = False
@@ -63,7 +64,7 @@ class ModelConfig:
     that is distillation; with from_pretrained, whose name may be given here too, the latents are anchored."""
     teacher_subfolder: str | None = None
     """Subfolder of teacher, such as vae."""
-    teacher_weight: float = 1.0
+    teacher_weight: NonNegativeFloat = 1.0
     """Factor of the anchor: the mean squared distance of the latents from the teacher's, in units of their
     deviation, beside the likelihood in nats per pixel-channel. 1 distils, 0.01 to 0.1 holds gently."""
     teacher_latents: bool = False
@@ -72,16 +73,9 @@ class ModelConfig:
     """Recompute activations in the backward pass: a third more time for a fraction of the memory."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for sizes below 1 and for keys that contradict each other."""
-        for key in ("image_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be at least 1, not {getattr(self, key)}")
-        if min(self.block_out_channels, default=0) < 1:
-            raise ValueError(
-                f"model.block_out_channels needs a width of 1 or more a stage, not {self.block_out_channels}"
-            )
-        if not self.teacher_weight >= 0:
-            raise ValueError(f"model.teacher_weight must not be negative, not {self.teacher_weight}")
+        """Raises `ValueError` for keys that contradict each other."""
+        if not self.block_out_channels:
+            raise ValueError("model.block_out_channels needs a width for each stage, and has none")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(

@@ -295,9 +295,6 @@ def test_holding_everything_out_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_scale": 0.0}, "data.min_scale"),
-        ({"resolution": 0}, "data.resolution"),
-        ({"workers": -1}, "data.workers"),
         ({"streaming": True}, "data.streaming needs a data.path"),
         ({"streaming": True, "path": "x", "buckets": True}, "data.buckets"),
     ],

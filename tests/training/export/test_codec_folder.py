@@ -360,8 +360,3 @@ def test_a_fine_tuned_codec_does_not_say_where_its_parent_lies(tmp_path):
     assert str(tmp_path) in parent.vae.config["_name_or_path"]
     write_codec(parent, tmp_path / "child", "card")
     assert (tmp_path / "child/config.json").read_bytes() == (tmp_path / "parent/config.json").read_bytes()
-
-
-def test_a_negative_number_of_images_is_refused():
-    with pytest.raises(ValueError, match=r"finish\.certificate_images"):
-        FinishConfig(certificate_images=-1)
