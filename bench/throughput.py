@@ -605,6 +605,8 @@ def plot_rounds(data: dict[str, Any]) -> Figure:
         figure = Figure(figsize=(9.6, 3), layout="constrained")
         for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
             group = [r for r in data["results"] if (r["direction"], r["dtype"]) == (direction, dtype)]
+            if not group:  # the time was over
+                continue
             size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: s[0] ** 2 * s[1])
             for r in (r for r in group if (r["size"], r["batch"]) == (size, batch)):
                 rounds = range(1, len(r["rounds_ms"]) + 1)

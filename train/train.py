@@ -9,9 +9,12 @@ the end, result.json. `--help` lists every setting. Exit codes: latentcodec/trai
 docs/several-machines.md.
 """
 
+import os
 import sys
 
-from latentcodec.training.loop import main
-
 if __name__ == "__main__":
+    if os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch and diffusers", file=sys.stderr, flush=True)  # which takes seconds
+    from latentcodec.training.loop import main
+
     sys.exit(main())

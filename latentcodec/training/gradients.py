@@ -23,6 +23,7 @@ from latentcodec.training.losses.objective import Objective
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.losses.terms import objective
 from latentcodec.training.optim.schedule import TrainConfig
+from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
 
 
@@ -51,7 +52,8 @@ class Gradients:
         config, device = self.config, self.accelerator.device
         widest = config.batch_size * self.state.ema.config.block_out_channels[0] * resolution**2
         if config.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            compile_gradients(DTYPES[self.accelerator.mixed_precision], config.batch_size)
+            with phase("compiling norms and their gradients, once on a machine"):
+                compile_gradients(DTYPES[self.accelerator.mixed_precision], config.batch_size)
 
     def compute(self, micro_batches: list[Batch], adversary: Adversary | None) -> dict[str, Tensor]:
         """Fill the gradients of the step, unscaled and clipped; returns its losses by name, means of this process.

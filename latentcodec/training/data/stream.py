@@ -42,11 +42,13 @@ from latentcodec.training.data.order import (
     nearest_bucket,
     shuffled,
 )
+from latentcodec.training.progress import counted
 from latentcodec.training.ranges import ShareAboveZero
 from latentcodec.training.signals import held, shield_data_worker
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
 START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB
+START_PARTS = 8  # in which they are read
 
 
 @dataclass
@@ -203,7 +205,7 @@ def held_out(images: TrainingImages) -> HeldOut:
     Raises `ValueError` when not one of them can be read.
     """
     result = HeldOut([], [], [])
-    for index in images.val.tolist():
+    for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
             image = images.val_source.read(index)
         except UnreadableImage as error:
@@ -279,9 +281,12 @@ def training_batches(
     return Batches(loader)
 
 
-def first_crops(images: TrainingImages, count: int = START_CROPS) -> list[Tensor]:
-    """The first crops [C, H, W] of the stream, the same in every process."""
-    return list(next(iter(training_batches(images, count, steps=1)))["pixels"])
+def first_crops(images: TrainingImages) -> list[Tensor]:
+    """The first crops [C, H, W] of the stream, of one size, the same in every process."""
+    size = START_CROPS // START_PARTS
+    parts = training_batches(images, size, accumulation=START_PARTS, steps=1)  # of one step: one shape
+    counted_parts = counted(parts, "reading the first crops", START_PARTS, "part")
+    return [crop for part in counted_parts for crop in part["pixels"]]
 
 
 def _order(images: TrainingImages, block: int) -> EpochOrder:

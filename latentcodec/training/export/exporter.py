@@ -23,6 +23,7 @@ from latentcodec.training.data.stream import HeldOut, TrainingImages, first_crop
 from latentcodec.training.export.codec_folder import finish, write_codec
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.progress import counted
 from latentcodec.training.state import TrainState
 
 SAMPLES = 6  # held-out images whose reconstruction is drawn at each validation
@@ -52,7 +53,7 @@ class Exporter:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(state.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, images)
+            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
             self.journal.validated(state.step, state.seconds, evaluation)
             pairs = [(image, reconstruct(codec, image[None])[0]) for image in images[:SAMPLES]]
             self.journal.samples(state.step, pairs)
@@ -95,9 +96,8 @@ class Exporter:
         train, accelerator = self.config.train, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         steps = -(-train.statistics_images // (train.batch_size * world))
-        for batch in training_batches(
-            self.images, train.batch_size, steps=steps, rank=rank, world_size=world
-        ):
+        batches = training_batches(self.images, train.batch_size, steps=steps, rank=rank, world_size=world)
+        for batch in counted(batches, "measuring the latents", steps, "batch"):
             yield batch["pixels"].to(accelerator.device, memory_format=self.layout)
 
     def _total(self, sums: Tensor) -> Tensor:
