@@ -253,7 +253,7 @@ MUTANTS = [
     ),
     Mutant(
         "validation images are trained on",
-        "training/data/stream.py",
+        "training/data/images.py",
         "train = _others(source, val_source, val)",
         "train = np.arange(len(source))",
         "test_stream.py test_sources.py",

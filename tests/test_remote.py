@@ -5,7 +5,8 @@ import torch
 from image_sets import config_of, numbers_in, plain, read, table, write_set, write_shards
 
 from latentcodec.training.data import crops
-from latentcodec.training.data.stream import held_out, open_images, training_batches
+from latentcodec.training.data.images import held_out, open_images
+from latentcodec.training.data.stream import training_batches
 
 # The tests ask for more workers than a small machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -22,7 +22,8 @@ from PIL import Image
 from latentcodec.pixels import UnreadableImage, decode_image
 from latentcodec.sources.images import DatasetSource, Place
 from latentcodec.sources.images import open_source as open_place
-from latentcodec.training.data.stream import held_out, open_images, training_batches
+from latentcodec.training.data.images import held_out, open_images
+from latentcodec.training.data.stream import training_batches
 
 
 def open_source(path, split="train", column=None, channels=3):

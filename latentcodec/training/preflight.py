@@ -18,8 +18,8 @@ from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
+from latentcodec.training.data.images import HeldOut
 from latentcodec.training.data.order import bucket_sizes
-from latentcodec.training.data.stream import HeldOut
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES

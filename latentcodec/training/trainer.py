@@ -22,7 +22,8 @@ from latentcodec.training import state as states
 from latentcodec.training.checkpoint import prune
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
-from latentcodec.training.data.stream import first_crops, held_out, open_images, training_batches
+from latentcodec.training.data.images import held_out, open_images
+from latentcodec.training.data.stream import first_crops, training_batches
 from latentcodec.training.exchange import Exchange
 from latentcodec.training.export.exporter import Exporter
 from latentcodec.training.gradients import Gradients

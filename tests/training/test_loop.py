@@ -25,7 +25,8 @@ from two_processes import LONGER
 from latentcodec import LatentCodec, load_image
 from latentcodec.ops import functional, pointwise
 from latentcodec.training import checkpoint
-from latentcodec.training.data.stream import open_images, training_batches
+from latentcodec.training.data.images import open_images
+from latentcodec.training.data.stream import training_batches
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "train/train.py"

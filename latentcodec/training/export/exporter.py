@@ -19,7 +19,8 @@ from latentcodec.codec import LatentCodec
 from latentcodec.latents import LatentStatistics, latent_statistics
 from latentcodec.quality.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training.config import Config
-from latentcodec.training.data.stream import HeldOut, TrainingImages, first_crops, training_batches
+from latentcodec.training.data.images import HeldOut, TrainingImages
+from latentcodec.training.data.stream import first_crops, training_batches
 from latentcodec.training.export.codec_folder import finish, write_codec
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.teacher import Teacher

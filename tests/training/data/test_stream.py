@@ -26,14 +26,9 @@ from image_sets import (
 from latentcodec.sources.images import EncodedSource
 from latentcodec.training.data import crops
 from latentcodec.training.data.crops import Cropping, CropStream
+from latentcodec.training.data.images import DataConfig, held_out, open_images
 from latentcodec.training.data.order import EpochOrder
-from latentcodec.training.data.stream import (
-    Batches,
-    DataConfig,
-    held_out,
-    open_images,
-    training_batches,
-)
+from latentcodec.training.data.stream import Batches, training_batches
 
 # The tests ask for more workers than a small machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -321,7 +316,8 @@ def test_only_the_wait_for_data_is_counted():
 
 ORPHAN_SCRIPT = """
 import sys
-from latentcodec.training.data.stream import DataConfig, open_images, training_batches
+from latentcodec.training.data.images import DataConfig, open_images
+from latentcodec.training.data.stream import training_batches
 images = open_images(DataConfig(workers=2, prefetch=1, resolution=16, val_images=0), 3, 0)
 batches = iter(training_batches(images, 2))
 next(batches)
