@@ -211,7 +211,7 @@ def _hidden(path: Path) -> Path:
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Write a new file, durably and with the permissions that the umask allows; returns its manifest entry.
 
-    The digest is that of the bytes in memory, so it also convicts a disk that stored something else.
+    The digest is that of the bytes in memory, so it also detects a disk that stored something else.
     """
     with path.open("xb") as file:
         file.write(data)

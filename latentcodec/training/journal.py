@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics.jsonl, config.yaml, sample grids, lists of what was left out.
+"""What a run writes for people: metrics.jsonl, config.yaml, sample pictures, lists of what was left out.
 
 Only the main process writes. metrics.jsonl has one JSON object a step (and one a validation, with "psnr"); after a
 resume it goes on behind the step that the run was resumed from, as if it had never stopped. Keys with "second" or
@@ -29,7 +29,7 @@ from latentcodec.training.losses.teacher import Drift
 
 
 class Journal:
-    """The diary of one run in its output folder."""
+    """The records of one run, in its output folder."""
 
     def __init__(self, output: Path, accelerator: Accelerator, config: Config) -> None:
         self.output, self.accelerator, self.config = output, accelerator, config
@@ -40,9 +40,9 @@ class Journal:
         self.bar: tqdm[Any] | None = None
 
     def begin(self, step: int, draw: int, complete: bool) -> None:
-        """Open the diary at `step` and `draw`: forget what was written after the checkpoint that the run resumes from.
+        """Open the records at `step` and `draw`: forget what was written after the checkpoint that is resumed from.
 
-        Of a `complete` run, whose finish will be done again, also what the finish wrote.
+        Of a `complete` run, whose end will be done again, also forget what that end wrote.
         """
         if not self.accelerator.is_main_process:
             return

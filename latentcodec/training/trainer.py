@@ -186,18 +186,18 @@ class Trainer:
         return None if bad else report | timing
 
     def _move_weights(self, report: dict[str, float], adversary: Adversary | None) -> dict[str, float]:
-        """Everything that a good step changes; returns what there is to say of it."""
+        """Everything that a step of finite numbers changes; returns what to report of it."""
         train, state = self.config.train, self.state
         lr = learning_rate(train.lr, train.schedule, max(self.progress, 1 / train.max_steps), train.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         state.optimizer.step()
-        said = {"lr": lr} if adversary is None else {"lr": lr} | adversary.step(report)
+        changes = {"lr": lr} if adversary is None else {"lr": lr} | adversary.step(report)
         update_ema(state.ema, state.codec.vae, ema_decay(train.ema_decay, state.step))
-        said |= self.objective.after_step(state.step, report)
+        changes |= self.objective.after_step(state.step, report)
         state.step += 1
         state.bad_steps = 0
-        return said
+        return changes
 
     def _skip(self, bad: list[str]) -> None:
         """List the batch; after three in a row go back to the last checkpoint, but not back in the stream."""

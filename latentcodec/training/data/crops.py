@@ -1,7 +1,7 @@
 """From images to batches of training crops.
 
 A crop is a pure function of (seed, position), whichever process cuts it. The streams here are what a
-`DataLoader` reads from; who starts one is in `data.py`. Shapes: B batch, C channels, H W pixels.
+`DataLoader` reads from; it is started in `stream.py`. Shapes: B batch, C channels, H W pixels.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from latentcodec.sources.remote import Cell, RemoteSource
 from latentcodec.training.data.order import EpochOrder, Positions
 
 PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole set is broken
-_HOPELESS = "{} images in a row cannot be read, the last of them: {}"
+_UNREADABLE_SET = "{} images in a row cannot be read, the last of them: {}"
 
 
 class Reject(NamedTuple):
@@ -94,8 +94,8 @@ def centre_crop(image: Tensor, side: int) -> Tensor:
 class CropStream(Dataset[Batch | ValueError]):
     """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10]]` is that batch.
 
-    A hopeless set gives a `ValueError` instead of raising it: what a worker raises reaches the user wrapped
-    in the worker's traceback. The reader of the stream raises it.
+    A set of which nothing can be read gives a `ValueError` instead of raising it: what a worker raises reaches the
+    user inside the worker's traceback. The reader of the stream raises it.
     """
 
     def __init__(self, source: ImageSource, order: EpochOrder, cropping: Cropping) -> None:
@@ -119,7 +119,7 @@ class CropStream(Dataset[Batch | ValueError]):
                 rejects[rejected(self.source.name(index), error)] = None
                 if tried == PATIENCE_IMAGES:
                     break
-        raise ValueError(_HOPELESS.format(tried, last))
+        raise ValueError(_UNREADABLE_SET.format(tried, last))
 
 
 class RemoteCropStream(IterableDataset[Batch | ValueError]):
@@ -158,7 +158,7 @@ def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tens
         except UnreadableImage as error:
             rejects.append(rejected(source.name(cell), error))
             if len(rejects) == PATIENCE_IMAGES:
-                raise ValueError(_HOPELESS.format(PATIENCE_IMAGES, error)) from error
+                raise ValueError(_UNREADABLE_SET.format(PATIENCE_IMAGES, error)) from error
             continue
         for _ in rejects:
             yield image, rejects

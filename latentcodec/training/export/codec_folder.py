@@ -1,7 +1,7 @@
 """The finish of a run: the trained weights become a codec folder that any pipeline can use.
 
-Latents of zero mean and unit variance (`latents.py`), `force_upcast` as measured (`precision.py`), a model card, and
-a folder that is replaced whole. The training itself is over here: nothing changes what the decoder puts out.
+Latents of zero mean and unit variance (`latents.py`), `force_upcast` by the half-precision certificate
+(`quality/precision.py`), a model card, and a folder that is replaced whole. Nothing here changes what is decoded.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class FinishConfig:
     pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
     Diffusion reads one scale, SD3 and FLUX one shift and one scale, and SDXL those of exactly four channels."""
     certificate_images: NonNegativeInt = 4
-    """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
-    force_upcast stays on, since nothing is known."""
+    """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
+    the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
+    force_upcast stays on."""
 
 
 def finish(

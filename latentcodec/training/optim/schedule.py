@@ -1,4 +1,4 @@
-"""How weights move: parameter groups, the learning rate as a function of progress, and the moving average.
+"""How long a run trains, and how weights move: parameter groups, learning rate by progress, moving average.
 
 Nothing here keeps a schedule's state: the learning rate of a step follows from the step.
 """

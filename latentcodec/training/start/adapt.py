@@ -34,7 +34,7 @@ BATCH = 8  # crops to encode at once
 
 @dataclass
 class AdaptConfig:
-    """The channels that a pretrained codec is changed to; the rules for the new weights are in training/adapt.py."""
+    """The channels that a pretrained codec is changed to; training/start/adapt.py states what the new weights are."""
 
     image_channels: PositiveInt | None = None
     """Channels of the images, in and out. None: as pretrained. Grey images (1) from or to several channels: equal

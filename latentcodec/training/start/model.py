@@ -1,6 +1,6 @@
 """The model that is trained: an AutoencoderKL, new or fine-tuned, and the one forward pass of training around it.
 
-What a change of channels does to pretrained weights is in `adapt.py`, what a teacher asks for in `teacher.py`.
+What a change of channels does to pretrained weights is in `adapt.py`, what a teacher is for in `losses/teacher.py`.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -48,7 +48,7 @@ class ModelConfig:
     use_quant_conv: bool = False
     """The 1x1 convolutions around the latent that Stable Diffusion 1 and 2 and SDXL have."""
     init: Literal["linear", "default"] = "linear"
-    """Start as the linear codec fitted to the data (initialization.py), or with torch's default weights and residual
+    """Start as the linear codec fitted to the data (start/linear.py), or with torch's default weights and residual
     branches at zero."""
     from_pretrained: str | None = None
     """Fine-tune this codec instead: folder, hub id, .safetensors file or bundled name. Its architecture counts, the
