@@ -183,7 +183,8 @@ class DiscriminatorHealth:
 
 
 def collapse_alarm(config: DiscriminatorConfig, health: DiscriminatorHealth) -> str | None:
-    """What is wrong with the discriminator and what to change, in one sentence; None where nothing is or it is early."""
+    """What is wrong with the discriminator and what to change, in one sentence; None where nothing is or it is too early
+    to tell."""
     if health.steps < config.alarm_after_steps:
         return None
     if max(abs(health.logit_real), abs(health.logit_fake)) > config.alarm_logit:
