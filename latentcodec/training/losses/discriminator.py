@@ -183,8 +183,7 @@ class DiscriminatorHealth:
 
 
 def collapse_alarm(config: DiscriminatorConfig, health: DiscriminatorHealth) -> str | None:
-    """What is wrong with the discriminator and what to change, in one sentence; None where nothing is or it is too early
-    to tell."""
+    """What is wrong with the discriminator and what to change, in one sentence; None where it is well or still young."""
     if health.steps < config.alarm_after_steps:
         return None
     if max(abs(health.logit_real), abs(health.logit_fake)) > config.alarm_logit:
