@@ -183,7 +183,7 @@ class DiscriminatorHealth:
 
 
 def collapse_alarm(config: DiscriminatorConfig, health: DiscriminatorHealth) -> str | None:
-    """What is wrong with the discriminator and what to change, in one sentence; None where it is well or still young."""
+    """What is wrong with the discriminator and what to change, one sentence; None where it is well or it is early."""
     if health.steps < config.alarm_after_steps:
         return None
     if max(abs(health.logit_real), abs(health.logit_fake)) > config.alarm_logit:
