@@ -85,7 +85,8 @@ class Attention(nn.Module):
         """What diffusers' `set_attn_processor` calls. Raises ValueError for one that computes something else."""
         if type(processor) not in self.equal_processors:
             raise ValueError(
-                f"this attention layer cannot compute by a {type(processor).__name__}: call restore_vae(vae) first"
+                f"this attention layer cannot compute by a {type(processor).__name__}: use diffusers' own network for "
+                "it, which restore_vae(vae) puts back"
             )
         self.processor = processor
 
