@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality import image_codecs, text
 from latentcodec.quality.fidelity import colour_shift, interval, round_trips
@@ -56,7 +57,7 @@ class Inputs:
     """Everything a command line can have wrong, opened before anything is measured."""
 
     codecs: dict[str, LatentCodec]
-    """By source, in the order given."""
+    """By short name, in the order given."""
     images: list[Path]
     skipped: list[dict[str, str]]
     """file and reason."""
@@ -73,7 +74,8 @@ class Inputs:
 class Result:
     """A codec and its KLT on the same images."""
 
-    source: str
+    name: str
+    """Of the codec, short."""
     codec: LatentCodec
     klt: KLT
     scores: Evaluation
@@ -118,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    report.print_threads(use_cores())
     inputs = open_inputs(options)
     report.require_folder(options.out)
-    results = [measure(source, codec, inputs, options.rivals) for source, codec in inputs.codecs.items()]
+    results = [measure(name, codec, inputs, options.rivals) for name, codec in inputs.codecs.items()]
     data = summary(results, inputs, options)
     report.print_table(*table(data["codecs"]))
     print(
@@ -128,9 +131,9 @@ def run(options: argparse.Namespace) -> None:
     )
     for entry in inputs.skipped:
         print(printable(f"skipped {entry['reason']}"))
-    single = {report.short_path(result.source): image_scores(result, inputs.images) for result in results}
+    single = {result.name: image_scores(result, inputs.images) for result in results}
     shown = compared_crops(
-        {report.short_path(r.source): r.codec for r in results},
+        {r.name: r.codec for r in results},
         {f"KLT {r.latent}": r.klt for r in results},
         inputs.images,
         [r.scores.values("psnr") for r in results],
@@ -152,8 +155,8 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     lpips, lpips_note = open_lpips(options.lpips_net, options.lpips_weights)
     dtype = getattr(torch, options.dtype)
     codecs = {
-        source: LatentCodec.from_pretrained(source, device=options.device, dtype=dtype)
-        for source in options.codec
+        name: LatentCodec.from_pretrained(source, device=options.device, dtype=dtype)
+        for name, source in zip(report.short_names(options.codec), options.codec, strict=True)
     }
     several = {codec.image_channels for codec in codecs.values()}
     if len(several) > 1:
@@ -223,9 +226,9 @@ def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor
         yield load_image(path, channels)[0]
 
 
-def measure(source: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
+def measure(name: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
     klt = inputs.klts[codec.downsampling_factor, codec.latent_channels]
-    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, source), inputs.lpips)
+    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips)
     klt_scores = evaluate(klt, load_all(inputs.images, codec.image_channels, "its KLT"))
     f, c = codec.downsampling_factor, codec.latent_channels
     rivals: dict[str, list[dict[str, float]]] = {
@@ -238,7 +241,7 @@ def measure(source: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[s
         for form, entries in rivals.items():
             coded = image_codecs.code(image[None], form, sizes[-1])
             entries.append({"psnr": psnr(image[None], coded.image).item(), "bytes": coded.size})
-    return Result(source, codec, klt, scores, klt_scores, rivals, sizes)
+    return Result(name, codec, klt, scores, klt_scores, rivals, sizes)
 
 
 # --- the numbers
@@ -275,7 +278,7 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
             )
         )
     return {
-        "codec": report.short_path(result.source),
+        "codec": result.name,
         "fingerprint": fingerprint(result.codec),
         "latent": result.latent,
         "floats_per_pixel": c / f**2,

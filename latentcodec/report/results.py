@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 from latentcodec.files import printable, write_whole
+from latentcodec.machine import cpu_name, instruction_sets, physical_cores
 
+LIMITS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "LATENTCODEC_DTYPE",
+)  # what the user took from the machine
 PACKAGES = ("latentcodec", "torch", "diffusers", "accelerate", "numpy", "pillow")
 
 
@@ -54,14 +60,14 @@ def commit() -> str | None:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The machine and the software that a measurement belongs to."""
-    model, flags = _cpu_model_and_flags()
+    model = cpu_name()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": physical_cores(),
         "threads": torch.get_num_threads(),
-        "cpu_instructions": [torch.backends.cpu.get_cpu_capability(), *flags],
-        "limits": {key: os.environ[key] for key in ("ONEDNN_MAX_CPU_ISA",) if key in os.environ},
+        "cpu_instructions": instruction_sets() or [torch.backends.cpu.get_cpu_capability()],
+        "limits": {key: os.environ[key] for key in LIMITS if key in os.environ},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -141,6 +147,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def print_threads(threads: int) -> None:
+    """The line with which a bench begins."""
+    flags = " ".join(instruction_sets())
+    print(f"on {cpu_name()} ({flags}) with {threads} of {physical_cores()} cores", file=sys.stderr)
+
+
 def print_last_line(data: Mapping[str, Any]) -> None:
     """End stdout with one line of JSON, so that a program can read what a person has just read."""
     print(json.dumps(finite(data), separators=(",", ":")), flush=True)
@@ -183,22 +195,17 @@ def short_path(text: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "/".join(path.parts[-2:])
 
 
+def short_names(sources: Sequence[str]) -> list[str]:
+    """`short_path` of each codec's source; as given where two would have the same name."""
+    names = [short_path(source) for source in sources]
+    return [name if names.count(name) == 1 else given for name, given in zip(names, sources, strict=True)]
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_model_and_flags() -> tuple[str, list[str]]:
-    """The name of the processor and which bf16 units it has; Linux tells, elsewhere only the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return platform.processor() or platform.machine(), []
-    text = cpuinfo.read_text()
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
-    return (model[1].strip() if model else platform.machine()), flags
 
 
 def _codec_slug(source: str) -> str:

@@ -176,9 +176,8 @@ def _scores(data: Mapping[str, Any]) -> list[tuple[Figure, str]]:
             )
             pairs = [(e["klt_psnr"], e["psnr"]) for e in entries if None not in (e["klt_psnr"], e["psnr"])]
             if pairs:
-                right.scatter(
-                    *zip(*pairs, strict=True), color=style["color"], marker=style["marker"], s=16, label=name
-                )
+                klts, owns = zip(*pairs, strict=True)
+                right.plot(klts, owns, label=name, **style | {"linestyle": "none"})
         low, high = right.get_xlim()
         right.plot([low, high], [low, high], color=NEUTRAL, linewidth=1)
         left.legend(fontsize=8)

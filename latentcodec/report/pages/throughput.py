@@ -57,9 +57,9 @@ SPEED_CAPTION = (
 )
 MEMORY_CAPTION = (
     "Each side in a fresh process: the peak of the process' resident memory, on a GPU of the allocated memory, less "
-    "what was in use after the model was loaded and run on a small image; freed memory goes back to the system at once, so "
-    "the peak is what was needed together. No bar: not measured, because the system does not tell, or because the side "
-    "is compiled and the compiler's memory could not be told from its own."
+    "what was in use after the model was loaded and run on a small image; freed memory goes back to the system "
+    "at once, so the peak is what was needed together. No bar: not measured, because the system does not tell, or "
+    "because the side is compiled and the compiler's memory could not be told from its own."
 )
 TABLE_CAPTION = (
     "ours is: the time of that row over ours, the median of the ratios within the rounds; above 1 ours is faster. of "
