@@ -85,7 +85,7 @@ class Shard:
         return column.flatten().to_numpy(zero_copy_only=True).reshape(len(self), column.type.list_size)
 
     def _as_stored(self, flat: np.ndarray) -> np.ndarray:
-        """[n, values of a row] -> [n, c, h, w], or with the bytes of numbers that numpy does not have as [n, c, h, w * b]."""
+        """[n, values of a row] -> [n, c, h, w]; numbers that numpy does not have as their b bytes, [n, c, h, w b]."""
         c, h, _ = self.shape
         return flat.reshape(len(self), c, h, -1)
 
