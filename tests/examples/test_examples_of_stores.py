@@ -62,7 +62,7 @@ def test_train_on_latents(place):
         [str(place / "store"), "--out", str(place / "few"), "--max_steps", "2", *small]
     )
     last = train_on_latents.main(
-        [str(place / "store"), "--out", str(place / "more"), "--max_steps", "60", *small]
+        [str(place / "store"), "--out", str(place / "more"), "--max_steps", "30", *small]
     )
     assert last < first
     assert load_image(place / "more/samples.png").shape == (1, 3, 32, 4 * 32 + 3 * 2)
