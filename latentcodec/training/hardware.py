@@ -84,8 +84,8 @@ def _emulation(precision: str, device: torch.device) -> list[str]:
         return []  # fp16 without a GPU is refused
     cost = machine.emulation_cost(torch.bfloat16, device)
     return [
-        f"warning: this machine has no units for bfloat16 and emulates it: a convolution takes {cost:.1f} times as long "
-        "as in float32 (--train.mixed_precision no)"
+        f"warning: this machine has no units for bfloat16 and emulates it: a convolution takes {cost:.1f} times as "
+        "long as in float32 (--train.mixed_precision no)"
     ]
 
 
