@@ -33,7 +33,7 @@ from latentcodec.training.checkpoint import prune
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.stream import held_out, open_images, training_batches
 from latentcodec.training.export.codec_folder import finish, write_codec
-from latentcodec.training.hardware import DTYPES, settled, take_hardware
+from latentcodec.training.hardware import DTYPES, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
@@ -73,9 +73,9 @@ class Trainer:
         self.output = Path(config.output_dir)
         processes = new_processes()
         self.found = find_checkpoint(config, processes)
-        self.hardware = take_hardware(config, self.found, processes)
-        self.config = config = settled(config, self.hardware)
-        train = config.train
+        self.hardware = take_hardware(config.train, config.data.workers, self.found, processes)
+        train = replace(config.train, mixed_precision=self.hardware.precision)  # what auto became
+        self.config = config = replace(config, train=train)
         self.accelerator = new_accelerator(config, self.hardware.precision)
         device = self.accelerator.device
         self.journal = Journal(self.output, self.accelerator, config)
