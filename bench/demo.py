@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of all steps, for the reason in train/train.py
     todo = steps(options)
     print(f"The demo has {len(todo)} steps, about {clock(sum(step.seconds for step in todo))} on two cores.")
     print(f"Nothing is fetched from the network. {NOT_FETCHED}.")
