@@ -8,7 +8,7 @@ says what is different there, before it changes a number.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from latentcodec import machine
 from latentcodec.training.checkpoint import Checkpoint
-from latentcodec.training.optim.schedule import TrainConfig
+from latentcodec.training.config import Config
 
 LAUNCHER = (
     "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch --mixed_precision` was told; "no" also by default
@@ -43,15 +43,12 @@ class Hardware:
         return {"threads": self.threads, "instructions": machine.instruction_sets()}
 
 
-def take_hardware(
-    train: TrainConfig, workers: int, found: Checkpoint | None, state: PartialState
-) -> Hardware:
-    """Decide the number format and let torch take this process's cores, beside its `workers` that read data.
+def take_hardware(config: Config, found: Checkpoint | None, state: PartialState) -> Hardware:
+    """Decide the number format and let torch take this process's cores. `found`: the checkpoint to go on from.
 
-    `found` is the checkpoint to go on from.
     All processes come to the same format: bfloat16 only where it is fast for each of them.
     """
-    device = state.device
+    train, device = config.train, state.device
     saved = None if found is None else found.state["config"]["train"]["mixed_precision"]
     fast = all(gather_object([machine.fast_dtype(device) == torch.bfloat16]))
     natural = "bf16" if fast else "no"
@@ -59,11 +56,16 @@ def take_hardware(
     chosen = next(name for name in (train.mixed_precision, saved, told, natural) if name in DTYPES)
     precision = cast(Precision, chosen)
     here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
-    threads = machine.use_cores(here, workers, None if train.threads == "auto" else train.threads)
+    threads = machine.use_cores(here, config.data.workers, None if train.threads == "auto" else train.threads)
     hardware = Hardware(precision, threads, [_summary(precision, threads, state)])
     hardware.notes.extend(_emulation(precision, device) if state.is_main_process else [])
     hardware.notes.extend(_differences(hardware, found, saved, natural))
     return hardware
+
+
+def settled(config: Config, hardware: Hardware) -> Config:
+    """The configuration with what `auto` became as its number format."""
+    return replace(config, train=replace(config.train, mixed_precision=hardware.precision))
 
 
 def _summary(precision: str, threads: int, state: PartialState) -> str:
