@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train" / "configs" / "demo.yaml"
 BUNDLED = "photo-f8c16"
 START_SECONDS, FINISH_SECONDS = 40, 15  # of a training, on two cores without bfloat16 units
+REPORTS = ("reconstruction", "throughput")  # the benches that write a page
 FINE = (0, 3)  # exit codes: done, and done with something to look at, such as images that could not be read
 NOT_FETCHED = (
     "LPIPS is not measured: the weights of its network would have to be fetched (528 MB, bench/reconstruction.py "
@@ -75,6 +76,8 @@ def steps(options: argparse.Namespace) -> list[Step]:
         "codec": [codec, BUNDLED],
         "images": pictures,
         "lpips_net": "none",
+        "rivals": [],
+        "no_text": [],
         "out": out / "reconstruction",
     }
     speed = {
@@ -172,7 +175,7 @@ def print_summary(out: Path) -> None:
     page = (out / "demo.html").resolve()
     print(f"\nThe trained codec         {out / 'codec'}")
     print(f"Its progress in pictures  {out / 'samples'}")
-    for name in ("reconstruction", "throughput"):
+    for name in REPORTS:
         print(f"Report, {name:<17} {last_line(out, name)['files']['html']}")
     print(f"\nOpen this page in a browser: {page.as_uri()}")
 
@@ -191,8 +194,6 @@ LEFT_BEHIND = {
     "codec/": "the trained codec, a plain diffusers AutoencoderKL",
     "samples/": "its progress: originals, reconstructions, four times the difference",
     "metrics.jsonl": "every loss of every step",
-    "reconstruction/": "the report on quality, image by image",
-    "throughput/": "the report on speed and memory",
 }
 
 
@@ -224,6 +225,8 @@ def write_page(options: argparse.Namespace) -> None:
     add_pictures(page, options.out, minutes)
     page.section("More", "What else the demo left in this folder, and the machine it ran on.")
     page.facts(LEFT_BEHIND | machine_facts(machine))
+    reports = {f"report: {name}": last_line(options.out, name)["files"]["html"] for name in REPORTS}
+    page.links({name: Path(html).relative_to(options.out).as_posix() for name, html in reports.items()})
     (options.out / "demo.html").write_text(page.render(), encoding="utf-8")
     print(json.dumps({"page": str(options.out / "demo.html")}))
 
