@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +144,7 @@ def clock(seconds: float) -> str:
 
 def run(step: Step, out: Path) -> None:
     """Run a step to its end, with a line that tells the time. Ends the demo where the step fails."""
+    code: int | None
     if step.shown:
         code = subprocess.run(step.command, check=False).returncode
         where = ""
@@ -153,16 +153,22 @@ def run(step: Step, out: Path) -> None:
         with log.open("w") as file, tqdm(bar_format="      {elapsed}", leave=False) as line:
             child = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT)
             try:
-                while (running := child.poll()) is None:
+                while (code := _wait(child)) is None:
                     line.refresh()
-                    time.sleep(0.25)
             except BaseException:
                 child.terminate()
                 raise
-            code = running
         where = "" if code in FINE else f"\n{log.read_text()}"
     if code not in FINE:
         raise SystemExit(f"{where}\nerror: step {step.name} of the demo ended with code {code}")
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, or None after a moment: a second on a screen, longer in a log, where each line stays."""
+    try:
+        return child.wait(1 if sys.stderr.isatty() else 4)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def last_line(out: Path, name: str) -> dict[str, Any]:
