@@ -13,15 +13,8 @@ from latentcodec.quality.metrics import psnr
 
 def picture(side=96):
     wave = torch.linspace(0, 9, side).sin()
-    return from_uint8(
-        (
-            torch.stack(
-                [wave[:, None] * wave, wave[:, None].expand(side, side), 0.3 * wave[None].expand(side, side)]
-            )
-            * 100
-            + 127
-        ).to(torch.uint8)
-    )[None]
+    rows = [wave[:, None] * wave, wave[:, None].expand(side, side), 0.3 * wave[None].expand(side, side)]
+    return from_uint8((torch.stack(rows) * 100 + 127).to(torch.uint8))[None]
 
 
 @pytest.mark.parametrize("form", image_codecs.available())
