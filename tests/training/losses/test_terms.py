@@ -17,6 +17,7 @@ from torch.distributions import Bernoulli, Laplace, Normal, kl_divergence
 
 from latentcodec.quality import perceptual
 from latentcodec.quality.perceptual import Perceptual, load_lpips
+from latentcodec.training.losses import rate as rate_control
 from latentcodec.training.losses import terms as losses
 from latentcodec.training.losses.terms import LossConfig
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
@@ -32,7 +33,7 @@ def pixels(*shape: int) -> Tensor:
 @pytest.fixture(scope="session")
 def squeeze_file() -> Path:
     """All weights of LPIPS-squeeze; a checkout without them skips what needs the trained network."""
-    default = Path(__file__).parents[2] / "shared/weights/lpips_squeeze_v0.1.safetensors"
+    default = Path(__file__).parents[4] / "shared/weights/lpips_squeeze_v0.1.safetensors"
     path = Path(os.environ.get("LATENTCODEC_LPIPS_SQUEEZE", default))
     if not path.is_file():
         pytest.skip(f"no LPIPS weights at {path}; point LATENTCODEC_LPIPS_SQUEEZE at them")
@@ -180,7 +181,7 @@ def test_kl_per_channel_sums_to_the_kl_and_gives_bits_per_element() -> None:
     per_channel = losses.kl_per_channel(mean, logvar)
     kl = losses.kl_divergence(mean, logvar).mean()
     torch.testing.assert_close(per_channel.sum() * 30, kl)
-    assert losses.bits_per_element(per_channel) == pytest.approx(kl.item() / (4 * 30) / math.log(2))
+    assert rate_control.bits_per_element(per_channel) == pytest.approx(kl.item() / (4 * 30) / math.log(2))
 
 
 def test_free_bits_floor_the_mean_of_each_channel_and_stop_its_gradient() -> None:
@@ -221,8 +222,8 @@ def test_free_bits_of_two_halves_of_a_batch_average_to_those_of_the_whole() -> N
 
 
 def test_warm_up_is_a_line_from_zero_to_one() -> None:
-    assert [losses.kl_warmup(step, 4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
-    assert losses.kl_warmup(0, 0) == 1
+    assert [rate_control.kl_warmup(step, 4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
+    assert rate_control.kl_warmup(0, 0) == 1
 
 
 def test_relative_std_is_that_of_the_noise_in_the_samples() -> None:
@@ -230,28 +231,32 @@ def test_relative_std_is_that_of_the_noise_in_the_samples() -> None:
     logvar = torch.tensor([0.5, 0.2]).view(1, 2, 1, 1).square().log().expand_as(mean)
     z = sample_posterior(mean, logvar, torch.randn(mean.shape))
     measured = math.exp((torch.tensor([0.5, 0.2]) / z.std((0, 2, 3))).log().mean())
-    assert losses.relative_std(losses.channel_statistics(mean, logvar)) == pytest.approx(measured, rel=0.01)
+    assert rate_control.relative_std(rate_control.channel_statistics(mean, logvar)) == pytest.approx(
+        measured, rel=0.01
+    )
 
 
 def test_channel_statistics_of_two_processes_average_to_those_of_one() -> None:
     mean, logvar = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    halves = [losses.channel_statistics(mean[i], logvar[i]) for i in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close((halves[0] + halves[1]) / 2, losses.channel_statistics(mean, logvar))
+    halves = [rate_control.channel_statistics(mean[i], logvar[i]) for i in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, rate_control.channel_statistics(mean, logvar))
 
 
 def test_an_unused_latent_has_relative_std_one_and_no_bits() -> None:
-    std = losses.relative_std(losses.channel_statistics(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)))
+    std = rate_control.relative_std(
+        rate_control.channel_statistics(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+    )
     assert std == 1
-    assert losses.bits_of_std(std) == 0
+    assert rate_control.bits_of_std(std) == 0
 
 
 def test_the_kl_weight_moves_by_the_stated_gain_and_stays_in_its_range() -> None:
-    assert losses.next_kl_weight(1.0, 3.5, 3.0) == pytest.approx(2 ** (losses.CONTROL_GAIN * 0.5))
-    assert losses.next_kl_weight(1.0, 3.0, 3.0) == 1
-    assert losses.next_kl_weight(1.0, 0.0, 9.0) == pytest.approx(2**-losses.CONTROL_GAIN)
-    low, high = losses.KL_WEIGHT_RANGE
-    assert losses.next_kl_weight(low, 0.0, 5.0) == low
-    assert losses.next_kl_weight(high, 5.0, 0.0) == high
+    assert rate_control.next_kl_weight(1.0, 3.5, 3.0) == pytest.approx(2 ** (rate_control.CONTROL_GAIN * 0.5))
+    assert rate_control.next_kl_weight(1.0, 3.0, 3.0) == 1
+    assert rate_control.next_kl_weight(1.0, 0.0, 9.0) == pytest.approx(2**-rate_control.CONTROL_GAIN)
+    low, high = rate_control.KL_WEIGHT_RANGE
+    assert rate_control.next_kl_weight(low, 0.0, 5.0) == low
+    assert rate_control.next_kl_weight(high, 5.0, 0.0) == high
 
 
 @pytest.mark.parametrize(("start", "key"), [(1e-3, "bits"), (10.0, "bits"), (10.0, "std")])
@@ -270,10 +275,12 @@ def test_rate_control_reaches_its_target_from_below_and_above(start: float, key:
         losses.objective(terms, {"nll": 1.0, "kl": weight}, 32).backward()
         optimizer.step()
         if key == "bits":
-            rate = losses.bits_per_element(losses.kl_per_channel(mean, logvar))
+            rate = rate_control.bits_per_element(losses.kl_per_channel(mean, logvar))
         else:
-            rate = losses.bits_of_std(losses.relative_std(losses.channel_statistics(mean, logvar)))
-        weight = losses.next_kl_weight(weight, rate, 2.0)
+            rate = rate_control.bits_of_std(
+                rate_control.relative_std(rate_control.channel_statistics(mean, logvar))
+            )
+        weight = rate_control.next_kl_weight(weight, rate, 2.0)
         rates.append(rate)
     assert sum(rates[-100:]) / 100 == pytest.approx(2.0, abs=0.1)
 
@@ -312,10 +319,7 @@ def test_the_objective_does_not_depend_on_the_resolution() -> None:
     ("values", "keys"),
     [
         ({"target_bits": 2.0, "target_std": 0.1}, ["loss.target_bits", "loss.target_std"]),
-        ({"target_std": 1.5}, ["loss.target_std", "1.5"]),
-        ({"target_bits": 0.0}, ["loss.target_bits"]),
         ({"learn_scale": True, "likelihood": "bernoulli"}, ["loss.learn_scale", "loss.likelihood"]),
-        ({"scale": 0.0}, ["loss.scale"]),
     ],
 )
 def test_a_config_that_contradicts_itself_names_its_keys(values: dict, keys: list[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_runs import small, start, train, write_images
 
 from latentcodec.training.optim.muon import Muon, orthogonal
 from latentcodec.training.optim.schedule import load_optimizer
@@ -132,3 +133,22 @@ def test_a_saved_optimizer_goes_on_to_the_bit():
     step(muon, weights, 2)
     step(again, copies, 2)
     assert all(torch.equal(new, weight) for new, weight in zip(copies, weights, strict=True))
+
+
+def test_a_training_step_moves_the_weights_inside_the_blocks_by_orthogonal_matrices(tmp_path):
+    """AdamW's first step has entries of one size, whatever the gradient; an orthogonal one has not."""
+    config = small(tmp_path / "run", write_images(tmp_path / "images"), weight_decay=0.0, warmup=0.0)
+    trainer = start(config)
+    weights = dict(trainer.state.codec.vae.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    train(trainer, kill_at=1)
+    moved = {name: weight.detach() - before[name] for name, weight in weights.items() if weight.ndim == 4}
+    moved = {name: step for name, step in moved.items() if step.any()}
+    spread = {name: (step.abs().std() / step.abs().mean()).item() for name, step in moved.items()}
+    inner = {name for name in moved if "block" in name}
+    assert len(inner) > 10
+    assert min(spread[name] for name in inner) > 0.3
+    assert max(spread[name] for name in moved.keys() - inner) < 0.1
+    for name in inner:  # singular values of one size: their sum is the largest times their number, or nearly
+        values = torch.linalg.svdvals(moved[name].flatten(1))
+        assert values.sum() > 0.5 * len(values) * values.max(), name

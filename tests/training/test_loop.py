@@ -25,9 +25,10 @@ from two_processes import LONGER
 from latentcodec import LatentCodec, load_image
 from latentcodec.ops import functional, pointwise
 from latentcodec.training import checkpoint
-from latentcodec.training.data.stream import open_images, training_batches
+from latentcodec.training.data.images import open_images
+from latentcodec.training.data.stream import training_batches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "train/train.py"
 PATIENCE_SECONDS = 240  # of a test for a process; only a hang takes that long
 
@@ -47,8 +48,7 @@ def run_train(monkeypatch, capfd):
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(TRAIN), run_name="__main__")
         said = capfd.readouterr()
-        code = end.value.code
-        return (1, said.out, str(code)) if isinstance(code, str) else (code or 0, said.out, said.err)
+        return end.value.code, said.out, said.err
 
     return run
 
@@ -90,6 +90,14 @@ def processes_naming(folder: Path) -> list[int]:
         except OSError:
             continue  # it has just ended
     return found
+
+
+def rejects(output: Path) -> dict[str, str]:
+    """rejects.jsonl: reasons by path, each image once."""
+    listed = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    reasons = {line["path"]: line["reason"] for line in listed}
+    assert len(reasons) == len(listed)
+    return reasons
 
 
 # ---- one process ----
@@ -246,10 +254,14 @@ def test_corrupt_images_are_left_out_counted_and_listed_once(tmp_path, images, r
     for file in broken:
         file.write_bytes(b"broken")
     code, said, _ = run_train("--config", write_config(config, tmp_path / "config.yaml"))
-    assert code == 0
-    listed = (tmp_path / "run/rejected.txt").read_text().splitlines()
-    assert sorted(line.split(": ")[0] for line in listed) == [str(file) for file in broken]
-    assert "left out (3 so far, all in rejected.txt)" in said
+    assert code == 3
+    listed = rejects(tmp_path / "run")
+    assert sorted(listed) == [str(file) for file in broken]
+    assert all("not an image" in reason for reason in listed.values()), listed
+    assert "left out (3 so far, all in rejects.jsonl)" in said
+    assert run_train("--config", tmp_path / "config.yaml")[0] == 3, (
+        "it is finished, and there still is something to see"
+    )
 
 
 # ---- two processes ----
@@ -318,8 +330,7 @@ def test_a_bad_number_in_one_of_two_processes_changes_nothing_in_either(two):
 
 
 def test_images_rejected_by_any_process_are_listed_once(two):
-    listed = (two["out"] / "corrupt/rejected.txt").read_text().splitlines()
-    names = sorted(Path(line.split(": ")[0]).name for line in listed)
+    names = sorted(Path(path).name for path in rejects(two["out"] / "corrupt"))
     assert names == ["01.png", "05.png", "07.png", "08.png"]
 
 
@@ -433,34 +444,39 @@ def test_a_mistake_gives_one_line_that_names_it(tmp_path, images, run_train, set
     }
     config = write_config(small(tmp_path / "run", images), tmp_path / "config.yaml")
     code, _, error = run_train("--config", config, *(f"--{key}={value}" for key, value in settings.items()))
-    assert code == 1
+    assert code == 2
+    *_, error = error.splitlines()  # after what else a run says
     assert error.startswith("error: "), error
-    assert "\n" not in error
     for name in names:
         assert (str(settings[name[1:-1]]) if name.startswith("{") else name) in error, error
 
 
 HOLDER = """
-import fcntl, os, sys, time
-lock = open(sys.argv[1], "w")
-fcntl.lockf(lock, fcntl.LOCK_EX)
-print(os.getpid(), "on earth", file=lock, flush=True)
+import sys, time
+from pathlib import Path
+from latentcodec.training.lock import hold
+hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
 
 
-def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(tmp_path, images, run_train):
+@pytest.mark.parametrize("removed", [False, True], ids=["there", "removed by hand"])
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(
+    tmp_path, images, run_train, removed
+):
     output = tmp_path / "run"
     output.mkdir()
     config = write_config(small(output, images, max_steps=1), tmp_path / "config.yaml")
-    command = [sys.executable, "-c", HOLDER, output / ".lock"]
+    command = [sys.executable, "-c", HOLDER, output]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
+        if removed:
+            (output / ".lock").unlink()
         code, _, error = run_train("--config", config)
         holder.kill()
-    assert code == 1
-    assert f"{output} is that of another run, process {holder.pid} on earth" in error
+    assert code == 2
+    assert f"{output} is that of another run, process {'unknown' if removed else holder.pid}" in error
     assert list(output.glob("[!.]*")) == [output / "checkpoints"]
     assert run_train("--config", config)[0] == 0
 
@@ -470,7 +486,7 @@ def test_what_a_compiled_codec_cannot_do_is_refused(tmp_path, images, run_train,
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     config = write_config(small(tmp_path / "run", images), tmp_path / "config.yaml")
     code, _, error = run_train("--config", config, "--discriminator.weight=1", "--discriminator.layers=1")
-    assert code == 1
+    assert code == 2
     assert "--dynamo_backend" in error
     assert "discriminator.adaptive false" in error
 
@@ -483,8 +499,8 @@ def test_the_checkpoint_of_another_architecture_is_refused_before_the_data_is_re
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     arguments = ["--model.latent_channels=8", "--train.max_steps=2", "--data.path=/nowhere"]
     code, _, error = run_train("--config", config, *arguments)
-    assert code == 1
-    assert error.startswith("error: ")
+    assert code == 2
+    assert error.splitlines()[-1].startswith("error: ") or "error: the checkpoint" in error
     assert "model.latent_channels: 4 in the checkpoint, 8 now" in error
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 

@@ -2,44 +2,51 @@
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_runs import everything, small
 from torch.nn import functional as F
 
-from latentcodec.training.losses.objective import Objective, RateControl
+from latentcodec.quality import perceptual
+from latentcodec.training.losses.objective import Objective
+from latentcodec.training.losses.rate import RateControl
 from latentcodec.training.losses.regularizers import (
     RegularizerConfig,
     downscale_pair,
     draw_downscale,
+    draw_noise_levels,
     mask_spectrum,
 )
+from latentcodec.training.losses.sample import ForwardPass
 from latentcodec.training.losses.terms import LossConfig, kl_per_channel
 from latentcodec.training.preflight import smallest_crop
-from latentcodec.training.start.model import Pass, TrainedCodec, new_vae
+from latentcodec.training.start.model import TrainedCodec, new_vae
 
 C, F_DOWN = 4, 4  # latent channels and downsampling factor of the small model
+SEED = 0
 
 
 def new_objective(loss=None, regularizer=None) -> Objective:
-    config = small(Path("unused"), Path("unused"))
-    config = replace(config, loss=loss or LossConfig(), regularizer=regularizer or RegularizerConfig())
-    return Objective(config, C, F_DOWN, torch.device("cpu"))
+    return Objective(
+        loss or LossConfig(), regularizer or RegularizerConfig(), SEED, C, F_DOWN, torch.device("cpu")
+    )
 
 
 def images(count=3, side=32):
     return torch.rand(count, 3, side, side) * 2 - 1
 
 
-def new_pass(x) -> Pass:
+def new_pass(x) -> ForwardPass:
     cells = (len(x), C, x.shape[2] // F_DOWN, x.shape[3] // F_DOWN)
     mean, logvar = torch.randn(cells), torch.randn(cells) - 1
     y = (x + 0.1 * torch.randn_like(x)).requires_grad_()
-    return Pass(mean.requires_grad_(), logvar.requires_grad_(), mean + 0.1, y, torch.tensor(math.log(0.2)))
+    return ForwardPass(
+        mean.requires_grad_(), logvar.requires_grad_(), mean + 0.1, y, torch.tensor(math.log(0.2))
+    )
 
 
 def never(z):
@@ -59,6 +66,24 @@ def test_noise_belongs_to_the_position_and_not_to_the_batch():
     assert abs(whole.noise.std() - 1) < 0.1
     added = whole.transform(torch.zeros_like(z))  # by the latent noise, which is another one
     assert abs(torch.corrcoef(torch.stack([added.flatten(), whole.noise.flatten()]))[0, 1]) < 0.2
+
+
+def test_replaced_and_added_noise_are_two_draws_each_with_its_own_level():
+    """Large samples show both levels: z of constant 1 keeps the share (1 - level), and what is added varies."""
+    config = RegularizerConfig(
+        latent_noise_share=1.0, interpolative_noise=0.5, interpolative_noise_std=0.0, additive_noise=8.0
+    )
+    positions, z = torch.arange(4), torch.ones(4, C, 64, 64)
+    replaced, added = draw_noise_levels(config, SEED, positions)
+    transformed = new_objective(regularizer=config).inputs(images(4), positions, draw=0).transform(z)
+    torch.testing.assert_close(transformed.mean((1, 2, 3)), 1 - replaced, atol=0.3, rtol=0)
+    torch.testing.assert_close(transformed.std((1, 2, 3)), added, atol=0.2, rtol=0.05)
+    both = new_objective(regularizer=replace(config, interpolative_noise_std=4.0)).inputs(
+        images(4), positions, draw=0
+    )
+    # Two independent draws add in squares; one draw used twice would add its deviations.
+    expected = ((4 * replaced).square() + added.square()).sqrt()
+    torch.testing.assert_close(both.transform(z).std((1, 2, 3)), expected, atol=0.2, rtol=0.05)
 
 
 def test_without_regularizers_the_decoder_gets_the_latent_and_the_target_is_the_image():
@@ -211,7 +236,7 @@ def test_rate_control_survives_a_checkpoint_to_the_bit():
     rate = RateControl(config, C)
     rate.update(3, torch.rand(C), torch.rand(3, C))
     other = RateControl(config, C)
-    other.load(json.loads(json.dumps(rate.numbers())))
+    other.load_state_dict(json.loads(json.dumps(rate.state_dict())))
     assert other.weight == rate.weight
     assert torch.equal(other.reference, rate.reference)
 
@@ -219,17 +244,28 @@ def test_rate_control_survives_a_checkpoint_to_the_bit():
 def test_a_weight_that_no_target_steers_is_that_of_the_configuration_after_a_resume():
     rate = RateControl(LossConfig(kl_weight=1e-3), C)
     other = RateControl(LossConfig(kl_weight=1e-5), C)
-    other.load(rate.numbers())
+    other.load_state_dict(rate.state_dict())
     assert other.weight == 1e-5
 
 
-def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec():
-    shared = Path(__file__).parents[2] / "shared/weights/lpips_squeeze_v0.1.safetensors"
-    weights = Path(os.environ.get("LATENTCODEC_LPIPS_SQUEEZE", shared))
-    if not weights.exists():
-        pytest.skip("no LPIPS weights; point LATENTCODEC_LPIPS_SQUEEZE at a file of them")
+@pytest.fixture(scope="module")
+def lpips_file(tmp_path_factory):
+    """LPIPS' smallest network with random weights: nobody has to download any to see where gradients go."""
+    network = perceptual._new_network("squeeze", download=False)
+    weights = {
+        perceptual._stored_name(name): value.abs().contiguous() if name.startswith("lin") else value
+        for name, value in network.state_dict().items()
+        if perceptual._is_weight(name)
+    }
+    path = tmp_path_factory.mktemp("lpips") / "squeeze.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec(lpips_file):
+    weights = lpips_file
     objective = new_objective(LossConfig(lpips_weight=1.0, lpips_net="squeeze", lpips_weights=str(weights)))
-    codec = TrainedCodec(new_vae(objective.config.model, None, None, list), 1.0, False)
+    codec = TrainedCodec(new_vae(small(Path("unused"), Path("unused")).model, None, None, list), 1.0, False)
     inputs = objective.inputs(images(2), torch.arange(2), 0)
     result = codec(inputs.x, inputs.noise, inputs.transform)
     losses, table = objective.losses(result, inputs, 0, 0, never)
@@ -248,7 +284,7 @@ def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec():
 
 def test_the_smallest_crop_is_what_training_really_decodes():
     config = everything(small(Path("unused"), Path("unused")))
-    objective = Objective(config, C, F_DOWN, torch.device("cpu"))
+    objective = new_objective(config.loss, config.regularizer)
     sides = [objective.inputs(images(1), torch.arange(1), draw).target.shape[-1] for draw in range(200)]
     assert min(sides) == smallest_crop(config, F_DOWN) == 8
     assert smallest_crop(replace(config, regularizer=RegularizerConfig()), F_DOWN) == 32

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("kill_training.py")
+SCRIPT = Path(__file__).parents[1] / "kill_training.py"
 
 
 @pytest.mark.slow

@@ -168,8 +168,3 @@ def test_the_alarm_forgets_a_bad_start() -> None:
 def test_running_means_start_as_plain_means() -> None:
     health = DiscriminatorHealth().updated(1.0, 2.0, -2.0).updated(0.0, 4.0, 0.0)
     assert health == DiscriminatorHealth(2, 0.5, 3.0, -1.0)
-
-
-def test_a_config_without_layers_names_its_keys() -> None:
-    with pytest.raises(ValueError, match=r"discriminator\.layers.*discriminator\.channels"):
-        DiscriminatorConfig(layers=0)

@@ -1,6 +1,7 @@
 """The diary of a run on a disk that is full, and after a kill: nothing half written stays, no checkpoint is harmed."""
 
 import contextlib
+import json
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from small_runs import metrics, reset, small, start, train, write_images
 from test_checkpoint import small_disk
 
 from latentcodec.training import checkpoint
+from latentcodec.training.data.crops import Reject
 from latentcodec.training.journal import Journal
 
 
@@ -26,7 +28,7 @@ def fill(disk):
 
 
 def draw_samples(trainer):
-    trainer.journal.samples(trainer.step, [(torch.zeros(3, 32, 32), torch.zeros(3, 32, 32))])
+    trainer.journal.samples(trainer.state.step, [(torch.zeros(3, 32, 32), torch.zeros(3, 32, 32))])
 
 
 @pytest.mark.parametrize(
@@ -69,12 +71,13 @@ def new_journal(output):
 
 
 def test_a_file_name_that_is_not_utf_8_is_listed_once_and_ends_nothing(tmp_path, capsys):
-    line = os.fsdecode(b"caf\xe9.png") + ": broken"
+    reject = Reject(os.fsdecode(b"caf\xe9.png"), "broken")
     for _ in range(2):  # the second time after a resume
         journal = new_journal(tmp_path)
         journal.begin(0, 0, complete=False)
-        journal.rejected([line])
-    assert (tmp_path / "rejected.txt").read_text("utf-8") == "caf\\udce9.png: broken\n"
+        journal.rejected([reject])
+    (line,) = (tmp_path / "rejects.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line) == {"path": "caf\\udce9.png", "reason": "broken"}
     capsys.readouterr().out.encode()
 
 

@@ -25,7 +25,7 @@ from latentcodec.training.start.linear import linear_start
 from latentcodec.training.start.model import ModelConfig, image_channels, load_parent, new_vae
 from latentcodec.vae.posterior import mean_and_logvar
 
-CONFIGS = Path(__file__).parents[1] / "train/configs"
+CONFIGS = Path(__file__).parents[3] / "train/configs"
 
 
 def tiny(quant=False, **settings):
@@ -416,7 +416,7 @@ def test_a_teacher_of_another_shape_is_refused():
 def _trained_weights(config) -> list[torch.Tensor]:
     trainer = start(config)
     train(trainer)
-    return [parameter.detach().clone() for parameter in trainer.codec.parameters()]
+    return [parameter.detach().clone() for parameter in trainer.state.codec.parameters()]
 
 
 def _one_of_two(rank, port, config, results) -> None:

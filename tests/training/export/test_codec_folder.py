@@ -281,7 +281,7 @@ def test_a_run_ends_with_a_whitened_certified_codec(tmp_path):
     assert stock.config.force_upcast is False
     assert (stock.config.scaling_factor, stock.config.shift_factor, stock.config.latents_mean) == (1, 0, None)
     x = trainer.held_out.images[0][None]
-    trained, saved = (reconstruct(LatentCodec(vae), x) for vae in (trainer.ema, stock))
+    trained, saved = (reconstruct(LatentCodec(vae), x) for vae in (trainer.state.ema, stock))
     assert (trained - saved).abs().max() <= 2 / 255 + 1e-6  # at most one 8-bit step, where rounding was near
     card = (tmp_path / "run/codec/README.md").read_text()
     assert "Whitened" in card
@@ -347,8 +347,8 @@ def test_a_run_that_was_killed_while_it_replaced_its_codec_has_it_back_as_soon_a
     weights = tmp_path / "run/codec/diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
     with torch.no_grad():
-        next(trainer.ema.parameters()).zero_()
-    killed_before_rename_to(tmp_path / "run/codec", trainer.save_codec)
+        next(trainer.state.ema.parameters()).zero_()
+    killed_before_rename_to(tmp_path / "run/codec", trainer.exporter.save_codec)
     assert not weights.exists()
     new_trainer(config)
     assert weights.read_bytes() == before
@@ -360,8 +360,3 @@ def test_a_fine_tuned_codec_does_not_say_where_its_parent_lies(tmp_path):
     assert str(tmp_path) in parent.vae.config["_name_or_path"]
     write_codec(parent, tmp_path / "child", "card")
     assert (tmp_path / "child/config.json").read_bytes() == (tmp_path / "parent/config.json").read_bytes()
-
-
-def test_a_negative_number_of_images_is_refused():
-    with pytest.raises(ValueError, match=r"finish\.certificate_images"):
-        FinishConfig(certificate_images=-1)

@@ -1,6 +1,6 @@
 """One step, many steps, stopped and resumed steps, spoiled steps: what a run may rely on, against an undisturbed run.
 
-Several processes are in test_train.py.
+Several processes are in test_loop.py.
 """
 
 import json
@@ -32,6 +32,7 @@ from latentcodec.ops import functional, pointwise
 from latentcodec.training import checkpoint, preflight
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.optim.schedule import ema_decay, learning_rate, parameter_groups, update_ema
+from latentcodec.training.trainer import Diverged
 
 # The gradient of a step is a sum over its pixels, 4 x 32 x 32 here. Another order of the sum rounds otherwise: each
 # of n additions by up to half of 2^-23, at random, so by sqrt(n) 2^-23 = 8e-6 of the gradient's norm altogether.
@@ -90,7 +91,7 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(tmp_path, 
     config = everything(small(tmp_path / "run", images))
     train(start(config), **stop)
     trainer = start(config)
-    assert trainer.step == stop.get("stop_at", stop.get("kill_at", 0) // 2 * 2)
+    assert trainer.state.step == stop.get("stop_at", stop.get("kill_at", 0) // 2 * 2)
     train(trainer)
     assert differing(state(trainer), peace[1]) == []
     assert metrics(tmp_path / "run") == metrics(peace[0])
@@ -106,7 +107,7 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_identical_with_workers(tmp_pa
     train(undisturbed)
     train(start(config("run", workers)), kill_at=3)
     trainer = start(config("run", workers))
-    assert trainer.draw * 4 % len(trainer.images.train) > 0
+    assert trainer.state.draw * 4 % len(trainer.images.train) > 0
     train(trainer)
     assert differing(state(trainer), state(undisturbed)) == []
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
@@ -148,7 +149,7 @@ def test_a_run_killed_in_its_finish_finishes_once(tmp_path, images, peace):
     config = everything(small(tmp_path / "run", images))
     trainer = start(config)
     train(trainer, stop_at=6)  # stopped at its last step: nothing is left but the finish
-    trainer.validate()  # of a finish that a kill cut short
+    trainer.exporter.validate()  # of a finish that a kill cut short
     trainer = start(config)
     assert not trainer.finished
     train(trainer)
@@ -172,9 +173,9 @@ def test_settings_of_the_optimizers_are_those_of_the_command_and_not_of_the_chec
         discriminator=replace(config.discriminator, lr=0.123),
     )
     trainer = start(config)
-    group = trainer.optimizer.param_groups[-1]
+    group = trainer.state.optimizer.param_groups[-1]
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.5, 0.6), 0.7)
-    assert trainer.adversary.optimizer.param_groups[0]["lr"] == 0.123
+    assert trainer.state.adversary.optimizer.param_groups[0]["lr"] == 0.123
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -183,7 +184,7 @@ def test_the_scale_is_that_of_the_command_unless_it_is_learned(tmp_path, images,
     config = replace(config, loss=replace(config.loss, scale=0.5, learn_scale=learned))
     start(config)
     trainer = start(replace(config, loss=replace(config.loss, scale=0.25)))
-    assert trainer.codec.log_scale.exp().item() == pytest.approx(0.5 if learned else 0.25)
+    assert trainer.state.codec.log_scale.exp().item() == pytest.approx(0.5 if learned else 0.25)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_a_resume_removes_the_checkpoints_that_a_kill_kept_from_being_removed(tm
 def test_a_checkpoint_from_before_muon_names_who_can_resume_it(tmp_path, images, monkeypatch):
     config = small(tmp_path / "run", images)
     old = {key: value for key, value in preflight.fixed_settings(config).items() if key != "optimizer"}
-    monkeypatch.setattr("latentcodec.training.state.fixed_settings", lambda config: old)
+    monkeypatch.setattr("latentcodec.training.trainer.fixed_settings", lambda config: old)
     start(config)
     with pytest.raises(ValueError, match="earlier version, before Muon, and only that version resumes it"):
         new_trainer(config)
@@ -294,7 +295,7 @@ def spoil_gradient(player):
     """One gradient of the codec or of the discriminator, while every loss is finite."""
 
     def spoil(trainer, micro_batches):
-        module = trainer.codec if player == "codec" else trainer.adversary.plain
+        module = trainer.state.codec if player == "codec" else trainer.state.adversary.plain
         parameter = next(p for p in module.parameters() if p.requires_grad)
         handle = parameter.register_hook(lambda gradient: gradient * torch.nan)
         trainer.undo = handle.remove
@@ -316,7 +317,7 @@ def spoil_gradient(player):
 def test_a_bad_number_changes_nothing_and_is_listed(tmp_path, images, spoil, name):
     trainer = start(everything(small(tmp_path / "run", images, accumulation=2)))
     train(trainer, kill_at=3)
-    losses, before, draw = trainer.objective.losses, state(trainer), trainer.draw
+    losses, before, draw = trainer.objective.losses, state(trainer), trainer.state.draw
     steps = trainer.steps(Stop())
     micro_batches = next(steps)
     spoil(trainer, micro_batches)
@@ -335,14 +336,14 @@ def test_a_bad_number_changes_nothing_and_is_listed(tmp_path, images, spoil, nam
     assert report is not None
     undisturbed = start(everything(small(tmp_path / "run", images, accumulation=2)))
     train(undisturbed, kill_at=3)
-    undisturbed.draw += 1
+    undisturbed.state.draw += 1
     undisturbed.train_step(next(undisturbed.steps(Stop())))
     assert differing(state(trainer), state(undisturbed)) == []
 
 
 def bad_draws(*draws):
     def spoil(trainer, micro_batches):
-        if trainer.draw in draws:
+        if trainer.state.draw in draws:
             micro_batches[0]["pixels"][0] = torch.nan
 
     return spoil
@@ -353,16 +354,16 @@ def test_three_bad_steps_in_a_row_roll_back_and_training_goes_on_behind_them(tmp
     at = {}
 
     def spoil(trainer, micro_batches):
-        at.setdefault(trainer.step, state(trainer))
-        if trainer.draw == 6:  # the first good batch after the three bad ones
-            assert (trainer.step, trainer.rollbacks) == (2, 1)
+        at.setdefault(trainer.state.step, state(trainer))
+        if trainer.state.draw == 6:  # the first good batch after the three bad ones
+            assert (trainer.state.step, trainer.state.rollbacks) == (2, 1)
             assert differing(state(trainer), at[2]) == []
         bad_draws(3, 4, 5)(trainer, micro_batches)
 
     trainer = start(config)
     train(trainer, spoil=spoil)
     assert "back to the checkpoint of step 2" in capsys.readouterr().out
-    assert (trainer.step, trainer.draw) == (6, 10)  # draws 0-1, 2, three bad ones, 6-9
+    assert (trainer.state.step, trainer.state.draw) == (6, 10)  # draws 0-1, 2, three bad ones, 6-9
     assert [line["step"] for line in metrics(tmp_path / "run") if "total" in line] == [1, 2, 3, 4, 5, 6]
     lines = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["draw"] for line in lines] == [3, 4, 5]
@@ -377,7 +378,7 @@ def test_a_resume_after_a_rollback_is_bit_identical_too(tmp_path, images, kill_a
     config = replace(config, output_dir=str(tmp_path / "run"))
     train(start(config), spoil=bad_draws(3, 4, 5), **kill_at)
     trainer = start(config)
-    assert trainer.draw == (2 if "kill_at" in kill_at else 9)
+    assert trainer.state.draw == (2 if "kill_at" in kill_at else 9)
     train(trainer, spoil=bad_draws(3, 4, 5))
     assert differing(state(trainer), state(undisturbed)) == []
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
@@ -389,20 +390,20 @@ def test_a_rollback_past_a_damaged_checkpoint_commits_that_step_again(tmp_path, 
     trainer = start(small(tmp_path / "run", images))
 
     def spoil(trainer, micro_batches):
-        if trainer.draw == 4:
+        if trainer.state.draw == 4:
             next((tmp_path / "run/checkpoints/step-00000004").glob("*.safetensors")).write_bytes(b"")
         bad_draws(4, 5, 6)(trainer, micro_batches)
 
     with pytest.warns(checkpoint.CheckpointWarning, match="step-00000004"):
         train(trainer, spoil=spoil)
-    assert trainer.step == 6
+    assert trainer.state.step == 6
     assert checkpoint.newest(tmp_path / "run/checkpoints").step == 6
     assert (tmp_path / "run/checkpoints/step-00000004.1").exists()
 
 
 def test_a_run_that_diverges_again_and_again_gives_up_and_leaves_its_checkpoint(tmp_path, images):
     trainer = start(small(tmp_path / "run", images))
-    with pytest.raises(ValueError, match=r"training diverges: 4 times .*train\.lr") as error:
+    with pytest.raises(Diverged, match=r"training diverges: 4 times .*train\.lr") as error:
         train(trainer, spoil=bad_draws(*range(3, 100)))
     assert "\n" not in str(error.value)
     assert len((tmp_path / "run/skipped.jsonl").read_text().splitlines()) == 12
@@ -415,7 +416,7 @@ def test_a_run_that_diverges_again_and_again_gives_up_and_leaves_its_checkpoint(
 def with_scaler(trainer, scale):
     """Scale losses and gradients as in fp16, but compute in float32, where powers of two change no bit."""
     accelerator = trainer.accelerator
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator.scaler = trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     accelerator.autocast = nullcontext
     return trainer
@@ -437,10 +438,10 @@ def test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step(tmp_path, image
         if trainer.train_step(micro_batches) is not None:
             break
         assert differing(state(trainer), before) == []
-    assert trainer.step == 1
-    assert trainer.draw > 3
-    assert trainer.rollbacks == 0
-    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (127 - trainer.draw + 1)
+    assert trainer.state.step == 1
+    assert trainer.state.draw > 3
+    assert trainer.state.rollbacks == 0
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (127 - trainer.state.draw + 1)
 
 
 def test_a_run_goes_on_in_fp16_with_the_scale_it_had_or_looks_for_one(tmp_path, images):
@@ -452,7 +453,7 @@ def test_a_run_goes_on_in_fp16_with_the_scale_it_had_or_looks_for_one(tmp_path, 
     train(trainer, stop_at=2)
     trainer = with_scaler(new_trainer(config), 2.0**3)
     trainer.resume()
-    assert (trainer.step, trainer.accelerator.scaler.get_scale()) == (2, 2.0**10)
+    assert (trainer.state.step, trainer.accelerator.scaler.get_scale()) == (2, 2.0**10)
 
 
 # ---- the step's parts ----
@@ -463,12 +464,14 @@ def test_the_discriminator_takes_no_computation_before_its_start(tmp_path, image
     config = replace(config, discriminator=DiscriminatorConfig(0.5, start_step=2, channels=8, layers=1))
     trainer = start(config)
     calls = []
-    trainer.adversary.plain.register_forward_hook(lambda *_: calls.append(trainer.step))
-    before = {key: value.clone() for key, value in trainer.adversary.state_dict().items()}
+    trainer.state.adversary.plain.register_forward_hook(lambda *_: calls.append(trainer.state.step))
+    before = {key: value.clone() for key, value in trainer.state.adversary.plain.state_dict().items()}
     train(trainer, kill_at=2)
     assert calls == []
-    assert all(torch.equal(value, before[key]) for key, value in trainer.adversary.state_dict().items())
-    assert trainer.adversary.optimizer.state == {}
+    assert all(
+        torch.equal(value, before[key]) for key, value in trainer.state.adversary.plain.state_dict().items()
+    )
+    assert trainer.state.adversary.optimizer.state == {}
     train(trainer)
     assert {*calls} == {2}
 
@@ -479,17 +482,21 @@ def test_the_codec_gets_no_gradient_from_the_discriminator_nor_it_from_the_codec
     config = replace(config, discriminator=replace(config.discriminator, start_step=0))
     trainer = start(config)
     left = {}
-    trainer.optimizer.step = lambda: left.update(codec=[p.grad.clone() for p in trainer.parameters])
-    plain = trainer.adversary.plain
-    trainer.adversary.optimizer.step = lambda: left.update(plain=[p.grad.clone() for p in plain.parameters()])
+    trainer.state.optimizer.step = lambda: left.update(
+        codec=[p.grad.clone() for p in trainer.gradients.parameters]
+    )
+    plain = trainer.state.adversary.plain
+    trainer.state.adversary.optimizer.step = lambda: left.update(
+        plain=[p.grad.clone() for p in plain.parameters()]
+    )
     (batch,) = next(trainer.steps(Stop()))
     trainer.train_step([batch])
-    trainer.step = trainer.draw = 0
+    trainer.state.step = trainer.state.draw = 0
     trainer.objective.rate.reference.zero_()
     inputs = trainer.objective.inputs(batch["pixels"], batch["position"], 0)
-    result = trainer.codec(inputs.x, inputs.noise, inputs.transform)
+    result = trainer.state.codec(inputs.x, inputs.noise, inputs.transform)
     losses, weights = trainer.objective.losses(
-        result, inputs, 0, 0, lambda z: trainer.codec.vae.decode(z).sample
+        result, inputs, 0, 0, lambda z: trainer.state.codec.vae.decode(z).sample
     )
     dimensions = inputs.target[0].numel()
     total = (
@@ -499,7 +506,7 @@ def test_the_codec_gets_no_gradient_from_the_discriminator_nor_it_from_the_codec
     real, fake = plain(inputs.target), plain(result.reconstruction.detach())
     hinge = (torch.relu(1 - real) + torch.relu(1 + fake)).mean() / 2
     for loss, parameters, found in (
-        (total, trainer.parameters, left["codec"]),
+        (total, trainer.gradients.parameters, left["codec"]),
         (hinge, list(plain.parameters()), left["plain"]),
     ):
         expected = torch.autograd.grad(loss, parameters)
@@ -510,7 +517,7 @@ def test_the_codec_gets_no_gradient_from_the_discriminator_nor_it_from_the_codec
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_of_the_step_before(tmp_path, images):
     config = everything(small(tmp_path / "run", images, accumulation=2))
     trainer = start(config)
-    noted, weight = [], trainer.adversary.weight
+    noted, weight = [], trainer.state.adversary.weight
 
     def note(reconstruction, adversarial, last_layer, accumulation):
         pair = [
@@ -519,7 +526,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_of_the_step_before(tm
         noted.append(pair)
         return weight(reconstruction, adversarial, last_layer, accumulation)
 
-    trainer.adversary.weight = note
+    trainer.state.adversary.weight = note
     train(trainer, kill_at=3)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "total" in line]
@@ -533,26 +540,30 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_of_the_step_before(tm
 def test_bf16_autocast_keeps_float32_weights_and_moves_them(tmp_path, images):
     config = everything(small(tmp_path / "run", images, mixed_precision="bf16", lr=4.5e-6, warmup=0))
     trainer = start(config)
-    before = [p.detach().clone() for p in trainer.parameters]
+    before = [p.detach().clone() for p in trainer.gradients.parameters]
     seen = set()
-    trainer.codec.vae.decoder.conv_out.register_forward_hook(lambda _, __, y: seen.add(y.dtype))
+    trainer.state.codec.vae.decoder.conv_out.register_forward_hook(lambda _, __, y: seen.add(y.dtype))
     train(trainer, kill_at=3)
     assert seen == {torch.bfloat16}
-    tensors = [*trainer.codec.parameters(), *trainer.ema.parameters(), *trainer.adversary.plain.parameters()]
-    tensors += [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    tensors = [
+        *trainer.state.codec.parameters(),
+        *trainer.state.ema.parameters(),
+        *trainer.state.adversary.plain.parameters(),
+    ]
+    tensors += [value for entry in trainer.state.optimizer.state.values() for value in entry.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    moved = sum((p != old).sum().item() for p, old in zip(trainer.parameters, before, strict=True))
+    moved = sum((p != old).sum().item() for p, old in zip(trainer.gradients.parameters, before, strict=True))
     assert moved >= 0.99 * sum(
-        p.numel() for p in trainer.parameters
+        p.numel() for p in trainer.gradients.parameters
     )  # at a rate where bf16 weights stand still
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path, images):
     trainer = start(small(tmp_path / "run", images, clip_norm=0.01))
     norms = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (
-        norms.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).norm().item()),
+    step = trainer.state.optimizer.step
+    trainer.state.optimizer.step = lambda: (
+        norms.append(torch.cat([p.grad.flatten() for p in trainer.gradients.parameters]).norm().item()),
         step(),
     )
     train(trainer, kill_at=2)
@@ -562,16 +573,16 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, images):
 
 def test_the_average_follows_the_weights_by_its_formula(tmp_path, images):
     trainer = start(small(tmp_path / "run", images))
-    expected = [p.detach().double() for p in trainer.ema.parameters()]
+    expected = [p.detach().double() for p in trainer.state.ema.parameters()]
     stream = trainer.steps(Stop())
     for step in range(3):
         trainer.train_step(next(stream))
         decay = min(0.9, (1 + step) / (10 + step))
-        weights = trainer.codec.vae.parameters()
+        weights = trainer.state.codec.vae.parameters()
         expected = [
             decay * e + (1 - decay) * w.detach().double() for e, w in zip(expected, weights, strict=True)
         ]
-    for average, e in zip(trainer.ema.parameters(), expected, strict=True):
+    for average, e in zip(trainer.state.ema.parameters(), expected, strict=True):
         torch.testing.assert_close(average.double(), e, rtol=0, atol=1e-7)
 
 
@@ -579,10 +590,10 @@ def test_a_run_ends_when_its_minutes_are_over_and_its_bar_knows_how_many_steps_t
     trainer = start(small(tmp_path / "run", images, max_steps=100_000, max_minutes=1.5 / 60))
     for micro_batches in trainer.steps(Stop()):
         report = trainer.train_step(micro_batches)
-        trainer.journal.log(trainer.step, trainer.progress, report)
-        assert trainer.journal.bar.total == round(trainer.step / trainer.progress)
-    assert 1.5 <= trainer.seconds < 10
-    assert trainer.journal.bar.total == trainer.step < 1000
+        trainer.journal.log(trainer.state.step, trainer.progress, report)
+        assert trainer.journal.bar.total == round(trainer.state.step / trainer.progress)
+    assert 1.5 <= trainer.state.seconds < 10
+    assert trainer.journal.bar.total == trainer.state.step < 1000
     assert report["lr"] < 1e-3 / 2  # the schedule has followed the clock
 
 
@@ -618,8 +629,8 @@ def test_an_alarm_sounds_when_the_discriminator_has_won(tmp_path, images):
     config = everything(small(tmp_path / "run", images))
     config = replace(config, discriminator=replace(config.discriminator, alarm_after_steps=2))
     trainer = start(config)
-    step = trainer.adversary.step
-    trainer.adversary.step = lambda report: step(report | {"d_accuracy": 1.0})
+    step = trainer.state.adversary.step
+    trainer.state.adversary.step = lambda report: step(report | {"d_accuracy": 1.0})
     with pytest.warns(UserWarning, match=r"the discriminator has won.*lower discriminator\.lr"):
         train(trainer, kill_at=4)
 
