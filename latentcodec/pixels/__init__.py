@@ -10,11 +10,12 @@ Shapes: B batch, C channels, H W pixels.
 from latentcodec.pixels.decode import decode_image, image_size, load_image
 from latentcodec.pixels.folders import IMAGE_SUFFIXES, LeftOut, find_images, search_folder
 from latentcodec.pixels.notes import ImageWarning, UnreadableImage, collect_notes
-from latentcodec.pixels.save import encode_image, save_image
+from latentcodec.pixels.save import WRITERS, encode_image, save_image
 from latentcodec.pixels.tensors import crop, from_uint8, image_grid, pad_to_multiple, to_uint8
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "WRITERS",
     "ImageWarning",
     "LeftOut",
     "UnreadableImage",

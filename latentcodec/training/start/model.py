@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
 from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.progress import phase
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start, zero_residuals
 from latentcodec.vae.networks import downsampling_factor
-from latentcodec.vae.posterior import sample_posterior, split_moments
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 
 @dataclass
@@ -138,7 +139,8 @@ def new_vae(
         zero_residuals(vae)
     if parent is None and config.init == "linear":
         images = crops()
-        linear_start(vae, images, None if teacher is None else teacher.latents(images))
+        with phase("fitting the linear start to them"):
+            linear_start(vae, images, None if teacher is None else teacher.latents(images))
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     vae.encoder.requires_grad_(config.part != "decoder")
@@ -206,7 +208,7 @@ class TrainedCodec(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> Pass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
-        mean, logvar = split_moments(self.vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(self.vae.encode(x).latent_dist.parameters)
         latent = sample_posterior(mean, logvar, noise)
         reconstruction = self.vae.decode(transform(latent)).sample.float()
         return Pass(mean, logvar, latent, reconstruction, self.log_scale)
