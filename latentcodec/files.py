@@ -37,6 +37,7 @@ NOT_DONE_HERE = frozenset(
         errno.ENOTTY,
     }
 )
+NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
 NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
 # All controls but tab and line feed; separators of lines and paragraphs; overrides of the direction of writing.
 CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
@@ -67,6 +68,38 @@ def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
             beside.unlink(missing_ok=True)
     if durable:
         make_durable(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Writes as `write_whole` does, durably, but a file that is there already stays, and the answer is False.
+
+    Where there are no hard links the name is taken first and filled then: half a file can be seen, and is read back.
+    """
+    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(beside, content)
+        try:
+            os.link(beside, path)
+        except OSError as error:
+            if error.errno not in NO_LINK_HERE or os.path.lexists(path):
+                raise
+            _warn(
+                path,
+                f"has no hard links ({error.strerror}): a file that is being written can be seen half done",
+            )
+            with path.open("xb"):
+                pass
+            _copy_over(beside, path, None)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    make_durable(path.parent)
+    return True
 
 
 def write_file(path: Path, content: bytes, durable: bool = True) -> None:
@@ -229,9 +262,12 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _copy_over(source: Path, target: Path, refusal: OSError) -> None:
+def _copy_over(source: Path, target: Path, refusal: OSError | None) -> None:
     """Replace `target` by the content of `source`, and read it back."""
-    _warn(target, f"renames no file ({refusal.strerror}): one that is being written can be seen half done")
+    if refusal is not None:
+        _warn(
+            target, f"renames no file ({refusal.strerror}): one that is being written can be seen half done"
+        )
     content = source.read_bytes()
     with suppress(FileNotFoundError):
         target.unlink()  # some let files be written once only
