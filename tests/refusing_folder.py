@@ -32,8 +32,7 @@ class Refusing(mfusepy.Operations):
     def getattr(self, path, fh=None):
         status = os.lstat(self._at(path))
         keys = ("st_atime", "st_ctime", "st_gid", "st_mode", "st_mtime", "st_nlink", "st_size", "st_uid")
-        nanoseconds = {key: int(getattr(status, f"{key}_ns", getattr(status, key))) for key in keys}
-        return nanoseconds
+        return {key: int(getattr(status, f"{key}_ns", getattr(status, key))) for key in keys}
 
     def readdir(self, path, fh):
         return [".", "..", *os.listdir(self._at(path))]
