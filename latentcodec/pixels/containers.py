@@ -16,8 +16,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
+import latentcodec.pixels.jpeg as jpeg
+import latentcodec.pixels.png as png
 from latentcodec.files import open_regular
-from latentcodec.pixels import jpeg, png
 from latentcodec.pixels.notes import note, pillow_warnings_named
 
 # The formats people keep photographs in. Pillow reads forty more, most of them rare and several with a record of

@@ -112,9 +112,12 @@ def test_columns_that_hold_no_image_a_row_are_refused_by_name(tmp_path):
 
 def test_a_row_that_points_to_a_device_is_no_image(tmp_path):
     cells = [{"bytes": None, "path": "/dev/zero"}, {"bytes": plain(1), "path": "1.png"}]
-    table(range(2), cells).save_to_disk(tmp_path / "set")
-    source = source_of(tmp_path / "set")
+    kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    rows = datasets.Dataset.from_dict({"picture": cells}, features=datasets.Features({"picture": kind}))
+    rows.to_parquet(tmp_path / "set.parquet")
+    source = source_of(tmp_path / "set.parquet", "picture")
     with pytest.raises(ValueError, match="a device, not a file"):
         source.read(0)
     with pytest.raises(ValueError, match="a device, not a file"):
         source.content(0)
+    assert source.read(1).shape == (3, 20, 24)
