@@ -1,8 +1,8 @@
 """Configuration files: YAML whose words mean what they say.
 
 In the YAML 1.1 that PyYAML reads, `no` and `off` are false, `12:30` is 750 and `2024-01-01` a date. Here, as in YAML
-1.2, only `true` and `false` are booleans, and what is no number and no boolean is a text. Aliases, with which nine lines
-unfold to a billion values, keys that come twice and nesting without end are refused with their line.
+1.2, only `true` and `false` are booleans, and what is no number and no boolean is a text. Aliases, with which nine
+lines unfold to a billion values, keys that come twice and nesting without end are refused with their line.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        assert event.start_mark is not None  # of a text it is known
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {line}: an alias (*{event.anchor}); write its value out")
