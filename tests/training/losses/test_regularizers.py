@@ -27,7 +27,7 @@ def test_another_seed_position_or_purpose_gives_other_noise() -> None:
         keyed_normal(seed, [position], (50,), purpose)
         for seed in (0, 1, 2**40)
         for position in (0, 1, 2**40)
-        for purpose in (Purpose.POSTERIOR, Purpose.LATENT_NOISE)
+        for purpose in (Purpose.POSTERIOR, Purpose.INTERPOLATIVE_NOISE)
     ]
     draws.append(keyed_normal(1, [23], (50,), 4))
     draws.append(keyed_normal(12, [3], (50,), 4))
