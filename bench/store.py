@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.files import write_whole
 from latentcodec.machine import cpu_name, instruction_sets
 from latentcodec.pixels import find_images, from_uint8, load_image, to_uint8
 from latentcodec.quality.metrics import psnr
@@ -44,7 +45,7 @@ from latentcodec.store.quantize import TORCH, dequantize, quantize
 from latentcodec.store.read import LatentStore
 from latentcodec.store.shard import Shard
 from latentcodec.store.verification import checked_entry
-from latentcodec.store.write import Row, shard_batch, shard_bytes, write_durable
+from latentcodec.store.write import Row, shard_batch, shard_bytes
 
 SHAPE = (16, 32, 32)
 BATCH = 64
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.codec and settings.images:
         result["loss_db"] = losses(LatentCodec.from_pretrained(settings.codec), settings.images)
         print("loss of PSNR in dB:", ", ".join(f"{k} {v:.4f}" for k, v in result["loss_db"].items()))
-    write_durable(settings.out / "store.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(settings.out / "store.json", (json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result))
 
 
@@ -166,9 +167,9 @@ def _write_store(folder: Path, latents: Tensor, rows: list[Row], dtype: str) -> 
         part = {"latent": quantize(latents[start : start + SHARD], dtype)}
         batch = shard_batch(settings, SHAPE, rows[start : start + SHARD], part)
         path = folder / shard_file(SHAPE, number)
-        write_durable(path, shard_bytes(batch, {"rejects": [], "samples": []}))
+        write_whole(path, shard_bytes(batch, {"rejects": [], "samples": []}))
         entries.append(checked_entry(folder, Shard(path, settings, SHAPE)))
-    write_durable(folder / "index.json", Index(settings, {}, entries, 0, []).to_json())
+    write_whole(folder / "index.json", Index(settings, {}, entries, 0, []).to_json())
 
 
 def _store_readers(folder: Path, order: list[int]) -> dict[str, Callable[[], None]]:

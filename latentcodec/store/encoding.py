@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.files import write_whole
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.metrics import psnr
 from latentcodec.store.decoding import Decoded, decoded_batches
@@ -30,7 +31,7 @@ from latentcodec.store.identity import fingerprint_of, posterior_of
 from latentcodec.store.picture import mirrored
 from latentcodec.store.plan import Plan
 from latentcodec.store.quantize import Quantized, dequantize, joined, quantize
-from latentcodec.store.write import Row, shard_batch, shard_bytes, write_durable
+from latentcodec.store.write import Row, shard_batch, shard_bytes
 
 LARGEST_PSNR = 100.0  # dB, that stands for equal pictures
 Progress = Callable[[int, int], None]  # (encoded, left out) of a batch
@@ -148,7 +149,7 @@ class ShardEncoder:
             "samples": content.samples,
         }
         batch = shard_batch(settings, shape, content.rows, latents)
-        write_durable(self.store / self.plan.file(shard), shard_bytes(batch, about))
+        write_whole(self.store / self.plan.file(shard), shard_bytes(batch, about))
         return Receipt(shard, True, len(content.rows), len(content.rejects))
 
 

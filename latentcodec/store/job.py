@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import move_folder
+from latentcodec.files import move_folder, write_new
 from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, physical_cores
 from latentcodec.store.encoding import Receipt, ShardEncoder
@@ -32,7 +32,7 @@ from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
 from latentcodec.store.ranks import rank_and_world
-from latentcodec.store.write import finish, write_durable
+from latentcodec.store.write import finish
 
 try:
     import fcntl
@@ -211,7 +211,7 @@ def _publish(plan: Plan, out: Path) -> None:
     """Saves the newest part of a plan; another process may have saved the same before."""
     part = plan.parts[-1]
     path = out / PLAN_FOLDER / f"{len(plan.parts) - 1:04}.arrow"
-    if write_durable(path, part.to_bytes(), exclusive=True):
+    if write_new(path, part.to_bytes()):
         return
     theirs = Plan.load(out).parts[len(plan.parts) - 1]
     if theirs.about["digest"] != part.about["digest"]:

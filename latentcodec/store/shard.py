@@ -87,7 +87,7 @@ class Shard:
     def _as_stored(self, flat: np.ndarray) -> np.ndarray:
         """[n, values of a row] -> [n, c, h, w]; numbers that numpy does not have as their b bytes, [n, c, h, w b]."""
         c, h, _ = self.shape
-        return flat.reshape(len(self), c, h, -1)
+        return flat.reshape(len(self), c, h, flat.shape[1] // (c * h))
 
     def quantized(self, rows: Sequence[int], name: str = "latent") -> Quantized:
         """The stored values of some rows, [B, c, h, w], and for int8 their scales [B, c]; copies."""

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from stores import SMALL, tiny_codec, write_pictures
 
-from latentcodec.pixels import FORMATS, UnreadableImage
+from latentcodec.pixels import UnreadableImage
+from latentcodec.pixels.containers import FORMATS
 from latentcodec.store import LatentStore, StoreError, encode, prepare
 from latentcodec.store.format import Settings
 from latentcodec.store.picture import read_pixels
