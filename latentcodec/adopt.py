@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 from latentcodec.engine.checks import has_hooks
+from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.vae.layers import ACTIVATIONS, Attention
@@ -79,20 +80,21 @@ def adopt(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def optimize_vae(
-    vae: AutoencoderKL, max_memory: int | Literal["auto"] = "auto", check: bool = False
+    vae: AutoencoderKL, max_memory: int | float | str = "auto", check: bool = False
 ) -> AutoencoderKL:
     """Run any AutoencoderKL on our Encoder and Decoder, in place: same class, same keys, same numbers, faster.
 
     Without gradients both run in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside ("auto": half of what
-    is free): inner feature maps that do not fit are computed twice instead of kept. A pass that cannot be had within
-    the bound raises ValueError with the bytes it needs. `check` prints how far the results are from diffusers' own
-    class, on random pictures of 256 x 256.
+    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside: a number, text such
+    as "6GB" or "1.5 GiB", or "auto", half of what is free. Inner feature maps that do not fit are computed twice
+    instead of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints
+    how far the results are from diffusers' own class, on random pictures of 256 x 256.
 
-    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises.
+    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises, and ValueError for a `max_memory` that
+    is no size.
     """
+    bound = parse_bytes(max_memory)
     adopt(vae)
-    bound = None if max_memory == "auto" else max_memory
     for network in (vae.encoder, vae.decoder):
         network.engine = Engine(max_memory=bound, compiled=True)
     if check:

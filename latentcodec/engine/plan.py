@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
+from latentcodec.engine.memory import free_memory
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
@@ -98,7 +98,7 @@ class Engine:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device = x.device.type
         dtype = x.dtype if device != "cpu" or is_fast(x.dtype) else torch.float32
-        bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
+        bound = self.max_memory or int(free_memory(x.device) * SHARE_OF_FREE_MEMORY)
         strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
         lowest = min(h * w for h, w, _ in stages)
         widest = middle.resnets[0].conv1.out_channels
@@ -131,10 +131,3 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had without making room for them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
