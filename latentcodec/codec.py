@@ -105,7 +105,7 @@ class LatentCodec:
         x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
         posterior = self.vae.encode(x).latent_dist
         raw = posterior.sample(generator=generator) if sample else posterior.mode()
-        return (raw.float() - self.latents_mean) / self.latents_std
+        return ((raw.float() - self.latents_mean) / self.latents_std).contiguous()
 
     @torch.no_grad()
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -122,7 +122,7 @@ class LatentCodec:
             )
         raw = z.to(self.device).float() * self.latents_std + self.latents_mean
         y = self.vae.decode(raw.to(self.dtype)).sample.float()
-        return y if size is None else crop(y, size)
+        return y if size is None else crop(y, size).contiguous()
 
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.

@@ -1,5 +1,7 @@
-"""Whatever diffusers' own networks can be called with gives the same numbers after adopting, or a sentence that says why
-not: arguments by position and by name, networks called block by block, transforms of torch.func, tracers, subclasses."""
+"""However diffusers' own networks can be called, they give the same numbers after adopting, or say why not.
+
+Arguments by position and by name, block by block, under transforms of torch.func and tracers, with tensor subclasses.
+"""
 
 import copy
 
@@ -132,14 +134,20 @@ TRANSFORMS = {
     "dual numbers": dual,
     "vjp": lambda f, z: (lambda y, pull: pull(torch.ones_like(y))[0])(*torch.func.vjp(f, z)),
     "make_fx": lambda f, z: make_fx(f)(torch.zeros_like(z))(z),
-    "make_fx, symbolic": lambda f, z: make_fx(f, tracing_mode="symbolic")(torch.zeros(2, 4, 8, 8))(z),
+    "make_fx, symbolic": lambda f, z: make_fx(f, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        torch.zeros(2, 4, 8, 8)
+    )(z),
     "jit.trace": lambda f, z: torch.jit.trace(f, torch.zeros_like(z), check_trace=False)(z),
 }
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_transforms_give_the_numbers_of_diffusers(vaes, name, grad, strips):
+    if name in ("jvp", "dual numbers", "vmap"):  # for which torch's attention has no rule on CPUs
+        vaes = pair(CONFIGS["sd"] | {"mid_block_add_attention": False})
+        vaes[1].to(memory_format=torch.channels_last)
     z = torch.randn(Z).to(memory_format=torch.channels_last)
     with torch.set_grad_enabled(grad):
         theirs, ours = (TRANSFORMS[name](vae.decoder, z) for vae in vaes)
@@ -147,6 +155,7 @@ def test_transforms_give_the_numbers_of_diffusers(vaes, name, grad, strips):
     assert not strips
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_for_other_sizes(vaes):
     """A trace of strips would have the sizes, and packed weights, of the image that it was made with."""
     reference, vae = vaes
@@ -158,9 +167,8 @@ def test_a_trace_holds_for_other_sizes(vaes):
 
 
 def test_fake_tensors_tell_the_shape(vaes, strips):
-    with FakeTensorMode() as mode, torch.no_grad():
-        vae = copy.deepcopy(vaes[1])
-        assert vae.decode(mode.from_tensor(torch.empty(Z))).sample.shape == (2, 3, 48, 32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert vaes[1].decode(mode.from_tensor(torch.empty(Z))).sample.shape == (2, 3, 48, 32)
     assert not strips
 
 
