@@ -392,7 +392,7 @@ MUTANTS = [
         "engine/plan.py",
         "            and not torch.is_grad_enabled()\n",
         "",
-        "test_strips.py test_fused.py",
+        "test_strips.py test_functional.py",
     ),
 ]
 

@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_mode
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from safetensors.torch import save
-from test_autoencoder import CONFIGS, pair
+from stock_pairs import CONFIGS, pair
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -4,7 +4,7 @@ from math import inf, nan
 
 import pytest
 import torch
-from test_autoencoder import CONFIGS, pair
+from stock_pairs import CONFIGS, pair
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
