@@ -23,11 +23,13 @@ from latentcodec.ops.functional import fastest_kernels, is_ordinary
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
-STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # of a strip: fits into a CPU's cache, keeps a GPU busy
 QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
-STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
-SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
-ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
+STRIPS_AT_ONCE = 12  # that a block holds at most: windows, results and neighbours
+SHARE_OF_FREE_MEMORY = 0.5  # the bound of a pass where the user gave none
+ATTENTION_MAPS = (
+    7  # of the input's size that attention holds: x, norm(x), q, k, v, the weighted sum, its projection
+)
 # What strips can run: the layers of `checks.py`, put together by these blocks.
 BLOCKS: set[type[nn.Module]] = {
     nn.ModuleList,
