@@ -296,7 +296,7 @@ def pipeline(case: Case, folder: Path) -> DiffusionPipeline:
     else:
         pipe = case.pipeline(vae=codec.vae, **parts)
     assert pipe.vae is codec.vae
-    assert type(pipe.vae.encoder).__module__ == "latentcodec.vae.networks"
+    assert type(pipe.vae.encoder).__module__ == "latentcodec.engine.networks"
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
