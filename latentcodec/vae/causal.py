@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 SMALLEST_NORM = 1e-12  # that torch's `normalize` divides by
@@ -100,9 +99,10 @@ class Attention:
         self.proj: nn.Conv2d = source.proj
 
     def __call__(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b (part c) h w -> part b 1 (h w) c", part=3)
+        tokens = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # [B, 1, n, 3C]
+        q, k, v = tokens.chunk(3, dim=3)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        return x + self.proj(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class Averages:
     def __call__(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H / s, W / s]."""
         s, t = self.source.factor_s, self.source.factor_t
-        x = rearrange(x, "b c (h i) (w j) -> b c (i j) h w", i=s, j=s)
+        x = F.pixel_unshuffle(x, s).unflatten(1, (x.shape[1], s * s))
         x = torch.cat([torch.zeros_like(x)] * (t - 1) + [x], 2).flatten(1, 2)
         return x.unflatten(1, (self.source.out_channels, self.source.group_size)).mean(2)
 
@@ -131,8 +131,9 @@ class Copies:
     def __call__(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H s, W s], of the last of the frames that it makes of a first one."""
         s, t = self.source.factor_s, self.source.factor_t
-        x = repeat(x, "b c h w -> b (c n) h w", n=self.source.repeats)
-        return rearrange(x, "b (c t i j) h w -> t b c (h i) (w j)", t=t, i=s, j=s)[-1]
+        x = x.repeat_interleave(self.source.repeats, 1)
+        x = x.unflatten(1, (self.source.out_channels, t, s * s))[:, :, -1]
+        return F.pixel_shuffle(x.flatten(1, 2), s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,12 +220,17 @@ class ImageDecoder:
 
 def to_channels(x: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, C p p, H / p, W / p], as the class arranges the pixels of a patch."""
-    return rearrange(x, "b c (h i) (w j) -> b (c j i) h w", i=patch, j=patch)
+    return _turned(F.pixel_unshuffle(x, patch), patch)
 
 
 def to_pixels(x: Tensor, patch: int) -> Tensor:
     """The inverse of `to_channels`."""
-    return rearrange(x, "b (c j i) h w -> b c (h i) (w j)", i=patch, j=patch)
+    return F.pixel_shuffle(_turned(x, patch), patch)
+
+
+def _turned(x: Tensor, patch: int) -> Tensor:
+    """Pixels of a patch by columns instead of by rows, or the other way round, which is the same."""
+    return x.unflatten(1, (-1, patch, patch)).transpose(2, 3).flatten(1, 3)
 
 
 def _down_stages(blocks: Any) -> Iterator[Stage]:
