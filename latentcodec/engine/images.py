@@ -17,7 +17,7 @@ from latentcodec.engine.checks import is_unchanged, modules_within
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.plan import ATTENTION_MAPS, QUERIES_AT_ONCE, Engine, joined
 from latentcodec.engine.streams import StreamPass
-from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage
+from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
 STRIPS_A_BLOCK = 6  # that two convolutions have in hand: neighbours, results, and what goes around them
@@ -29,22 +29,32 @@ class ImageNetworks:
 
     encoder: ImageEncoder
     decoder: ImageDecoder
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    patch: int
+    """Pixels, along each side, that are made channels before the encoder and pixels again after the decoder."""
     types: frozenset[type[nn.Module]]
     """Of the modules as diffusers builds them."""
     engine: Engine = field(default_factory=Engine)
 
     def encode(self, x: Tensor) -> Tensor | None:
-        """[B, C, H, W] -> the posterior's parameters [B, 2s, h, w] before `quant_conv`; None as `_run` says."""
+        """[B, C, H, W] -> the posterior's parameters [B, 2s, h, w]; None as `_run` says."""
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            return None  # the class's own error
+        x = to_channels(x, self.patch)
         stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(self.encoder.stages)]
         odd = x.shape[2] % 2 ** (len(stages) - 1) or x.shape[3] % 2 ** (len(stages) - 1)
         if not min(stages[-1][:2]) or (odd and stages[0][2].shortcut is not None):
             return None  # the class's own error
-        return self._run(self.encoder, x, stages, StreamPass.encode)
+        moments = self._run(self.encoder, x, stages, StreamPass.encode)
+        return None if moments is None else self.quant_conv(moments[:, :, None])[:, :, 0]
 
     def decode(self, z: Tensor) -> Tensor | None:
-        """[B, s, h, w] after `post_quant_conv` -> [B, C, H, W], not clamped; None as `_run` says."""
+        """[B, s, h, w] -> [B, C, H, W], not clamped; None as `_run` says."""
+        z = self.post_quant_conv(z[:, :, None])[:, :, 0]
         stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(self.decoder.stages)]
-        return self._run(self.decoder, z, stages, StreamPass.decode)
+        image = self._run(self.decoder, z, stages, StreamPass.decode)
+        return None if image is None else to_pixels(image, self.patch)
 
     def _run(
         self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any
