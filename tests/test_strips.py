@@ -161,7 +161,7 @@ def test_bfloat16_errs_no_more_than_diffusers_in_bfloat16(name):
 
 
 def test_half_precision_without_units_for_it_is_computed_in_float32(monkeypatch):
-    monkeypatch.setattr(plan, "_is_fast_on_cpu", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(plan, "is_fast", lambda dtype: dtype == torch.float32)
     _, ours = pair(CONFIGS["sd"])
     half = copy.deepcopy(ours).type(torch.bfloat16)
     z = torch.randn(1, 4, 6, 6).bfloat16()

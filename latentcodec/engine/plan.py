@@ -18,6 +18,7 @@ from latentcodec.engine.checks import has_hooks, is_plain, modules_within
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.strips import StripPass
+from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
@@ -75,7 +76,7 @@ class Engine:
 
     def dtype(self, x: Tensor) -> torch.dtype:
         """In which a pass over x is computed."""
-        return x.dtype if x.device.type != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
+        return x.dtype if x.device.type != "cpu" or is_fast(x.dtype) else torch.float32
 
     def bound(self, device: torch.device) -> int:
         """Bytes that the feature maps of a pass may take."""
@@ -145,13 +146,6 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Half precision without units for it is slower than float32, and float16 is slow on all CPUs."""
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -281,6 +281,8 @@ def has_compiler(device_type: str) -> bool:
         from torch.utils._triton import has_triton
 
         return has_triton()
+    # On a machine without a GPU torch warns that it has none as soon as inductor is imported.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
