@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import (
@@ -188,8 +188,7 @@ def _encode_frames(vae: Any, x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> the posterior's parameters [B, 2s, t, h, w]; clips by the class's own code."""
     if x.shape[2] == 1 and (moments := vae.image_networks.encode(x[:, :, 0])) is not None:
         return moments[:, :, None]
-    moments = type(vae)._encode(vae, x)
-    return moments
+    return cast(Tensor, type(vae)._encode(vae, x))
 
 
 def _decode_frames(vae: Any, z: Tensor, return_dict: bool = True) -> Any:

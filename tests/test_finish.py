@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import LatentStatistics, latent_statistics, whiten, whitening
+from latentcodec.latents import LatentStatistics, fold, latent_statistics, whitening
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.precision import certify, extreme_images
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
@@ -130,7 +130,7 @@ def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_p
 def test_whitening_leaves_every_reconstruction_as_it_was(quant):
     vae = random_vae(quant)
     white = copy_of(vae)
-    whiten(white, whitening(latent_statistics(vae, [pictures(16)])))
+    fold(white, whitening(latent_statistics(vae, [pictures(16)])))
     for size in ((32, 32), (37, 50), (5, 3)):  # odd sizes, and images that are all border
         x = pictures(2, 64, seed=1)[:, :, : size[0], : size[1]]
         ours, theirs = LatentCodec(white), LatentCodec(vae)
@@ -153,7 +153,7 @@ def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
 
 def test_whitened_channels_are_ordered_by_the_pixels_they_explain():
     vae, x = random_vae(), pictures(16)
-    whiten(vae, whitening(latent_statistics(vae, [x])))
+    fold(vae, whitening(latent_statistics(vae, [x])))
     patterns = latent_statistics(vae, [x]).pixels  # [C f f, c]: pixels per unit of each channel
     energy = patterns.square().sum(0)
     assert (energy.diff() <= 1e-4 * energy[0]).all()
@@ -169,7 +169,7 @@ def test_whitening_finds_the_principal_components_in_any_mixture_of_them():
     mixed = copy_of(vae)
     turn = torch.linalg.qr(torch.randn(C_, C_)).Q
     mixed.encoder.conv_out.weight[:C_] = torch.einsum("ab,bkij->akij", turn, vae.encoder.conv_out.weight[:C_])
-    whiten(mixed, whitening(latent_statistics(mixed, [x])))
+    fold(mixed, whitening(latent_statistics(mixed, [x])))
     found, expected = cells(raw(mixed, x)), cells(raw(vae, x))
     assert (found * expected).mean(1)[
         :3
@@ -183,7 +183,7 @@ def test_log_variances_of_a_mere_rescaling_are_exact():
         statistics.mean, torch.diag(statistics.std**2), statistics.logvar, torch.eye(C_).double()
     )
     before = vae.encode(x).latent_dist
-    whiten(vae, whitening(apart))
+    fold(vae, whitening(apart))
     after = vae.encode(x).latent_dist.logvar.mean((0, 2, 3))
     expected = (before.logvar - 2 * statistics.std.log()[:, None, None].float()).mean(
         (0, 2, 3)
@@ -195,7 +195,7 @@ def test_log_variances_of_a_rotation_are_closer_to_the_marginal_ones_than_any_co
     vae, x = random_vae(), pictures(8)
     variance = cells(vae.encode(x).latent_dist.var)
     change = whitening(latent_statistics(vae, [x]))
-    whiten(vae, change)
+    fold(vae, change)
     found = cells(vae.encode(x).latent_dist.logvar)
     marginal = (change.matrix.square() @ variance).log()
     assert (found <= marginal + 1e-4).all()  # it is a tangent of a convex function
@@ -207,7 +207,7 @@ def test_a_dead_channel_is_not_blown_up():
     vae, x = random_vae(), pictures(8)
     vae.encoder.conv_out.weight[2] = 0
     parent = copy_of(vae)
-    whiten(vae, whitening(latent_statistics(vae, [x])))
+    fold(vae, whitening(latent_statistics(vae, [x])))
     assert raw(vae, x).abs().max() < 100
     assert vae.quant_conv.weight.abs().max() < 1e4
     y = parent.decode(raw(parent, x)).sample

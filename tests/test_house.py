@@ -14,6 +14,7 @@ FLOORS = [
     {"files", "machine", "randomness", "vae", "ops"},
     {"pixels", "engine"},
     {"sources", "adopt", "latents"},
+    {"vae_config"},
     {"single_file"},
     {"loading"},
     {"codec"},

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import Whitening, latent_statistics, whiten
+from latentcodec.latents import Normalisation, fold, latent_statistics
 from latentcodec.training.config import Config, parse
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.objective import Inputs
@@ -354,9 +354,9 @@ def test_the_linear_start_of_a_student_is_the_teachers_where_that_is_linear():
     x = torch.stack(pictures)
     linear = tiny(block_out_channels=[16, 16, 16])
     linear_start(linear, pictures)
-    whiten(
+    fold(
         linear,
-        Whitening(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
+        Normalisation(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
     )
     linear.register_to_config(scaling_factor=1 / latent_statistics(linear, [x]).std.mean().item())
     teacher = teacher_of(linear)

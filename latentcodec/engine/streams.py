@@ -113,7 +113,9 @@ class StreamPass:
             strips = self._residual(block, strips)
         if stage.resample is not None:
             return self._halved(self._convolution(stage.resample), strips, around)
-        return strips if around is None else (strip + added for strip, added in zip(strips, around, strict=True))
+        return (
+            strips if around is None else (strip + added for strip, added in zip(strips, around, strict=True))
+        )
 
     def _halved(self, convolve: WindowConvolution, strips: Strips, around: Strips | None) -> Strips:
         """Zeros right and below, then 3x3 with stride 2, plus the strips of `around`."""

@@ -26,7 +26,7 @@ SMALLEST_NORM = 1e-12  # that torch's `normalize` divides by
 class LastTap:
     """A causal convolution on one frame: [B, C, H, W] -> [B, C', H', W'], with the last temporal tap of `source`."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         self.source = source
 
     @property
@@ -61,7 +61,7 @@ class LastTap:
 class RMSNorm:
     """x / |x| sqrt(C) gamma, with |x| over the channels of each pixel (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    source: nn.Module
+    source: Any
 
     @property
     def gain(self) -> Tensor:
@@ -70,7 +70,9 @@ class RMSNorm:
         return gamma.flatten() * gamma.numel() ** 0.5
 
     def __call__(self, x: Tensor) -> Tensor:
-        normed = F.normalize(x.float() if x.dtype != torch.float64 else x, dim=1, eps=SMALLEST_NORM).to(x.dtype)
+        normed = F.normalize(x.float() if x.dtype != torch.float64 else x, dim=1, eps=SMALLEST_NORM).to(
+            x.dtype
+        )
         return normed * self.gain[:, None, None]
 
 

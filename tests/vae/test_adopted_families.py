@@ -160,7 +160,9 @@ def test_an_uncovered_class_is_refused_with_those_that_are_covered():
         num_decoder_blocks=(1,) * 4,
     )
     for way in (adopt, optimize_vae, restore_vae):
-        with pytest.raises(TypeError, match=f"AutoencoderTiny is not covered; covered are {', '.join(FAMILIES)}"):
+        with pytest.raises(
+            TypeError, match=f"AutoencoderTiny is not covered; covered are {', '.join(FAMILIES)}"
+        ):
             way(tiny)
     with pytest.raises(ValueError, match="attn_scales"):
         build(SMALL["qwen"][1] | dict(attn_scales=[0.5]), "AutoencoderKLQwenImage")

@@ -97,8 +97,11 @@ class ModelConfig:
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether the latents are those of another codec, whose normalisation holds for this one too."""
-        return self.teacher is not None or (self.part == "decoder" and self.from_pretrained is not None)
+        """Whether another codec's normalisation holds for this one too: a teacher's or, if it has as many latent
+        channels, a parent's. Denoisers were made for those numbers."""
+        return self.teacher is not None or (
+            self.from_pretrained is not None and self.adapt.latent_channels is None
+        )
 
 
 def load_parent(config: ModelConfig) -> AutoencoderKL | None:
