@@ -107,20 +107,35 @@ def test_moments_of_two_processes_are_those_of_one():
         assert torch.allclose(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-9), name
 
 
-# ---- numbers in the config ----
+# ---- one scale, and each channel by itself ----
 
 
-def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_path):
-    vae, x = random_vae(), pictures(16)
-    assert finish(vae, FinishConfig(), latent_statistics(vae, [x]), []) == ""
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("normalise", ["per_channel", "one_scale"])
+def test_folded_latents_have_unit_variance_for_the_codec_and_in_pipelines(tmp_path, normalise, quant):
+    vae, x = random_vae(quant), pictures(16)
+    before = raw(vae, x)
+    y, std = vae.decode(before).sample, vae.encode(x).latent_dist.std
+    finish(vae, FinishConfig(normalise=normalise), latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
-    z = cells(LatentCodec.from_pretrained(tmp_path / "codec").encode(x))
-    assert z.mean(1).abs().max() < 1e-5
-    assert (z.std(1, correction=0) - 1).abs().max() < 1e-5
+    codec = LatentCodec.from_pretrained(tmp_path / "codec")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
-    z = (raw(stock, x) - stock.config.shift_factor) * stock.config.scaling_factor  # as SD3 and FLUX have it
-    assert z.mean().abs() < 1e-5
-    assert abs(z.std(correction=0).item() - 1) < 1e-5
+    numbers = [
+        stock.config[key] for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    ]
+    assert numbers == [1, 0, None, None]
+    z = raw(stock, x)
+    assert (codec.encode(x) - z).abs().max() < 1e-4
+    if normalise == "per_channel":
+        assert cells(z).mean(1).abs().max() < 1e-4
+        assert (cells(z).std(1, correction=0) - 1).abs().max() < 1e-4
+    else:  # directions and relative spreads stay
+        assert z.mean().abs() < 1e-4
+        assert abs(z.std(correction=0).item() - 1) < 1e-4
+        assert torch.allclose(z.std() * (before - before.mean()) / before.std(), z, atol=1e-3)
+    scale = cells(before).std(1) / cells(z).std(1)  # the posterior's spread is scaled exactly
+    assert torch.allclose(codec.posterior(x)[1] * scale[:, None, None].float(), std, rtol=1e-3)
+    assert (stock.decode(z).sample - y).abs().max() < 1e-4 * (y.max() - y.min())
 
 
 # ---- the whitening ----
@@ -141,7 +156,7 @@ def test_whitening_leaves_every_reconstruction_as_it_was(quant):
 @pytest.mark.parametrize("quant", [False, True])
 def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
     vae, x = random_vae(quant), pictures(16)
-    finish(vae, FinishConfig(whiten=True), latent_statistics(vae, [x]), [])
+    finish(vae, FinishConfig(normalise="whitened"), latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
     assert stock.config.latents_mean is None  # of which SDXL's pipelines read exactly four
@@ -271,7 +286,7 @@ def test_extreme_images_hold_only_black_and_white():
 def test_a_run_ends_with_a_whitened_certified_codec(tmp_path):
     images = write_images(tmp_path / "images")
     config = small(tmp_path / "run", images, max_steps=2, checkpoint_every=1)
-    config = replace(config, finish=FinishConfig(whiten=True, certificate_images=2))
+    config = replace(config, finish=FinishConfig(normalise="whitened", certificate_images=2))
     train(start(config), stop_at=1)
     halfway = AutoencoderKL.from_pretrained(tmp_path / "run/codec")
     assert halfway.config.force_upcast is True
