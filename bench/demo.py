@@ -198,13 +198,14 @@ LEFT_BEHIND = {
 
 def write_page(options: argparse.Namespace) -> None:
     """FOLDER/demo.html: what was trained, pictures through both codecs, and what the numbers mean."""
-    from latentcodec.report import page as report
+    from latentcodec.report.page import Page
+    from latentcodec.report.results import machine_facts
 
     result = json.loads((options.out / "result.json").read_text())
     scores = last_line(options.out, "reconstruction")
     machine, (trained, bundled) = scores["hardware"], scores["codecs"]
     minutes = f"{result['minutes']:.2g} minutes"
-    page = report.Page(
+    page = Page(
         f"{minutes} of training",
         f"A codec of {trained['parameters'] / 1e6:.1f} M parameters, trained for {minutes} ({result['step']:,} steps) "
         f"on {options.images or 'drawn pictures'}, on {machine['cpu']} with {machine['threads']} threads. "
@@ -222,7 +223,7 @@ def write_page(options: argparse.Namespace) -> None:
     page.section("The pictures", READING)
     add_pictures(page, options.out, minutes)
     page.section("More", "What else the demo left in this folder, and the machine it ran on.")
-    page.facts(LEFT_BEHIND | report.machine_facts(machine))
+    page.facts(LEFT_BEHIND | machine_facts(machine))
     (options.out / "demo.html").write_text(page.render(), encoding="utf-8")
     print(json.dumps({"page": str(options.out / "demo.html")}))
 

@@ -25,6 +25,13 @@ from diffusers import (
     AutoencoderKLQwenImage21,
     AutoencoderKLWan,
 )
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
@@ -34,7 +41,7 @@ from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
 from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
-from latentcodec.vae.layers import ACTIVATIONS
+from latentcodec.vae.layers import ACTIVATIONS, Attention
 
 CLASSES: dict[str, Any] = {
     KL.name: AutoencoderKL,
@@ -44,6 +51,15 @@ CLASSES: dict[str, Any] = {
     QWEN_IMAGE_21.name: AutoencoderKLQwenImage21,
 }
 """By the names of `vae/families.py`."""
+
+EQUAL_PROCESSORS: tuple[type, ...] = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+"""diffusers' processors that compute softmax(q k^T / sqrt(C)) v, each by other means: our layer gives their numbers."""
 
 
 def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
@@ -252,8 +268,9 @@ def _require_parameters_of(ours: nn.Module, theirs: nn.Module) -> None:
 def _share_processors(new: nn.Module, old: nn.Module) -> None:
     """`attn_processors` of the VAE lists the same objects, under the same names, as before."""
     for name, module in new.named_modules():
-        if hasattr(module, "processor"):
-            module.processor = old.get_submodule(name).processor
+        if isinstance(module, Attention):
+            module.equal_processors = EQUAL_PROCESSORS
+            module.set_processor(old.get_submodule(name).processor)
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -25,10 +25,10 @@ class Purpose(IntEnum):
     """Crop, flip and scale of a sample."""
     POSTERIOR = 2
     """The noise with which a sample's latent is drawn."""
-    LATENT_NOISE = 3
-    """The noise mixed into a sample's latent for the decoder."""
+    INTERPOLATIVE_NOISE = 3
+    """The noise that replaces a part of a sample's latent for the decoder."""
     LATENT_NOISE_LEVEL = 4
-    """How much of that noise a sample gets."""
+    """How much of either noise a sample's latent gets."""
     EQUIVARIANCE = 5
     """The rotation and scale of an optimizer step."""
     DOWNSCALE = 6
@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     """The frequencies masked in an optimizer step."""
     INITIALIZATION = 8
     """The weights of a new network."""
+    ADDITIVE_NOISE = 9
+    """The noise that is added to a sample's latent for the decoder."""
 
 
 def keyed_generator(*keys: int) -> torch.Generator:

@@ -1,8 +1,7 @@
 """One canonical formula for each class, as the stock pipelines have it: shapes, posteriors, packing, fingerprints.
 
-The pipelines are stock classes of diffusers with tiny denoisers; each runs twice with the same seed, once to its latents
-and once to its picture, and `codec.decode` of the former must be the latter. Where a pipeline encodes a picture, what it
-feeds to its denoiser must be `codec.encode`.
+The pipelines are stock classes of diffusers with tiny denoisers; each runs twice with the same seed, once to its
+latents and once to its picture, and `codec.decode` of the former must be the latter.
 """
 
 import hashlib
@@ -20,7 +19,13 @@ from small_vaes import CAUSAL_NAMES, FLUX2_NAMES, SMALL, small_vae
 from latentcodec import LatentCodec
 from latentcodec.latents import LatentSpace
 
-SHAPES = {"kl": (4, 8), "flux2": (16, 16), "flux2-small-decoder": (16, 16), "wan22": (4, 16), "qwen21": (4, 16)}
+SHAPES = {
+    "kl": (4, 8),
+    "flux2": (16, 16),
+    "flux2-small-decoder": (16, 16),
+    "wan22": (4, 16),
+    "qwen21": (4, 16),
+}
 
 
 def codec_of(name, **others):
@@ -82,7 +87,9 @@ def test_qwen_and_wan_normalise_each_channel(name):
     x = torch.rand(1, codec.image_channels, 32, 32) * 2 - 1
     with torch.no_grad():
         raw = codec.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0]
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+    )
     assert torch.allclose(codec.encode(x), (raw - mean) / std, atol=1e-6)
 
 
@@ -122,7 +129,9 @@ def test_the_fingerprint_is_the_same_after_save_and_load_and_in_any_dtype(name, 
         half.vae.decoder.conv_out.bias[0] += 1
     assert half.fingerprint != expected
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9", "_name_or_path": "x"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"_diffusers_version": "9", "_name_or_path": "x"})
+    )
     assert LatentCodec.from_pretrained(tmp_path).fingerprint == expected
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import is_unchanged, modules_within
+from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.plan import ATTENTION_MAPS, QUERIES_AT_ONCE, Engine, joined
 from latentcodec.engine.streams import StreamPass
+from latentcodec.ops.functional import is_ordinary
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
@@ -60,7 +61,7 @@ class ImageNetworks:
         self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any
     ) -> Tensor | None:
         """None where only the class itself knows what to do: compiling, hooks, adapters, layers that were replaced."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not is_ordinary(x) or torch_layers_are_replaced():
             return None
         if not all(is_unchanged(module, self.types) for module in modules_within(network.source)):
             return None

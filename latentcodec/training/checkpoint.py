@@ -69,6 +69,10 @@ class Checkpoint:
         """The step it was saved at."""
         return int(self.state["step"])
 
+    def has(self, name: str) -> bool:
+        """Whether something was saved under `name`."""
+        return any((self.path / f"{name}.{suffix}").exists() for suffix in ("safetensors", "pt"))
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The group of tensors saved under `name`, contiguous, on the CPU."""
         return safetensors.torch.load_file(self.path / f"{name}.safetensors")
@@ -207,7 +211,7 @@ def _hidden(path: Path) -> Path:
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Write a new file, durably and with the permissions that the umask allows; returns its manifest entry.
 
-    The digest is that of the bytes in memory, so it also convicts a disk that stored something else.
+    The digest is that of the bytes in memory, so it also detects a disk that stored something else.
     """
     with path.open("xb") as file:
         file.write(data)

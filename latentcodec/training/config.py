@@ -6,10 +6,11 @@ value of the wrong type ends the program with its name before any data or model 
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from latentcodec.training.data.stream import DataConfig
+from latentcodec.training.data.images import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig
@@ -68,7 +69,7 @@ class ConfigFile(ActionConfigFile):
             raise ValueError(f"--config {path}: {error}") from error
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py") -> Config:
     """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
 
     Where a key is unknown, has a wrong value or contradicts another, ends the program with code 2 and one line that
@@ -78,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         docstring_parse_attribute_docstrings=True
     )  # the strings under the fields, for --help
     parser = ArgumentParser(
-        prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
+        prog=program, description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
@@ -86,10 +87,32 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         settings: Namespace = parser.parse_args(arguments)
         settings.pop("config")
         _require_sections(settings, parser.get_defaults())
-        return Config(**parser.instantiate(settings))
+        config: Config = _plain(Config(**parser.instantiate(settings)))
+        return config
     except (ArgumentError, ValueError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _plain(value: Any) -> Any:
+    """With plain numbers in place of those of the range types, which have done their work and are no plain YAML."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
+
+
+def _one_line(error: str) -> str:
+    """The library's account of an error; of a number out of its range "train.lr must be > 0, not -1"."""
+    key = re.search(r'key "([^"]+)"', error)
+    limits = re.search(r"does not conform to restriction (v.*)", error)
+    value = re.search(r": (.*) does not conform", error) or re.search(r"Given value: (.*)", error)
+    if not (key and limits and value):
+        return " ".join(error.split())
+    allowed = re.sub(r"v([<>]=?)", r"\1 ", limits[1])
+    return f"{key[1]} must be {allowed}, not {value[1]}"
 
 
 def _require_sections(settings: Namespace, defaults: Namespace) -> None:

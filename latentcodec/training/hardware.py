@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -17,9 +17,7 @@ from accelerate.utils import gather_object
 
 from latentcodec import machine
 from latentcodec.training.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from latentcodec.training.config import Config
+from latentcodec.training.config import Config
 
 LAUNCHER = (
     "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch --mixed_precision` was told; "no" also by default

@@ -1,7 +1,7 @@
 """The finish of a run: the trained weights become a codec folder that any pipeline can use.
 
-Latents of zero mean and unit variance (`latents.py`), `force_upcast` as measured (`precision.py`), a model card, and
-a folder that is replaced whole. The training itself is over here: nothing changes what the decoder puts out.
+Latents of zero mean and unit variance (`latents.py`), `force_upcast` by the half-precision certificate
+(`quality/precision.py`), a model card, and a folder that is replaced whole. Nothing here changes what is decoded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusers import AutoencoderKL
+from jsonargparse.typing import NonNegativeInt
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -33,13 +34,10 @@ class FinishConfig:
     """How the latents get zero mean and unit variance, folded into quant_conv and post_quant_conv so that every
     pipeline sees it. whitened: uncorrelated, and ordered by the pixels they explain; per_channel: each by itself;
     one_scale: one shift and one scale for all. A fine-tuned codec, and one with a teacher, keeps the numbers it has."""
-    certificate_images: int = 4
-    """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
-    force_upcast stays on, since nothing is known."""
-
-    def __post_init__(self) -> None:
-        if self.certificate_images < 0:
-            raise ValueError(f"finish.certificate_images must not be negative, not {self.certificate_images}")
+    certificate_images: NonNegativeInt = 4
+    """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
+    the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
+    force_upcast stays on."""
 
 
 def finish(
