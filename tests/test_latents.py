@@ -1,7 +1,6 @@
-"""One canonical formula for each class, as the stock pipelines have it: shapes, posteriors, packing, fingerprints.
+"""Latents of every covered class: shapes, posteriors, packing, numbers, and what a fingerprint covers.
 
-The pipelines are stock classes of diffusers with tiny denoisers; each runs twice with the same seed, once to its
-latents and once to its picture, and `codec.decode` of the former must be the latter.
+That the numbers are those of the stock pipelines is in test_pipeline_latents.py.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import Flux2Pipeline
 
 sys.path.insert(0, str(Path(__file__).parent / "vae"))
 from small_vaes import CAUSAL_NAMES, FLUX2_NAMES, SMALL, small_vae
@@ -149,22 +148,3 @@ def test_every_weight_and_number_is_in_the_fingerprint(name):
         codec.vae.register_to_config(latents_mean=changed, latents_std=changed)
         assert codec.fingerprint not in seen
     assert hashlib.sha256().hexdigest() not in seen
-
-
-# ---- the stock pipelines
-
-
-def tiny_flux2(vae):
-    transformer = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-    pipe = Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
