@@ -42,15 +42,16 @@ def posterior_parameters(vae: Any, x: Tensor) -> Tensor:
 
 
 def decode_raw(vae: Any, raw: Tensor) -> Tensor:
-    """Raw latents [B, s, h p, w p] -> images [B, C, H, W] of an adopted `vae`, not clamped: fit for training.
+    """Raw latents [B, s, h p, w p] -> images [B, C, H, W]; of an adopted `vae` not clamped: fit for training.
 
     Qwen-Image's and Wan's `decode` clamps to [-1, 1], where no gradient would pass.
     """
     if not family_of(vae).has_frames:
         plain: Tensor = vae.decode(raw).sample
         return plain
-    image: Tensor | None = vae.image_networks.decode(raw)
-    if image is None:  # hooks or adapters on the layers: the class's own code, which clamps
+    networks = vae.__dict__.get("image_networks")
+    image: Tensor | None = None if networks is None else networks.decode(raw)
+    if image is None:  # not adopted, or hooks or adapters on the layers: the class's own code, which clamps
         image = vae.decode(raw[:, :, None]).sample[:, :, 0]
     return image
 

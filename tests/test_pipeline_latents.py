@@ -50,7 +50,9 @@ from small_vaes import small_vae
 from latentcodec import LatentCodec
 
 PLAYGROUND = SDXL | dict(
-    scaling_factor=0.5, latents_mean=[-1.6574, 1.886, -1.383, 2.5155], latents_std=[8.4927, 5.9022, 6.5498, 5.2299]
+    scaling_factor=0.5,
+    latents_mean=[-1.6574, 1.886, -1.383, 2.5155],
+    latents_std=[8.4927, 5.9022, 6.5498, 5.2299],
 )
 
 
@@ -213,7 +215,9 @@ def test_plugging_in_compares_what_pipelines_call(tmp_path):
     expected = np.asarray(run(pipe, inputs, "np"))
     assert LatentCodec(small_vae("qwen")).plug_into(pipe) is pipe  # the same layers and numbers
     assert np.asarray(run(pipe, inputs, "np")).shape == expected.shape
-    with pytest.raises(ValueError, match="calls its VAE as a AutoencoderKLQwenImage is called, and this codec's is a"):
+    with pytest.raises(
+        ValueError, match="calls its VAE as a AutoencoderKLQwenImage is called, and this codec's is a"
+    ):
         LatentCodec(tiny_vae()).plug_into(pipe)
     with pytest.raises(ValueError, match="16 pixels a latent cell, the pipeline's VAE has 8"):
         LatentCodec(small_vae("wan22")).plug_into(pipe)

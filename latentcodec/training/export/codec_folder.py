@@ -53,11 +53,14 @@ def finish(
         change, account = NORMALISATIONS[config.normalise]
         fold(vae, change(statistics))
         sections.append(f"## Latents\n\n{account} {FOLDED}")
-    vae.register_to_config(force_upcast=True)
+    upcasts = "force_upcast" in vae.config  # which only AutoencoderKL's pipelines look at
+    if upcasts:
+        vae.register_to_config(force_upcast=True)
     if crops:
         with phase("trying the codec in half precision"):
             certificate = certify(vae, crops)
-        vae.register_to_config(force_upcast=not certificate.float16_is_safe)
+        if upcasts:
+            vae.register_to_config(force_upcast=not certificate.float16_is_safe)
         sections.append(certificate.card())
     return "\n\n".join(sections)
 
