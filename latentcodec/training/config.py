@@ -6,12 +6,13 @@ value of the wrong type ends the program with its name before any data or model 
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from latentcodec.training.losses.regularizers import RegularizerConfig
 from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.start.model import ModelConfig
+from latentcodec.training.yaml_file import read_settings
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Config:
     finish: FinishConfig = field(default_factory=FinishConfig)
 
     def __post_init__(self) -> None:
+        for key, value in settings_of(self):
+            _require_sound(key, value)
         if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(
                 f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
@@ -54,15 +58,35 @@ class Config:
             )
 
 
+def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its key, such as "train.lr"; those of a list one by one."""
+    for entry in fields(section):
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from settings_of(value, f"{key}.")
+        elif isinstance(value, list | tuple):
+            yield from ((key, item) for item in value)
+        else:
+            yield key, value
+
+
+def _require_sound(key: str, value: Any) -> None:
+    """Refuse what no setting can be: numbers that are not finite or have no place in 64 bits, texts that are empty."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, not {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{key} must be below 2^63, not a number of {len(str(value))} digits")
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError(f"{key} must not be empty, or hold a zero byte; leave it out for its default")
+
+
 class ConfigFile(ActionConfigFile):
     """A YAML file of keys. What keeps it from being read is said with its name, which the library leaves out."""
 
     def __call__(self, parser: Any, settings: Any, path: Any, option: Any = None) -> None:
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")  # once: it may be a pipe
-            if not isinstance(yaml.safe_load(StringIO(text)), dict):  # of a string, errors would quote parts
-                raise ValueError("it holds no keys, such as output_dir: runs/a")
-            super().__call__(parser, settings, text, option)
+            settings_file = read_settings(Path(path).expanduser())
+            super().__call__(parser, settings, json.dumps(settings_file), option)
         except OSError as error:
             raise ValueError(f"--config {path}: {error.strerror}") from error
         except (TypeError, ValueError, yaml.YAMLError) as error:

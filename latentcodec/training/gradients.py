@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentcodec.latents import decode_raw
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.ops.functional import compile_gradients
 from latentcodec.ops.pointwise import WORTH_COMPILING
 from latentcodec.training.data.crops import Batch
@@ -27,6 +27,7 @@ from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
 from latentcodec.vae.families import family_of
+from latentcodec.vae.posterior import mean_and_logvar
 
 
 class Gradients:
@@ -91,7 +92,9 @@ class Gradients:
         inputs = self.objective.inputs(x, batch["position"], state.draw)
         lesson, inputs = self.teacher.lesson(inputs) if self.teacher else (None, inputs)
         result = self.model(inputs.x, inputs.noise, inputs.transform)
-        losses, weights = self.objective.losses(result, inputs, state.step, state.draw, self._decode)
+        losses, weights = self.objective.losses(
+            result, inputs, state.step, state.draw, self._decode, self._encode
+        )
         if lesson:
             losses, weights = losses | lesson.losses(result), weights | lesson.weights
         total = objective(losses, weights, inputs.target[0].numel())
@@ -110,3 +113,8 @@ class Gradients:
         """A second decoding in the same step, under the same autocast as the first."""
         with self.accelerator.autocast():
             return decode_raw(self.state.codec.vae, z)
+
+    def _encode(self, y: Tensor) -> Tensor:
+        """The posterior's mean of a reconstruction, under the same autocast."""
+        with self.accelerator.autocast():
+            return mean_and_logvar(posterior_parameters(self.state.codec.vae, y))[0]

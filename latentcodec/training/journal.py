@@ -168,11 +168,10 @@ class Journal:
         finished = self.result.exists() and (self.output / "codec").exists()
         return json.loads(self.result.read_text())["step"] if finished else None
 
-    def end(self) -> None:
-        """Close the trackers and the bar."""
+    def close(self) -> None:
+        """End the progress bar, so that what is said next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
-        self.accelerator.end_training()
 
     def card(self, step: int, seconds: float, evaluation: Evaluation | None) -> str:
         """The model card's account of the training: Markdown."""

@@ -15,11 +15,10 @@ from typing import Literal
 
 from diffusers import AutoencoderKL
 from jsonargparse.typing import NonNegativeInt
-from safetensors import SafetensorError
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import make_durable
+from latentcodec.files import make_durable, move_folder, write_whole
 from latentcodec.latents import LatentStatistics, by_one_scale, fold, per_channel, whitening
 from latentcodec.loading import CONFIG
 from latentcodec.quality.precision import certify
@@ -99,15 +98,14 @@ def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
     try:
         codec.save_pretrained(new, card)
         _forget_parent(new / CONFIG)
-        for path in (*new.iterdir(), new):
-            make_durable(path)
-    except (OSError, SafetensorError) as error:
+        if folder.exists():
+            move_folder(folder, old, CONFIG)
+        move_folder(new, folder, CONFIG)
+        make_durable(folder.parent)
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
+        recover_codec(folder)
         raise OSError(f"cannot write the codec to {folder}: {error}; what was there is untouched") from error
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    make_durable(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -116,7 +114,8 @@ def _forget_parent(config: Path) -> None:
     and the path may be of this machine alone."""
     settings = json.loads(config.read_text())
     settings.pop("_name_or_path", None)
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")  # diffusers' own layout
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # diffusers' own layout
+    write_whole(config, text.encode())
 
 
 def recover_codec(folder: Path) -> None:
@@ -125,8 +124,9 @@ def recover_codec(folder: Path) -> None:
     Linux could exchange two folders in one step, but Python has no name for that and network file systems refuse it.
     """
     _, old = _beside(folder)
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    if old.exists() and not (folder / CONFIG).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # at most a part, where folders are filled file by file
+        move_folder(old, folder, CONFIG)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
