@@ -1,4 +1,4 @@
-"""FLUX.2's, Qwen-Image's and Wan's VAE as people download them: one file, with the keys of the original repositories."""
+"""FLUX.2's, Qwen-Image's and Wan's VAE as people download them: one file, with the original repositories' keys."""
 
 import json
 import re
@@ -116,5 +116,7 @@ def test_flux2s_file_is_loaded_with_its_batch_norm(decoder, keys, tmp_path):
 def test_numbers_that_no_file_holds_are_asked_for(tmp_path):
     vae = AutoencoderKLWan(**WAN | dict(z_dim=48, latents_mean=[0.0] * 48, latents_std=[1.0] * 48))
     save_file(vae.state_dict(), tmp_path / "vae.safetensors")
-    with pytest.raises(ValueError, match=r"how these 48 latent channels are scaled; put the model's config\.json"):
+    with pytest.raises(
+        ValueError, match=r"how these 48 latent channels are scaled; put the model's config\.json"
+    ):
         LatentCodec.from_pretrained(tmp_path / "vae.safetensors")
