@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.images import ImageNetworks
+from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
@@ -98,20 +99,21 @@ def adopt(vae: Any) -> Any:
     return vae
 
 
-def optimize_vae(vae: Any, max_memory: int | Literal["auto"] = "auto", check: bool = False) -> Any:
+def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool = False) -> Any:
     """Run a VAE of any covered class on the engine, in place: same class, same keys, same numbers, faster.
 
     Without gradients it runs in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside ("auto": half of what
-    is free): inner feature maps that do not fit are computed twice instead of kept. A pass that cannot be had within
-    the bound raises ValueError with the bytes it needs. `check` prints how far the results are from diffusers' own
-    class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes run so on single images and first frames;
-    clips of several frames run on the class's own code.
+    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside: a number, text such
+    as "6GB" or "1.5 GiB", or "auto", half of what is free. Inner feature maps that do not fit are computed twice
+    instead of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints
+    how far the results are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes
+    run so on single images and first frames; clips of several frames run on the class's own code.
 
-    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises.
+    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises, and ValueError for a `max_memory` that
+    is no size.
     """
+    bound = parse_bytes(max_memory)
     adopt(vae)
-    bound = None if max_memory == "auto" else max_memory
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
         holder.engine = Engine(max_memory=bound, compiled=True)
     if check:

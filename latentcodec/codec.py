@@ -167,7 +167,7 @@ class LatentCodec:
             y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
         else:
             y = self.vae.decode(raw).sample.float()
-        return y if size is None else crop(y, size)
+        return (y if size is None else crop(y, size)).contiguous()
 
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.

@@ -92,7 +92,7 @@ class LatentSpace:
 
     def normalise(self, raw: Tensor) -> Tensor:
         """[B, s, h p, w p] -> [B, c, h, w] float32, as denoisers see it."""
-        return (self.pack(raw.float()) - self.mean) / self.std
+        return ((self.pack(raw.float()) - self.mean) / self.std).contiguous()
 
     def restore(self, z: Tensor) -> Tensor:
         """The inverse of `normalise`."""

@@ -28,7 +28,7 @@ def torch_layers_are_replaced() -> bool:
     hooks = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
     return (
         bool(hooks or all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
-        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS - {nn.ModuleList})
+        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS if layer is not nn.ModuleList)
         or nn.Conv2d._conv_forward.__module__ != nn.Conv2d.__module__
     )
 

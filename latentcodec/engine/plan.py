@@ -10,24 +10,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
+from latentcodec.engine.memory import free_memory
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
-STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # of a strip: fits into a CPU's cache, keeps a GPU busy
 QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
-STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
-SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
-ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
+STRIPS_AT_ONCE = 12  # that a block holds at most: windows, results and neighbours
+SHARE_OF_FREE_MEMORY = 0.5  # the bound of a pass where the user gave none
+ATTENTION_MAPS = (
+    7  # of the input's size that attention holds: x, norm(x), q, k, v, the weighted sum, its projection
+)
 # What strips can run: the layers of `checks.py`, put together by these blocks.
 BLOCKS: set[type[nn.Module]] = {
     nn.ModuleList,
@@ -80,7 +82,7 @@ class Engine:
 
     def bound(self, device: torch.device) -> int:
         """Bytes that the feature maps of a pass may take."""
-        return self.max_memory or int(_free_memory(device) * SHARE_OF_FREE_MEMORY)
+        return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
 
     def kernels(self, device: torch.device) -> Kernels:
         """Of the pointwise work."""
@@ -147,10 +149,3 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had without making room for them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -1,10 +1,11 @@
-"""Encoder and Decoder, layer by layer over strips of rows: exact, lean, and as fast as the cache lets them be.
+"""Encoder and Decoder, computed layer by layer over strips of rows: exact, with little memory, and fast.
 
-A feature map is a sequence of strips. A residual block reads one at a time with a row of each neighbour, normalises,
-activates and convolves it while it is in the cache, and hands it on. It is exact because a layer ends before the next
-begins: a group norm uses the statistics of the whole map, gathered while its strips were written, and attention sees
-every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
-too much, the inner one is not kept but made again when it is needed, and the block holds one.
+A feature map is a sequence of strips. A residual block reads one strip at a time together with one row of each
+neighbour, then normalises, activates and convolves it while it is in the cache. The result is exact, because a layer
+ends before the next one begins: a group norm uses the statistics of the whole map, which were gathered while its strips
+were written, and attention sees every position. Little memory is needed, because strips are freed as they are read: a
+block holds two maps. Where two are too many, the inner map is computed a second time instead of kept, and the block
+holds one.
 
 This is how the networks run when no gradient is asked for; training runs the modules of `layers.py`. The pointwise
 functions are in `ops/pointwise.py`, the convolutions of a strip in `ops/convolutions.py`.
