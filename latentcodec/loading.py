@@ -9,12 +9,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from latentcodec.single_file import check_config, load_single_file
+from latentcodec.adopt import CLASSES
+from latentcodec.single_file import load_single_file
+from latentcodec.vae.families import KL, covered
+from latentcodec.vae_config import check_config, class_named_in
 
 BUNDLED = Path(__file__).parent / "weights"
 
@@ -30,7 +33,8 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
-def load_vae(source: str, subfolder: str | None) -> AutoencoderKL:
+def load_vae(source: str, subfolder: str | None) -> Any:
+    """The VAE of a covered class that lies at `source`, float32. Raises ValueError naming `source` and the reason."""
     path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
     if path.is_file():
         if subfolder is not None:
@@ -47,9 +51,9 @@ def load_vae(source: str, subfolder: str | None) -> AutoencoderKL:
     return _from_hub(source, (None, "vae") if subfolder is None else (subfolder,))
 
 
-def _from_folder(folder: Path) -> AutoencoderKL:
+def _from_folder(folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no AutoencoderKL folder: it holds no {CONFIG}")
+        raise ValueError(f"{folder} is no folder of a VAE ({covered()}): it holds no {CONFIG}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"
@@ -57,13 +61,13 @@ def _from_folder(folder: Path) -> AutoencoderKL:
     return _from_diffusers(str(folder), None)
 
 
-def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
-    """The AutoencoderKL in the first of `subfolders` that has a configuration."""
+def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> Any:
+    """The VAE in the first of `subfolders` that has a configuration."""
     reason = ""
     unreachable = False  # then only the cache is asked: the hub would be tried for another half minute
     for subfolder in subfolders:
         try:
-            AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=unreachable)
+            CLASSES[KL.name].load_config(name, subfolder=subfolder, local_files_only=unreachable)
         except OSError as error:
             reason = reason or str(error.__context__ or error)  # diffusers' own words blame a missing file
             unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
@@ -72,17 +76,18 @@ def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
     raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
 
 
-def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
+def _from_diffusers(place: str, subfolder: str | None) -> Any:
     """What diffusers loads from a folder or hub id, after the checks that it leaves out."""
     name = f"{place}/{subfolder}" if subfolder else place
     try:
-        config = AutoencoderKL.load_config(place, subfolder=subfolder)
+        config = CLASSES[KL.name].load_config(place, subfolder=subfolder)
     except OSError as error:
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_reason(error)}") from None
+        raise ValueError(f"cannot load a VAE from {name}: {_reason(error)}") from None
     check_config(config, f"{name}/{CONFIG}")
+    kind = CLASSES[class_named_in(config, f"{name}/{CONFIG}")]
     try:
         with _only_errors():
-            vae, report = AutoencoderKL.from_pretrained(
+            vae, report = kind.from_pretrained(
                 place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:

@@ -14,6 +14,7 @@ FLOORS = [
     {"extras", "files", "finite", "machine", "randomness", "vae", "ops"},
     {"pixels", "engine"},
     {"sources", "adopt", "latents"},
+    {"vae_config"},
     {"single_file"},
     {"loading"},
     {"codec"},

@@ -55,6 +55,18 @@ def is_plain(module: nn.Module, blocks: set[type[nn.Module]]) -> bool:
     return type(module) in (blocks if module._modules else LAYERS)
 
 
+def is_unchanged(module: nn.Module, types: frozenset[type[nn.Module]]) -> bool:
+    """Whether a module of a network that is made of `types` is as it was built, and drops no values."""
+    if has_hooks(module) or type(module) not in types or not has_plain_parameters(module):
+        return False
+    if isinstance(module, nn.Dropout):
+        return not (module.training and module.p)
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        settings = module.padding_mode, set(module.dilation), module.groups
+        return settings == ("zeros", {1}, 1) and "_conv_forward" not in module.__dict__
+    return True
+
+
 def is_plain_convolution(layer: nn.Conv2d) -> bool:
     """Whether zeros are padded, nothing is dilated or grouped, and the computation was not replaced."""
     settings = layer.padding_mode, layer.dilation, layer.groups

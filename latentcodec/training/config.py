@@ -46,9 +46,10 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in settings_of(self):
             _require_sound(key, value)
-        if self.finish.whiten and self.model.keeps_latents:
+        if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(
-                "finish.whiten would change the latents that model.teacher, or model.part decoder, keeps"
+                f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
+                "model.from_pretrained or model.teacher keeps"
             )
         if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
             raise ValueError(

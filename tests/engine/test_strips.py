@@ -402,7 +402,7 @@ def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
-    compiled = pointwise._compiled(sums)
+    compiled = pointwise.compiled_function(sums)
     x, pivot = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 1, 4)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(compiled(x, pivot), sums(x, pivot))
