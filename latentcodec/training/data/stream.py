@@ -19,6 +19,7 @@ from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Batch, Cropping, CropStream, RemoteCropStream
 from latentcodec.training.data.images import TrainingImages
 from latentcodec.training.data.order import BucketedOrder, EpochOrder, Positions
+from latentcodec.training.data.text import find_fonts
 from latentcodec.training.progress import counted
 from latentcodec.training.signals import held, shield_data_worker
 
@@ -66,7 +67,8 @@ def training_batches(
     """
     config = images.config
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
-    cropping = Cropping(images.seed, config.min_scale, config.flip)
+    fonts = tuple(find_fonts(config.text_fonts_left_out)) if config.text_share else ()
+    cropping = Cropping(images.seed, config.min_scale, config.flip, config.text_share, fonts)
     stream: Dataset[Batch | ValueError]
     if isinstance(images.source, RemoteSource):
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
