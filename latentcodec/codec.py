@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from latentcodec.adopt import adopt
 from latentcodec.files import write_files
 from latentcodec.finite import require_finite
-from latentcodec.loading import CONFIG, load_vae
+from latentcodec.loading import load_vae
+from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.networks import downsampling_factor
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls them
 
 
 class LatentCodec:

@@ -6,6 +6,7 @@ What the file itself does not say of its model is read off in `single_file.py`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from latentcodec.finite import require_finite
+from latentcodec.model_folder import CONFIG, check_folder, check_numbers, variant_of
 from latentcodec.single_file import check_config, load_single_file
 
 BUNDLED = Path(__file__).parent / "weights"
@@ -22,16 +25,31 @@ BUNDLED = Path(__file__).parent / "weights"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-CONFIG = "config.json"
-
-
 def bundled_names() -> list[str]:
     """The codecs that come with the package, by the name that `LatentCodec.from_pretrained` takes."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
 def load_vae(source: str, subfolder: str | None) -> AutoencoderKL:
-    path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
+    """The VAE that lies at `source`; raises ValueError naming it and the reason, whatever is wrong."""
+    try:
+        vae = _found(source, subfolder)
+        require_finite(vae.state_dict(), source)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source} holds no model that can be loaded: {said}") from error  # of hostile files
+    return vae
+
+
+def _found(source: str, subfolder: str | None) -> AutoencoderKL:
+    path = Path(source).expanduser()
+    if source in bundled_names():
+        if any((path / (subfolder or "") / name).is_file() for name in (CONFIG, "model_index.json")):
+            warnings.warn(
+                f"the folder {path.resolve()} is loaded, not the bundled codec of its name", stacklevel=4
+            )
+        else:
+            path = BUNDLED / source
     if path.is_file():
         if subfolder is not None:
             raise ValueError(f"{path} is one file: it has no subfolder {subfolder!r}")
@@ -54,7 +72,8 @@ def _from_folder(folder: Path) -> AutoencoderKL:
         raise ValueError(
             f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"
         )
-    return _from_diffusers(str(folder), None)
+    check_folder(folder)
+    return _from_diffusers(str(folder), None, variant_of(folder))
 
 
 def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
@@ -72,18 +91,19 @@ def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
     raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
 
 
-def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
+def _from_diffusers(place: str, subfolder: str | None, variant: str | None = None) -> AutoencoderKL:
     """What diffusers loads from a folder or hub id, after the checks that it leaves out."""
     name = f"{place}/{subfolder}" if subfolder else place
     try:
         config = AutoencoderKL.load_config(place, subfolder=subfolder)
     except OSError as error:
         raise ValueError(f"cannot load an AutoencoderKL from {name}: {_reason(error)}") from None
+    check_numbers(config, f"{name}/{CONFIG}")
     check_config(config, f"{name}/{CONFIG}")
     try:
         with _only_errors():
             vae, report = AutoencoderKL.from_pretrained(
-                place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+                place, subfolder=subfolder, variant=variant, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(

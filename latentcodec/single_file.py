@@ -12,7 +12,6 @@ Shapes: c latent channels.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentcodec.adopt import build
+from latentcodec.model_folder import check_numbers, read_json
 from latentcodec.vae.networks import DOWN_BLOCKS, UP_BLOCKS
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
@@ -154,12 +154,10 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     file = path.parent / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
         return None  # folders of downloads hold the config.json of whatever was downloaded last
+    check_numbers(config, str(file))
     return check_config(config, str(file))
 
 

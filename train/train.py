@@ -15,6 +15,9 @@ import sys
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         print("loading PyTorch and diffusers", file=sys.stderr, flush=True)  # which takes seconds
+    from latentcodec.training.console import end_at_interrupt
+
+    end_at_interrupt()
     from latentcodec.training.loop import main
 
     sys.exit(main())

@@ -15,10 +15,12 @@ crash of that process, and stops or restarts the others.
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Sequence
 
+from latentcodec.finite import NotFinite
 from latentcodec.training.config import Config, parse
+from latentcodec.training.console import end_at_interrupt, keep_speaking
+from latentcodec.training.progress import report_error
 from latentcodec.training.signals import StopRequest, exit_code
 from latentcodec.training.trainer import Diverged, Trainer
 
@@ -32,14 +34,16 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
 
     What a user can mend is one line on stderr; everything else keeps its traceback.
     """
+    keep_speaking()
+    end_at_interrupt()
     config = parse(arguments, program)
     try:
         return run(config, StopRequest())
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (Diverged, NotFinite) as error:
+        report_error(error)
         return FAILED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return WRONG if isinstance(error, ValueError) or error.errno in WRONG_PATH else FAILED
 
 
@@ -57,7 +61,10 @@ def run(config: Config, stop: StopRequest) -> int:
 def train(trainer: Trainer, stop: StopRequest) -> int:
     """Train a run that has begun until it is complete or `stop` has been received; returns the exit code."""
     every = trainer.config.train
-    with stop:  # before the first step there is nothing to save, so until here a signal ends the run at once
+    with (
+        stop,
+        trainer.journal.bar_closed(),
+    ):  # before the first step there is nothing to save, so until here a signal ends the run at once
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
             if report is None:  # a number was not finite: nothing has changed

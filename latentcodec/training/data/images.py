@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentcodec.pixels import UnreadableImage
+from latentcodec.pixels import LeftOut, UnreadableImage, collect_notes
 from latentcodec.sources.images import EncodedSource, ImageSource, Place, open_source
 from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Reject, centre_crop, rejected
@@ -84,6 +84,17 @@ class TrainingImages:
     train: NDArray[np.int64]  # indices into source; empty for a remote source, which cannot be asked by index
     val_source: ImageSource
     val: NDArray[np.int64]  # indices into val_source
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What looks like an image of these sets and is not among them."""
+        both = [self.source] if self.source is self.val_source else [self.source, self.val_source]
+        return [item for source in both for item in source.left_out]
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of training and of validation images; of a remote set 0 are known to be trained on."""
+        return [len(self.train), len(self.val)]
 
     @cached_property
     def buckets(self) -> NDArray[np.int64]:
@@ -172,15 +183,20 @@ class HeldOut:
     rejects: list[Reject]
 
 
-def held_out(images: TrainingImages) -> HeldOut:
+def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     """Reads the validation images: whole, but centre-cropped to at most `val_resolution` on a side.
 
-    Raises `ValueError` when not one of them can be read.
+    One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is rejected. Raises
+    `ValueError` when not one of them can be read.
     """
     result = HeldOut([], [], [])
     for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
-            image = images.val_source.read(index)
+            with (
+                collect_notes()
+            ):  # training would meet them in a worker, and lists them; here they cost nothing
+                image = images.val_source.read(index)
+            require_side(images.val_source.name(index), image, smallest_side)
         except UnreadableImage as error:
             result.rejects.append(rejected(images.val_source.name(index), error))
             continue
@@ -192,6 +208,13 @@ def held_out(images: TrainingImages) -> HeldOut:
             f"none of the validation images can be read, the first: {first.path}: {first.reason}"
         )
     return result
+
+
+def require_side(name: str, image: Tensor, smallest: int) -> None:
+    """Raises `UnreadableImage` for an image [C, H, W] with a side below `smallest` pixels."""
+    height, width = image.shape[-2:]
+    if min(height, width) < smallest:
+        raise UnreadableImage(f"{name}: {height} x {width} pixels, and a score needs {smallest} a side")
 
 
 def _bucket(source: ImageSource, index: int, sizes: list[tuple[int, int]]) -> int:

@@ -54,7 +54,9 @@ class Exporter:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(state.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
+            evaluation = evaluate(
+                codec, counted(images, "validating", len(images), "image"), names=self.held_out.names
+            )
             self.journal.validated(state.step, state.seconds, evaluation)
             pairs = [(image, reconstruct(codec, image[None])[0]) for image in images[:SAMPLES]]
             self.journal.samples(state.step, pairs)
