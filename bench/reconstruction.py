@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lpips_weights", type=Path, help="its weights as safetensors; default: torchvision's own")
     add("--rivals", nargs="*", choices=image_codecs.available(), default=image_codecs.available(),
         help="image formats at equal bits; none: --rivals alone (%(default)s)")  # fmt: skip
-    add("--no_text", action="store_true", help="do not read text, although RapidOCR is installed")
+    add("--text", action="store_true", help="read drawn text by RapidOCR (pip install latentcodec[ocr])")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
@@ -173,7 +173,7 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     klts = {}
     for f, c in {(codec.downsampling_factor, codec.latent_channels) for codec in codecs.values()}:
         klts[f, c] = KLT.fit(load_all(klt_images, channels, f"fitting the KLT f{f}c{c}"), f, c)
-    reader, text_note = open_text(options.no_text, channels)
+    reader, text_note = open_text(options.text, channels)
     return Inputs(codecs, images, skipped, klts, klt_note, lpips, lpips_note, reader, text_note)
 
 
@@ -190,16 +190,13 @@ def open_lpips(net: str, weights: Path | None) -> tuple[Metric | None, str]:
         return None, f"LPIPS not measured: {error}"
 
 
-def open_text(unwanted: bool, channels: int) -> tuple[text.Reader | None, str]:
-    """The reader of text, or None and why not."""
-    if unwanted:
-        return None, "text not read: --no_text"
+def open_text(wanted: bool, channels: int) -> tuple[text.Reader | None, str]:
+    """The reader of text where it is wanted, and what to say of it. Raises `ValueError` where it is not installed."""
+    if not wanted:
+        return None, "text not read: no --text"
     if channels not in (1, 3):
-        return None, f"text not read: it is drawn in 1 or 3 channels, not {channels}"
-    try:
-        return text.open_reader(), "text read by RapidOCR"
-    except ValueError as error:
-        return None, f"text not read: {error}"
+        raise ValueError(f"--text: it is drawn in 1 or 3 channels, not {channels}")
+    return text.open_reader(), "text read by RapidOCR"
 
 
 def readable(paths: Sequence[Path], channels: int, smallest: int) -> tuple[list[Path], list[dict[str, str]]]:

@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     """The weights of a new network."""
     ADDITIVE_NOISE = 9
     """The noise that is added to a sample's latent for the decoder."""
+    TEXT = 10
+    """The text over a sample."""
 
 
 def keyed_generator(*keys: int) -> torch.Generator:
@@ -55,7 +57,7 @@ def keyed_normal(
 ) -> Tensor:
     """[B, *shape] float32, CPU: standard normal, sample i a function of (seed, purpose, positions[i])."""
     return _stack(
-        _numpy_generator(seed, purpose, int(position)).standard_normal(shape, dtype=np.float32)
+        numpy_generator(seed, purpose, int(position)).standard_normal(shape, dtype=np.float32)
         for position in positions
     )
 
@@ -65,13 +67,16 @@ def keyed_uniform(
 ) -> Tensor:
     """[B, *shape] float32, CPU: uniform on [0, 1), sample i a function of (seed, purpose, positions[i])."""
     return _stack(
-        _numpy_generator(seed, purpose, int(position)).random(shape, dtype=np.float32)
+        numpy_generator(seed, purpose, int(position)).random(shape, dtype=np.float32)
         for position in positions
     )
 
 
-def _numpy_generator(*keys: int) -> np.random.Generator:
-    """Philox takes a key of 128 bits and needs no warm-up: Salmon et al., "Parallel random numbers", 2011."""
+def numpy_generator(*keys: int) -> np.random.Generator:
+    """numpy's generator for these keys: integers below 2^127, in this order.
+
+    Philox takes a key of 128 bits and needs no warm-up: Salmon et al., "Parallel random numbers", 2011.
+    """
     return np.random.Generator(np.random.Philox(key=_hash(keys)))
 
 

@@ -381,11 +381,18 @@ MUTANTS = [
         "test_strips.py",
     ),
     Mutant(
-        "strips run while a graph is traced",
-        "engine/plan.py",
-        "            and not torch.jit.is_tracing()\n",
-        "",
+        "strips are never freed",
+        "engine/strips.py",
+        "lambda last: _drained(kept) if last else iter(kept)",
+        "lambda last: iter(kept)",
         "test_strips.py",
+    ),
+    Mutant(
+        "our operations run while a graph is traced",
+        "ops/functional.py",
+        "        and not torch.jit.is_tracing()\n",
+        "",
+        "test_strips.py test_fused.py",
     ),
     Mutant(
         "strips run where gradients are asked for",

@@ -22,6 +22,7 @@ from latentcodec.report import results as report
 from latentcodec.report.build import build_page
 from latentcodec.report.crops import worst_window
 from latentcodec.report.page import Page
+from latentcodec.report.pages.throughput import headline
 from latentcodec.report.plots import INK, plot_style
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -482,11 +483,12 @@ def test_a_number_format_that_is_emulated_is_measured_only_if_asked_for(
     assert ("warning: this machine has no units for bfloat16" in capsys.readouterr().err) != units
 
 
-def test_the_headline_names_the_fastest_other_side_and_the_default(throughput):
+def test_the_headline_names_the_fastest_other_side_and_the_default():
     case = {"direction": "decode", "dtype": "float32", "size": 64, "batch": 1}
     ratios = {"ours": 1.0, "diffusers": 3.0, "diffusers channels_last": 2.0, "diffusers tiled": math.nan}
     records = [{**case, "side": side, "time_over_ours": ratio} for side, ratio in ratios.items()]
-    ((number, meaning),) = throughput.headline(records)
+    ((number, meaning, level),) = headline(records)
+    assert level == "healthy"
     assert number == "2.00x"
     assert meaning.endswith("speed of ours over diffusers channels_last; 3.00x over diffusers as it comes")
 

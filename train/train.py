@@ -18,6 +18,9 @@ if __name__ == "__main__":
     from latentcodec.training.console import end_at_interrupt
 
     end_at_interrupt()
+    # Threads that wait for one another shall sleep: where they spin, a process beside them, such as a data worker,
+    # makes a step take several times as long. OpenMP reads this when PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from latentcodec.training.loop import main
 
     sys.exit(main())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentcodec.vae.layers import ACTIVATIONS
 
-LAYERS = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
+LAYERS: set[type[nn.Module]] = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
 """The types of layers without children that the engine can compute; a module list may be empty."""
 
 

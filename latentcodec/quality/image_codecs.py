@@ -51,7 +51,7 @@ def code(x: Tensor, form: str, most_bytes: int) -> Coded:
             best, best_quality, low = content, quality, quality + 1
         else:
             high = quality - 1
-    return Coded(decode_image(best, x.shape[1], name=form), len(best), best_quality)
+    return Coded(decode_image(best, x.shape[1], name=form)[None], len(best), best_quality)
 
 
 def _file(image: Image.Image, form: str, quality: int) -> bytes:

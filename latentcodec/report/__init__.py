@@ -1,5 +1,5 @@
-"""Measurements as one self-contained page; plots need the extra `report`."""
+"""Results of measurements, and the pages made from them; needs the extra `report`."""
 
 from latentcodec.extras import require
 
-require("report", "matplotlib")
+require("report", "matplotlib", "jinja2")

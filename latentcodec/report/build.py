@@ -6,13 +6,15 @@ from typing import Any
 
 from latentcodec.files import write_whole
 from latentcodec.report.page import Page
-from latentcodec.report.pages import inspection, reconstruction, robustness, throughput, training
+from latentcodec.report.pages import comparison, inspection, reconstruction, robustness, throughput, training
 from latentcodec.report.results import finite, free_stem, write_json
 
 
 def build_page(data: Mapping[str, Any]) -> Page:
     """The page of a result. Raises ValueError naming a kind that has none."""
     match data["bench"]:
+        case "compare":
+            return comparison.build(data)
         case "inspect":
             return inspection.build(data)
         case "reconstruction":

@@ -280,7 +280,8 @@ def training_curves(source: Path) -> dict[str, Any] | None:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.startswith("{")]
+    whole = [line for line in metrics.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in whole]  # the last one may be half written
     curves: dict[str, list[list[float]]] = {}
     for key in ("total", "nll", "kl", "kl_weight", "lr", "psnr"):
         points = [[line["step"], line[key]] for line in lines if line.get(key) is not None]

@@ -25,6 +25,7 @@ from latentcodec.training.losses.terms import objective
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
+from latentcodec.vae.posterior import mean_and_logvar
 
 
 class Gradients:
@@ -87,7 +88,9 @@ class Gradients:
         inputs = self.objective.inputs(x, batch["position"], state.draw)
         lesson, inputs = self.teacher.lesson(inputs) if self.teacher else (None, inputs)
         result = self.model(inputs.x, inputs.noise, inputs.transform)
-        losses, weights = self.objective.losses(result, inputs, state.step, state.draw, self._decode)
+        losses, weights = self.objective.losses(
+            result, inputs, state.step, state.draw, self._decode, self._encode
+        )
         if lesson:
             losses, weights = losses | lesson.losses(result), weights | lesson.weights
         total = objective(losses, weights, inputs.target[0].numel())
@@ -106,3 +109,8 @@ class Gradients:
         """A second decoding in the same step, under the same autocast as the first."""
         with self.accelerator.autocast():
             return self.state.codec.vae.decode(z).sample
+
+    def _encode(self, y: Tensor) -> Tensor:
+        """The posterior's mean of a reconstruction, under the same autocast."""
+        with self.accelerator.autocast():
+            return mean_and_logvar(self.state.codec.vae.encode(y).latent_dist.parameters)[0]

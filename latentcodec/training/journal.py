@@ -151,15 +151,6 @@ class Journal:
                 if len(self.notes) <= NOTES_SAID:
                     self.say(f"used, though broken: {line}")
 
-    @contextmanager
-    def bar_closed(self) -> Iterator[None]:
-        """Close the bar at the end, however it comes, so that an error begins a line."""
-        try:
-            yield
-        finally:
-            if self.bar is not None:
-                self.bar.close()
-
     def rejected(self, rejects: Sequence[Reject | LeftOut], quietly: bool = False) -> None:
         """rejects.jsonl: each image that was left out, once: {"path", "reason"}; it is said too, if not `quietly`."""
         if not self.accelerator.is_main_process:
@@ -209,17 +200,19 @@ class Journal:
         step = None if record is None else record.get("step")
         return step if isinstance(step, int) else None  # a damaged one is as none: the end is done again
 
-    def end(self) -> None:
-        """Say what was left out and what was used though broken, and close the trackers and the bar."""
+    def say_what_was_broken(self) -> None:
+        """At the end: what was left out, by reason, and how many images were used though something is broken."""
         if self.listed:
-            rejects = [json.loads(line) for line in self.listed if _record(line.encode())]
+            rejects = [record for line in self.listed if (record := _record(line.encode()))]
             items = [LeftOut(str(line.get("path")), str(line.get("reason"))) for line in rejects]
             self.say(f"left out: {by_reason(items)}; each is listed in {self.rejects}")
         if self.notes:
             self.say(f"used, though something beside the pixels is broken: {len(self.notes)} images")
+
+    def close(self) -> None:
+        """End the progress bar, so that what is said next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
-        self.accelerator.end_training()
 
     def card(self, step: int, seconds: float, evaluation: Evaluation | None) -> str:
         """The model card's account of the training: Markdown."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import closing
 
 from latentcodec.finite import NotFinite
 from latentcodec.training.config import Config, parse
@@ -51,20 +52,21 @@ def run(config: Config, stop: StopRequest) -> int:
     """Begin or resume the run in `config.output_dir` and train it to its end; returns the exit code."""
     trainer = Trainer(config)
     trainer.resume()
-    if not trainer.finished:
-        return train(trainer, stop)
-    more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
-    trainer.journal.say(f"{config.output_dir} is finished; {more}")
-    return _code_of_complete(trainer)
+    if trainer.finished:
+        more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
+        trainer.journal.say(f"{config.output_dir} is finished; {more}")
+        code = _code_of_complete(trainer)
+    else:
+        code = train(trainer, stop)
+    trainer.accelerator.end_training()
+    return code
 
 
 def train(trainer: Trainer, stop: StopRequest) -> int:
     """Train a run that has begun until it is complete or `stop` has been received; returns the exit code."""
     every = trainer.config.train
-    with (
-        stop,
-        trainer.journal.bar_closed(),
-    ):  # before the first step there is nothing to save, so until here a signal ends the run at once
+    # Before the first step there is nothing to save, so until here a signal ends the run at once.
+    with stop, closing(trainer.journal):
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
             if report is None:  # a number was not finite: nothing has changed
@@ -78,7 +80,7 @@ def train(trainer: Trainer, stop: StopRequest) -> int:
         trainer.checkpoint()
         if not trainer.stopped_by:
             trainer.exporter.finish()
-        trainer.journal.end()
+        trainer.journal.say_what_was_broken()
     return exit_code(trainer.stopped_by) if trainer.stopped_by else _code_of_complete(trainer)
 
 

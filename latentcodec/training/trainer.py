@@ -119,8 +119,8 @@ class Trainer:
         if before is not None and before != now:
             raise ValueError(
                 f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
-                f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or choose another "
-                "output folder (model.from_pretrained goes on from the codec of this one)"
+                f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
+                "another output folder (model.from_pretrained goes on from the codec of this one)"
             )
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:

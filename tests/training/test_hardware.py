@@ -45,7 +45,7 @@ def test_auto_takes_what_the_machine_is_fast_in_and_keeps_it(
     assert trainer.accelerator.mixed_precision == precision
     assert capsys.readouterr().out.startswith(f"training in {dtype} on ")
     dtypes = set()
-    trainer.codec.vae.encoder.conv_in.register_forward_hook(lambda _, x, y: dtypes.add(y.dtype))
+    trainer.state.codec.vae.encoder.conv_in.register_forward_hook(lambda _, x, y: dtypes.add(y.dtype))
     train(trainer)
     assert getattr(torch, dtype) in dtypes
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())

@@ -664,7 +664,7 @@ def test_samples_and_numbers_reach_tensorboard(tmp_path, images):
 
     trainer = start(small(tmp_path / "run", images, max_steps=2, trackers=["tensorboard"]))
     train(trainer)
-    trainer.journal.end()
+    trainer.accelerator.end_training()
     (folder,) = (path.parent for path in (tmp_path / "run/latentcodec").glob("events*"))
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("total")] == [1, 2]

@@ -15,10 +15,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from latentcodec.pixels import UnreadableImage, collect_notes
-from latentcodec.randomness import Purpose, keyed_generator
+from latentcodec.randomness import Purpose, keyed_generator, numpy_generator
 from latentcodec.sources.images import ImageSource
 from latentcodec.sources.remote import Cell, RemoteSource
 from latentcodec.training.data.order import EpochOrder, Positions
+from latentcodec.training.data.text import draw_text
 
 PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole set is broken
 _UNREADABLE_SET = "{} images in a row cannot be read, the last of them: {}"
@@ -52,6 +53,10 @@ class Cropping:
     seed: int
     min_scale: float
     flip: bool
+    text_share: float = 0.0
+    """Share of the crops over which text is drawn (`text.py`)."""
+    fonts: tuple[str, ...] = ()
+    """Font files to draw it with."""
 
     def batch(
         self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejects: list[Reject]
@@ -61,8 +66,13 @@ class Cropping:
         for position, image in zip(positions, images, strict=True):
             generator = keyed_generator(self.seed, Purpose.AUGMENTATION, position)
             draws = torch.rand(4, generator=generator).tolist()
-            crops.append(random_crop(image, size, self.min_scale, self.flip, draws))
+            crop = random_crop(image, size, self.min_scale, self.flip, draws)
+            crops.append(self._with_text(crop, position) if self.text_share else crop)
         return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejects": rejects}
+
+    def _with_text(self, crop: Tensor, position: int) -> Tensor:
+        random = numpy_generator(self.seed, Purpose.TEXT, position)
+        return draw_text(crop, self.fonts, random) if random.random() < self.text_share else crop
 
 
 def random_crop(

@@ -5,11 +5,11 @@ in `crops.py`. Shapes: C channels, H W pixels.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,6 +45,11 @@ class DataConfig:
     off."""
     flip: bool = True
     """Mirror every second crop, left to right."""
+    text_share: ClosedUnitInterval = 0.0
+    """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
+    photograph behind it, half are pages of one colour."""
+    text_fonts_left_out: list[str] = field(default_factory=list)
+    """Fonts whose file names begin with one of these are not drawn with, so that a test can use them."""
     buckets: bool = False
     """Aspect-ratio buckets: every optimizer step has one crop shape, of about resolution^2 pixels, and images
     whose own shape is near it. Reads the header of every image first."""

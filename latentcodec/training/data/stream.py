@@ -22,6 +22,7 @@ from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Batch, Cropping, CropStream, RemoteCropStream
 from latentcodec.training.data.images import DataConfig, TrainingImages
 from latentcodec.training.data.order import BucketedOrder, EpochOrder, Positions
+from latentcodec.training.data.text import find_fonts
 from latentcodec.training.progress import counted
 from latentcodec.training.signals import held, shield_data_worker
 
@@ -75,7 +76,8 @@ def training_batches(
     """
     config = images.config
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
-    cropping = Cropping(images.seed, config.min_scale, config.flip)
+    fonts = tuple(find_fonts(config.text_fonts_left_out)) if config.text_share else ()
+    cropping = Cropping(images.seed, config.min_scale, config.flip, config.text_share, fonts)
     stream: Dataset[Batch | ValueError]
     if isinstance(images.source, RemoteSource):
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
@@ -127,19 +129,19 @@ def _fits_shared_memory(batch_bytes: int, config: DataConfig) -> bool:
     if config.workers == 0 or free >= SHARED_MEMORY_RESERVE * waiting * batch_bytes:
         return True
     note = (
-        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB, and {waiting} batches of {batch_bytes / 2**20:.1f} MiB may wait for "
-        "the trainer: they are sent through pipes instead, which is slower (docker run --shm-size=8g, or fewer "
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB, and {waiting} batches of {batch_bytes / 2**20:.1f} MiB may wait "
+        "for the trainer: they are sent through pipes instead, which is slower (docker run --shm-size=8g, or fewer "
         "data.workers)"
     )
     warnings.warn(note, SharedMemoryWarning, stacklevel=3)
     return False
 
 
-def _as_is(batch: Batch | ValueError) -> Batch | ValueError:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _as_arrays(batch: Batch | ValueError) -> Any:
+def _as_arrays(batch: Any) -> Any:
     """With arrays in place of tensors: they go through pipes, and need no shared memory."""
     if isinstance(batch, ValueError):
         return batch

@@ -20,6 +20,7 @@ from latentcodec.training.losses.regularizers import (
     downscale_pair,
     draw_downscale,
     latent_tail_loss,
+    round_trip_loss,
     spectrum_loss,
     variance_expansion_loss,
 )
@@ -31,6 +32,7 @@ from latentcodec.training.losses.terms import (
     kl_divergence,
     kl_per_channel,
     kl_with_free_bits,
+    low_frequency_loss,
     negative_log_likelihood,
 )
 
@@ -56,12 +58,23 @@ class Objective:
 
     def inputs(self, x: Tensor, positions: Tensor, draw: int) -> Inputs:
         """Draw everything random for pixels x [B, C, H, W] at `positions` [B] of the stream."""
-        return draw_inputs(self.regularizer, self.seed, self.latent_channels, self.f, x, positions, draw)
+        return draw_inputs(
+            self.regularizer, self.seed, self.latent_channels, self.f, x, positions, draw, self.rate.deviation
+        )
 
     def losses(
-        self, result: ForwardPass, inputs: Inputs, step: int, draw: int, decode: Callable[[Tensor], Tensor]
+        self,
+        result: ForwardPass,
+        inputs: Inputs,
+        step: int,
+        draw: int,
+        decode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Every loss that counts, [B] or a scalar, and the weight of each; `decode` is the decoder's forward."""
+        """Every loss that counts, [B] or a scalar, and the weight of each.
+
+        `decode` is the decoder's forward; `encode` gives the posterior's mean of an image.
+        """
         loss, settings = self.loss, self.regularizer
         y, target = result.reconstruction, inputs.target
         losses = {
@@ -77,6 +90,8 @@ class Objective:
         if self.lpips is not None:
             losses["lpips"], weights["lpips"] = self.lpips(y, target), loss.lpips_weight
         add("high_frequency", loss.high_frequency_weight, lambda: high_frequency_loss(y, target))
+        add("low_frequency", loss.low_frequency_weight, lambda: low_frequency_loss(y, target))
+        add("round_trip", settings.round_trip_weight, lambda: self._round_trip(result, encode))
         flattening, floor = settings.spectrum_flattening, settings.variance_expansion_floor
         add("spectrum", settings.spectrum_weight, lambda: spectrum_loss(result.latent, inputs.x, flattening))
         expansion = settings.variance_expansion_weight
@@ -112,6 +127,10 @@ class Objective:
         per_channel = kl_per_channel(result.mean, result.logvar)
         cells = result.mean[0, 0].numel()
         return kl_with_free_bits(per_channel, self.rate.reference.to(per_channel), cells, self.loss.free_bits)
+
+    def _round_trip(self, result: ForwardPass, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        deviation = self.rate.deviation.to(result.mean)
+        return round_trip_loss(encode(result.reconstruction), result.mean, deviation)
 
     def _scale_equivariance(
         self, result: ForwardPass, x: Tensor, draw: int, decode: Callable[[Tensor], Tensor]

@@ -32,6 +32,7 @@ class RateControl:
         self.config = config
         self.weight = config.kl_weight
         self.reference = torch.zeros(latent_channels)  # [c] nats per element, of the step before
+        self.deviation = torch.ones(latent_channels)  # [c] of the latent, noise included, of the step before
 
     def at(self, step: int) -> float:
         """The weight that counts at an optimizer step."""
@@ -40,6 +41,7 @@ class RateControl:
     def update(self, step: int, per_channel: Tensor, statistics: Tensor) -> dict[str, float]:
         """Take in the whole step's statistics ([c] and [3, c], means over all processes) and steer the weight."""
         config, self.reference = self.config, per_channel
+        self.deviation = deviations(statistics)
         rate, std = bits_per_element(per_channel), relative_std(statistics)
         report = {"kl_weight": self.at(step), "latent_bits": rate, "latent_noise": std}
         if step >= config.kl_warmup_steps and config.target_bits is not None:
@@ -50,11 +52,17 @@ class RateControl:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON has it."""
-        return {"weight": self.weight, "reference": self.reference.tolist()}
+        return {
+            "weight": self.weight,
+            "reference": self.reference.tolist(),
+            "deviation": self.deviation.tolist(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint; the weight is the configuration's, except where a target has moved it."""
         self.reference = torch.tensor(saved["reference"])
+        if "deviation" in saved:  # checkpoints of before have none, and no loss that needs it
+            self.deviation = torch.tensor(saved["deviation"])
         if self.config.target_bits is not None or self.config.target_std is not None:
             self.weight = saved["weight"]
 
@@ -71,6 +79,12 @@ def channel_statistics(mean: Tensor, logvar: Tensor) -> Tensor:
     Means, so that those of N processes with equal batches average to those of one.
     """
     return torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), logvar.exp().mean((0, 2, 3))])
+
+
+def deviations(statistics: Tensor) -> Tensor:
+    """`channel_statistics` -> [c]: the latent's deviation, of the posterior's mean and of its draw together."""
+    centre, square, noise = statistics
+    return (square - centre.square()).clamp(min=0).add(noise).sqrt()
 
 
 def relative_std(statistics: Tensor) -> float:

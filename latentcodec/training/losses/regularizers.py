@@ -45,8 +45,12 @@ class RegularizerConfig:
     interpolative_noise_std: NonNegativeFloat = 3.0
     """Standard deviation of that noise in the latent's raw units (l-DeTok: 3)."""
     additive_noise: NonNegativeFloat = 0.0
-    """Largest standard deviation, in the latent's raw units, of the noise added to such a sample; uniform
-    below it (RAE: 0.8)."""
+    """Largest standard deviation of the noise added to such a sample, in units of each channel's own deviation; uniform
+    below it (RAE: 0.8, in raw units, which an encoder escapes by larger latents)."""
+    round_trip_weight: NonNegativeFloat = 0.0
+    """Factor of the mean squared distance, in units of each channel's variance, between the latent of an image and the
+    latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
+    encoding."""
     scale_equivariance_weight: NonNegativeFloat = 0.0
     """Factor of the reconstruction loss of the downscaled image from the downscaled latent, in nats per
     pixel-channel like the likelihood itself (Skorokhodov et al.: about 0.25). Costs a second, smaller
@@ -177,10 +181,20 @@ def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Te
     return (1 - level) * z + level * std * noise
 
 
-def add_noise(z: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """[B, c, h, w]: z + level noise, level [B] in units of z; the decoder noise of RAE (Zheng et al.
-    2025)."""
-    return z + level.view(-1, 1, 1, 1) * noise
+def add_noise(z: Tensor, noise: Tensor, level: Tensor, deviation: Tensor) -> Tensor:
+    """[B, c, h, w]: z + level s noise, level [B], s [c] the deviation of each channel.
+
+    The decoder noise of RAE (Zheng et al. 2025), which has it in raw units.
+    """
+    return z + level.view(-1, 1, 1, 1) * deviation.view(-1, 1, 1) * noise
+
+
+def round_trip_loss(again: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """[B]: the mean squared distance of two latents [B, c, h, w] in units of each channel's deviation [c].
+
+    `again` is the posterior's mean of the reconstruction, `mean` that of the image.
+    """
+    return ((again - mean) / deviation.clamp_min(1e-6).view(-1, 1, 1)).square().mean((1, 2, 3))
 
 
 # ---- the spectrum of the latent (Ning et al., "Spectrum matching", 2026) ----

@@ -73,8 +73,12 @@ def draw_inputs(
     x: Tensor,
     positions: Tensor,
     draw: int,
+    deviation: Tensor,
 ) -> Inputs:
-    """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`."""
+    """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
+
+    `deviation` [c] of the latent's channels is the unit of the additive noise.
+    """
     warp = draw_warp(config, seed, draw)
     if warp is not None and not warp.of_latent:
         x = warp_image(x, warp, f)
@@ -88,12 +92,12 @@ def draw_inputs(
         target = warp_image(target, warp, f)
         transforms.append(lambda z: warp_latent(z, warp))
     if config.latent_noise_share:
-        transforms.append(_latent_noise(config, seed, positions))
+        transforms.append(_latent_noise(config, seed, positions, deviation))
     noise = keyed_normal(seed, positions, cells, Purpose.POSTERIOR).to(x.device)
     return Inputs(x, noise, transforms, target)
 
 
-def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor) -> Transform:
+def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, deviation: Tensor) -> Transform:
     """The noise that the decoder learns to tolerate: an amount and a tensor of its own for each sample and kind."""
     replaced, added = draw_noise_levels(config, seed, positions)
 
@@ -106,7 +110,7 @@ def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor) -> Tr
                 z, noise(Purpose.INTERPOLATIVE_NOISE), replaced.to(z), config.interpolative_noise_std
             )
         if config.additive_noise:
-            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z))
+            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), deviation.to(z))
         return z
 
     return transform

@@ -24,6 +24,7 @@ Likelihood = Literal["gaussian", "student_t", "laplace", "bernoulli"]
 
 PIXEL_STEP = 1 / 127.5  # the distance of two 8-bit levels in [-1, 1]
 HIGH_PASS_SIGMA = 1.0  # pixels
+FLAT_SIDE = 16  # pixels: two cells of f8, smaller than most flat fields of a picture
 HIGH_PASS_RADIUS = 3  # pixels: three sigma, 99.7 % of the blur
 
 
@@ -63,6 +64,9 @@ class LossConfig:
     """A local safetensors file with the network's weights; downloaded where none is given."""
     high_frequency_weight: NonNegativeFloat = 0.0
     """Factor of the mean absolute error of what a gaussian blur of one pixel takes away (LiteVAE)."""
+    low_frequency_weight: NonNegativeFloat = 0.0
+    """Factor of the mean absolute error of the means of 16 x 16 pixels. It keeps colours and flat fields true, which
+    the squared error of single pixels hardly sees."""
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for keys that contradict each other."""
@@ -192,6 +196,11 @@ def kl_with_free_bits(per_channel: Tensor, reference: Tensor, cells: int, free_b
     """
     floor = free_bits * math.log(2)
     return cells * torch.where(reference > floor, per_channel, floor).sum()
+
+
+def low_frequency_loss(y: Tensor, x: Tensor) -> Tensor:
+    """[B], mean per image in pixel units: |P (x - y)| with P the means of blocks of 16 x 16 pixels."""
+    return F.avg_pool2d(y - x, FLAT_SIDE, ceil_mode=True).abs().mean((1, 2, 3))
 
 
 def high_frequency_loss(y: Tensor, x: Tensor) -> Tensor:

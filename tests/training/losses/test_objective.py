@@ -129,26 +129,33 @@ def test_spectrum_masking_masks_latent_and_target():
 def test_what_is_off_is_neither_computed_nor_reported():
     objective, x = new_objective(), images()
     inputs = objective.inputs(x, torch.arange(3), 0)
-    losses, weights = objective.losses(new_pass(x), inputs, 0, 0, never)
+    losses, weights = objective.losses(new_pass(x), inputs, 0, 0, never, never)
     assert list(losses) == list(weights) == ["nll", "kl"]
 
 
 def test_every_loss_arrives_by_name_with_the_weight_of_its_key():
-    loss = LossConfig(kl_weight=0.5, high_frequency_weight=2.0)
+    loss = LossConfig(kl_weight=0.5, high_frequency_weight=2.0, low_frequency_weight=7.0)
     regularizer = RegularizerConfig(
         spectrum_weight=3.0,
         variance_expansion_weight=4.0,
         latent_tail_weight=5.0,
         scale_equivariance_weight=6.0,
+        round_trip_weight=8.0,
     )
     objective, x = new_objective(loss, regularizer), images()
     result = new_pass(x)
-    decode = torch.nn.Upsample(scale_factor=F_DOWN)
+    up, down = torch.nn.Upsample(scale_factor=F_DOWN), torch.nn.AvgPool2d(F_DOWN)
+    inputs = objective.inputs(x, torch.arange(3), 0)
     losses, weights = objective.losses(
-        result, objective.inputs(x, torch.arange(3), 0), 0, 0, lambda z: decode(z[:, :3])
+        result, inputs, 0, 0, lambda z: up(z[:, :3]), lambda y: down(y)[:, [0, 1, 2, 0]]
     )
     expected = {"nll": 1.0, "kl": 0.5, "high_frequency": 2.0, "spectrum": 3.0, "variance_expansion": 4.0}
-    assert weights == expected | {"latent_tail": 5.0, "scale_equivariance": 6.0}
+    assert weights == expected | {
+        "latent_tail": 5.0,
+        "scale_equivariance": 6.0,
+        "low_frequency": 7.0,
+        "round_trip": 8.0,
+    }
     assert losses.keys() == weights.keys()
     for name, value in losses.items():
         assert value.shape in ((3,), ()), name
@@ -160,7 +167,9 @@ def test_scale_equivariance_is_the_likelihood_of_the_small_pair_per_pixel_channe
     x = images()
     result = new_pass(x)
     inputs = objective.inputs(x, torch.arange(3), 0)
-    losses, _ = objective.losses(result, inputs, 0, 7, lambda z: F.interpolate(z[:, :3], scale_factor=F_DOWN))
+    losses, _ = objective.losses(
+        result, inputs, 0, 7, lambda z: F.interpolate(z[:, :3], scale_factor=F_DOWN), never
+    )
     small_x, small_z = downscale_pair(x, result.latent, draw_downscale(0, 7))
     y = F.interpolate(small_z[:, :3], scale_factor=F_DOWN)
     normal = torch.distributions.Normal(y, 0.2)
@@ -205,7 +214,7 @@ def test_free_bits_follow_the_statistics_of_the_step_before():
     cells, floor = 8 * 8, math.log(2)
     channels = kl_per_channel(result.mean, result.logvar)
     objective.rate.reference = torch.tensor([0.0, 9.0, 0.0, 9.0])
-    kl = objective.losses(result, inputs, 0, 0, never)[0]["kl"]
+    kl = objective.losses(result, inputs, 0, 0, never, never)[0]["kl"]
     torch.testing.assert_close(kl, cells * (2 * floor + channels[1] + channels[3]))
 
 
@@ -268,7 +277,7 @@ def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec(lpips_file)
     codec = TrainedCodec(new_vae(small(Path("unused"), Path("unused")).model, None, None, list), 1.0, False)
     inputs = objective.inputs(images(2), torch.arange(2), 0)
     result = codec(inputs.x, inputs.noise, inputs.transform)
-    losses, table = objective.losses(result, inputs, 0, 0, never)
+    losses, table = objective.losses(result, inputs, 0, 0, never, never)
     assert table["lpips"] == 1.0
     losses["lpips"].mean().backward()
     for name, parameter in codec.vae.named_parameters():

@@ -27,7 +27,7 @@ def test_another_seed_position_or_purpose_gives_other_noise() -> None:
         keyed_normal(seed, [position], (50,), purpose)
         for seed in (0, 1, 2**40)
         for position in (0, 1, 2**40)
-        for purpose in (Purpose.POSTERIOR, Purpose.LATENT_NOISE)
+        for purpose in (Purpose.POSTERIOR, Purpose.INTERPOLATIVE_NOISE)
     ]
     draws.append(keyed_normal(1, [23], (50,), 4))
     draws.append(keyed_normal(12, [3], (50,), 4))
@@ -163,9 +163,18 @@ def test_interpolated_and_added_noise_have_their_formulas() -> None:
     assert torch.equal(mixed[0], z[0])
     torch.testing.assert_close(mixed[1], 0.5 * z[1] + 1.5 * noise[1])
     torch.testing.assert_close(mixed[2], 3 * noise[2])
-    added = regularizers.add_noise(z, noise, level)
+    deviation = torch.tensor([2.0, 4.0])
+    added = regularizers.add_noise(z, noise, level, deviation)
     assert torch.equal(added[0], z[0])
-    torch.testing.assert_close(added[1], z[1] + 0.5 * noise[1])
+    torch.testing.assert_close(added[1, 0], z[1, 0] + 0.5 * 2 * noise[1, 0])
+    torch.testing.assert_close(added[1, 1], z[1, 1] + 0.5 * 4 * noise[1, 1])
+
+
+def test_the_round_trip_is_measured_in_deviations_of_each_channel() -> None:
+    mean, deviation = torch.randn(3, 2, 4, 4), torch.tensor([2.0, 4.0])
+    again = mean + torch.tensor([1.0, 2.0]).view(2, 1, 1)  # half a deviation in both channels
+    torch.testing.assert_close(regularizers.round_trip_loss(again, mean, deviation), torch.full((3,), 0.25))
+    assert regularizers.round_trip_loss(mean, mean, deviation).max() == 0
 
 
 @pytest.mark.parametrize(

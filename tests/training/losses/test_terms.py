@@ -342,6 +342,13 @@ def test_the_high_frequency_loss_ignores_a_smooth_error_and_sees_a_checkerboard(
     )
 
 
+def test_the_low_frequency_loss_sees_a_shifted_colour_and_ignores_a_checkerboard() -> None:
+    x = pixels(2, 3, 40, 24)  # no multiple of the blocks
+    checkerboard = (-1.0) ** (torch.arange(40)[:, None] + torch.arange(24)) * 0.1
+    assert losses.low_frequency_loss(x + checkerboard, x).max() < 1e-6
+    torch.testing.assert_close(losses.low_frequency_loss(x + 0.02, x), torch.tensor([0.02, 0.02]))
+
+
 def test_the_blur_is_the_gaussian_of_torchvision() -> None:
     from torchvision.transforms.functional import gaussian_blur
 
