@@ -125,6 +125,16 @@ class LatentCodec:
         y = self.vae.decode(raw.to(self.dtype)).sample.float()
         return y if size is None else crop(y, size)
 
+    def refresh(self) -> None:
+        """Take notice of weights that were written through `.data`, which leaves no trace that is cheap to see.
+
+        Changes by `load_state_dict`, optimizers, `copy_` and other in-place operations under `no_grad` are noticed
+        without it. Some adapters, and code that assigns to `weight.data[...]`, write past that: until `refresh` the
+        results may be those of the weights before.
+        """
+        changed = [weight for weight in self.vae.parameters() if not weight.is_inference()]
+        torch.autograd.graph.increment_version(changed)
+
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.
 

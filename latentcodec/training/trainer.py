@@ -77,6 +77,9 @@ class Trainer:
         self.images = open_images(config.data, channels, config.train.seed)
         self.journal.say_left_out(self.images.left_out)
         self.held_out = held_out(self.images, SSIM_WINDOW)
+        if small := self.held_out.too_small:
+            some = f"{len(small)} images, such as {small[0]}"
+            self.journal.say(f"not validated on, since a score needs {SSIM_WINDOW} pixels a side: {some}")
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
         vae = new_vae(start, parent, teacher, partial(first_crops, self.images))

@@ -186,24 +186,28 @@ class HeldOut:
     images: list[Tensor]  # each [C, H, W] float32 in [-1, 1]
     names: list[str]
     rejects: list[Reject]
+    too_small: list[str]
+    """Names of images that are sound, but too small for a score."""
 
 
 def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     """Reads the validation images: whole, but centre-cropped to at most `val_resolution` on a side.
 
-    One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is rejected. Raises
-    `ValueError` when not one of them can be read.
+    One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is left out. Raises
+    `ValueError` when not one of them can be used.
     """
-    result = HeldOut([], [], [])
+    result = HeldOut([], [], [], [])
     for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
             with (
                 collect_notes()
             ):  # training would meet them in a worker, and lists them; here they cost nothing
                 image = images.val_source.read(index)
-            require_side(images.val_source.name(index), image, smallest_side)
         except UnreadableImage as error:
             result.rejects.append(rejected(images.val_source.name(index), error))
+            continue
+        if min(image.shape[-2:]) < smallest_side:
+            result.too_small.append(images.val_source.name(index))
             continue
         result.images.append(centre_crop(image, images.config.val_resolution))
         result.names.append(images.val_source.name(index))
@@ -212,14 +216,12 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
         raise ValueError(
             f"none of the validation images can be read, the first: {first.path}: {first.reason}"
         )
+    if result.too_small and not result.images:
+        raise ValueError(
+            f"all {len(result.too_small)} validation images are smaller than {smallest_side} pixels a side, which a "
+            f"score needs, such as {result.too_small[0]}; give larger ones as data.val_path"
+        )
     return result
-
-
-def require_side(name: str, image: Tensor, smallest: int) -> None:
-    """Raises `UnreadableImage` for an image [C, H, W] with a side below `smallest` pixels."""
-    height, width = image.shape[-2:]
-    if min(height, width) < smallest:
-        raise UnreadableImage(f"{name}: {height} x {width} pixels, and a score needs {smallest} a side")
 
 
 def _bucket(source: ImageSource, index: int, sizes: list[tuple[int, int]]) -> int:
