@@ -133,7 +133,8 @@ def lines(measures: Mapping[str, Any], verdicts: Mapping[str, Any]) -> list[dict
         value = measures.get(key)
         if value is None:
             continue
-        level = next((worst[rule] for rule in RULES[key] if rule in worst), "healthy")
+        unknown = "note" if "posterior_collapse" in worst else "healthy"  # nothing else is judged then
+        level = next((worst[rule] for rule in RULES[key] if rule in worst), unknown)
         limit = scale.limit if key != "hole_share" else measures["hole_share_ideal"] + limits.MORE_HOLES
         edge = scale.position(limit)
         low, high = {"start": 0.0, "width": edge}, {"start": edge, "width": 100 - edge}
