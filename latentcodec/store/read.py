@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from latentcodec.store.format import CODEC, Index, Shape, StoreError
-from latentcodec.store.identity import fingerprint_of
 from latentcodec.store.shard import RowBatch, Shard, as_datasets
 from latentcodec.store.stream import LatentBatches
 
@@ -75,7 +74,7 @@ class LatentStore:
         self._ends = list(accumulate(entry.items for entry in self.index.shards))
         self._open: OrderedDict[int, Shard] = OrderedDict()
         if codec is not None:
-            self._require(codec if isinstance(codec, str) else fingerprint_of(codec))
+            self._require(codec if isinstance(codec, str) else codec.fingerprint)
 
     def _require(self, given: str) -> None:
         if given != self.fingerprint:
@@ -108,8 +107,7 @@ class LatentStore:
         if not (self.folder / CODEC).is_dir():
             raise StoreError(f"{self.folder}: holds no copy of its codec; give the codec {self.fingerprint}")
         codec = LatentCodec.from_pretrained(self.folder / CODEC, device=device, dtype=dtype)
-        if dtype in (None, torch.float32):
-            self._require(fingerprint_of(codec))
+        self._require(codec.fingerprint)
         return codec
 
     def __len__(self) -> int:
