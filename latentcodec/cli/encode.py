@@ -49,7 +49,7 @@ def encode(
     dtype: Annotated[
         str,
         _option(
-            "float32, float16, bfloat16, int8 (a scale for each picture and channel), float8.", panel=STORED
+            "float32, float16, bfloat16, int8 (range of each picture and channel), float8.", panel=STORED
         ),
     ] = "float16",
     std: Annotated[

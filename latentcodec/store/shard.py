@@ -90,7 +90,7 @@ class Shard:
         return flat.reshape(len(self), c, h, flat.shape[1] // (c * h))
 
     def quantized(self, rows: Sequence[int], name: str = "latent") -> Quantized:
-        """The stored values of some rows, [B, c, h, w], and for int8 their scales [B, c]; copies."""
+        """The stored values of some rows, [B, c, h, w], and for int8 their scales [B, 2, c]; copies."""
         batch = RowBatch(self, len(rows))
         batch.put(self, range(len(rows)), rows)
         return batch.quantized(name)
@@ -103,7 +103,8 @@ class Shard:
         """[c, h, w] of one row; the same numbers as `latents`, with less overhead."""
         stored = self._rows[name][row]
         if self.dtype == "int8":
-            return torch.from_numpy(stored * self._latents[f"{name}_scale"][row][:, None, None])
+            step, middle = self._latents[f"{name}_scale"][row].reshape(2, -1, 1, 1)
+            return torch.from_numpy(stored * step + middle)
         values = torch.from_numpy(stored.copy())
         if self.dtype in ("float16", "float32"):
             return values
@@ -158,7 +159,8 @@ class RowBatch:
         values = torch.from_numpy(self._latents[name]).view(TORCH[self.dtype])
         scale = self._latents.get(f"{name}_scale")
         return Quantized(
-            values.view(len(values), *self.shape), None if scale is None else torch.from_numpy(scale)
+            values.view(len(values), *self.shape),
+            None if scale is None else torch.from_numpy(scale).view(len(values), 2, -1),
         )
 
     def as_dict(self) -> dict[str, Any]:
