@@ -172,6 +172,12 @@ class Journal:
         """Whether any image had to be left out, in this start of the run or an earlier one."""
         return self.rejects.exists()
 
+    def too_small(self, names: list[str], pixels: int) -> None:
+        """Say which held-out images no score can be computed on: those below `pixels` a side."""
+        if names:
+            some = f"{len(names)} images, such as {names[0]}"
+            self.say(f"not validated on, since a score needs {pixels} pixels a side: {some}")
+
     def skipped(self, step: int, draw: int, names: list[str]) -> None:
         """skipped.jsonl: a batch's positions in the stream, and the names of its numbers that were not finite."""
         if not self.accelerator.is_main_process:
