@@ -14,6 +14,7 @@ FLOORS = [
     {"extras", "files", "finite", "machine", "randomness", "vae", "ops"},
     {"pixels", "engine", "model_folder"},
     {"sources", "adopt", "latents"},
+    {"vae_config"},
     {"single_file"},
     {"loading"},
     {"codec"},

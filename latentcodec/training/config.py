@@ -49,9 +49,10 @@ class Config:
             _require_sound(key, value)
         check_numbers(asdict(self.model), "model")
         self.output_dir = _expanded("output_dir", self.output_dir)
-        if self.finish.whiten and self.model.keeps_latents:
+        if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(
-                "finish.whiten would change the latents that model.teacher, or model.part decoder, keeps"
+                f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
+                "model.from_pretrained or model.teacher keeps"
             )
         if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
             raise ValueError(

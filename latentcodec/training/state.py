@@ -117,7 +117,10 @@ def new_state(
     """The state before the first step, of weights that `vae` starts from, in the memory format `layout`."""
     train, loss = config.train, config.loss
     codec = TrainedCodec(vae, loss.scale, loss.learn_scale)
-    codec.to(accelerator.device).to(memory_format=layout)
+    codec.to(accelerator.device)
+    for parameter in codec.parameters():
+        if parameter.ndim == 4:  # Qwen-Image's and Wan's convolutions in time have no such layout
+            parameter.data = parameter.data.to(memory_format=layout)
     return TrainState(
         codec,
         ema=copy.deepcopy(vae).requires_grad_(False).eval(),

@@ -43,8 +43,14 @@ from latentcodec.training.preflight import (
     smallest_crop,
 )
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.start.model import image_channels, load_parent, load_teacher, new_vae
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.training.start.model import (
+    downsampling_factors,
+    image_channels,
+    load_parent,
+    load_teacher,
+    new_vae,
+)
+from latentcodec.vae.families import family_of
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
 ROLLBACKS_BEFORE_GIVING_UP = 3
@@ -70,8 +76,8 @@ class Trainer:
         parent = load_parent(config.model)
         teacher = load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = image_channels(config.model, parent)
-        f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
-        smallest = smallest_crop(config, f)
+        f, whole = downsampling_factors(config.model, parent, teacher)
+        smallest = smallest_crop(config, whole)
         torch.manual_seed(config.train.seed)  # the weights that no closed form sets
         adversary = Adversary.of(config.discriminator, channels, smallest, accelerator)
         self.images = open_images(config.data, channels, config.train.seed)
@@ -84,7 +90,7 @@ class Trainer:
         start = config.model if self.found is None else replace(config.model, init="default")
         vae = new_vae(start, parent, teacher, partial(first_crops, self.images))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        c, seed = int(vae.config.latent_channels), config.train.seed
+        c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)
