@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.training import state as states
-from latentcodec.training.checkpoint import Checkpoint, prune
+from latentcodec.training.checkpoint import prune
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.images import held_out, open_images
@@ -40,6 +40,7 @@ from latentcodec.training.preflight import (
     new_accelerator,
     new_processes,
     newest_checkpoint,
+    require_same_images,
     smallest_crop,
 )
 from latentcodec.training.signals import StopRequest
@@ -109,7 +110,7 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
-            self._require_same_images(self.found)
+            require_same_images(self.found, self.images.counts)
             for line in changed_settings(self.found.state.get("config", {}), self.config, self.found.step):
                 self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
@@ -121,16 +122,6 @@ class Trainer:
             self.journal.begin(state.step, state.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejects)
             self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
-
-    def _require_same_images(self, found: Checkpoint) -> None:
-        """Refuse a folder that has gained or lost images: others would be held out, and trained on before."""
-        before, now = found.state.get("images"), self.images.counts
-        if before is not None and before != now:
-            raise ValueError(
-                f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
-                f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
-                "another output folder (model.from_pretrained goes on from the codec of this one)"
-            )
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:
         """The micro-batches of each step until the run is complete, its time is over or it is asked to stop."""
