@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.finite import NotFinite
 from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality import image_codecs, text
@@ -40,7 +41,6 @@ from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.crops import compared_crops
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.reconstruction import table
 
 PROTOCOL = (
@@ -225,7 +225,11 @@ def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor
 
 def measure(name: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
     klt = inputs.klts[codec.downsampling_factor, codec.latent_channels]
-    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips)
+    paths = [str(path) for path in inputs.images]
+    try:
+        scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips, paths)
+    except NotFinite as error:
+        raise NotFinite(f"{name}: {error}") from error
     klt_scores = evaluate(klt, load_all(inputs.images, codec.image_channels, "its KLT"))
     f, c = codec.downsampling_factor, codec.latent_channels
     rivals: dict[str, list[dict[str, float]]] = {
@@ -276,7 +280,7 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
         )
     return {
         "codec": result.name,
-        "fingerprint": fingerprint(result.codec),
+        "fingerprint": result.codec.fingerprint,
         "latent": result.latent,
         "floats_per_pixel": c / f**2,
         "bits_per_pixel": BITS * c / f**2,

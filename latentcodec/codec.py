@@ -19,11 +19,10 @@ from latentcodec.adopt import adopt
 from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
-from latentcodec.loading import CONFIG, load_vae
+from latentcodec.loading import load_vae
+from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.families import KL, Family, family_of
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls them
 
 
 class LatentCodec:
@@ -168,6 +167,16 @@ class LatentCodec:
         else:
             y = self.vae.decode(raw).sample.float()
         return (y if size is None else crop(y, size)).contiguous()
+
+    def refresh(self) -> None:
+        """Take notice of weights that were written through `.data`, which leaves no trace that is cheap to see.
+
+        Changes by `load_state_dict`, optimizers, `copy_` and other in-place operations under `no_grad` are noticed
+        without it. Some adapters, and code that assigns to `weight.data[...]`, write past that: until `refresh` the
+        results may be those of the weights before.
+        """
+        changed = [weight for weight in self.vae.parameters() if not weight.is_inference()]
+        torch.autograd.graph.increment_version(changed)
 
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.

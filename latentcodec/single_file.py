@@ -12,7 +12,6 @@ Shapes: c latent channels.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentcodec.adopt import build
+from latentcodec.model_folder import check_numbers, read_json
 from latentcodec.vae.families import FAMILIES, FLUX2, KL, WAN, covered
 from latentcodec.vae_config import check_config, class_named_in
 
@@ -126,12 +126,10 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     file = path.parent / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict) or config.get("_class_name") not in FAMILIES:
         return None  # folders of downloads hold the config.json of whatever was downloaded last
+    check_numbers(config, str(file))
     return {"_class_name": config["_class_name"], **check_config(config, str(file))}
 
 

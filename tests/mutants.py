@@ -340,7 +340,7 @@ MUTANTS = [
     Mutant(
         "a codec lost between two renames is not recovered",
         "training/export/codec_folder.py",
-        "if old.exists() and not folder.exists():",
+        "if old.exists() and not (folder / CONFIG).exists():",
         "if False:",
         "test_codec_folder.py",
     ),
