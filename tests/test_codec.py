@@ -365,7 +365,7 @@ FAULTS = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "a configuration that is not JSON": (
         lambda f: (f / "config.json").write_text("{"),
-        "not a valid JSON file .*line 1 column 2",
+        "not a valid JSON file.*line 1 column 2",
     ),
     "a configuration in binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "not a valid JSON"),
     "a list as configuration": (
