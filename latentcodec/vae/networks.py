@@ -29,7 +29,7 @@ def downsampling_factor(config: Mapping[str, Any]) -> int:
 
 
 class Encoder(nn.Module):
-    """Image to posterior moments: [B, C, H, W] in [-1, 1] -> [B, 2c, H / f, W / f] (mean, log-variance).
+    """Image to the posterior: [B, C, H, W] in [-1, 1] -> [B, 2c, H / f, W / f] (mean, log-variance).
 
     `config` is that of an AutoencoderKL. Raises ValueError naming the key that no AutoencoderKL could have.
     """
