@@ -33,6 +33,7 @@ from latentcodec.training.checkpoint import prune
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.stream import held_out, open_images, training_batches
 from latentcodec.training.export.codec_folder import finish, write_codec
+from latentcodec.training.hardware import DTYPES, settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
@@ -49,9 +50,11 @@ from latentcodec.training.preflight import (
     check_held_out,
     find_checkpoint,
     new_accelerator,
+    new_processes,
     newest_checkpoint,
     smallest_crop,
 )
+from latentcodec.training.progress import counted, phase
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start.model import TrainedCodec, image_channels, load_parent, new_vae
 from latentcodec.vae.networks import downsampling_factor
@@ -67,14 +70,19 @@ class Trainer:
     """One run: built from its configuration, resumed from its checkpoints, stepped, validated, finished."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        train = config.train
         self.output = Path(config.output_dir)
-        self.accelerator = new_accelerator(config)
+        processes = new_processes()
+        self.found = find_checkpoint(config, processes)
+        self.hardware = take_hardware(config, self.found, processes)
+        self.config = config = settled(config, self.hardware)
+        train = config.train
+        self.accelerator = new_accelerator(config, self.hardware.precision)
         device = self.accelerator.device
-        self.found = find_checkpoint(config, self.accelerator)
+        self.journal = Journal(self.output, self.accelerator, config)
+        for note in self.hardware.notes:
+            self.journal.say(note)
         parent = load_parent(config.model)
-        self.teacher = Teacher.of(config.model, device, self.accelerator.mixed_precision == "bf16")
+        self.teacher = Teacher.of(config.model, device, self.hardware.precision == "bf16")
         channels = image_channels(config.model, parent)
         f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
         smallest = smallest_crop(config, f)
@@ -95,7 +103,6 @@ class Trainer:
         self.optimizer = Muon(groups, betas=train.betas, fused=True)
         self.model = self.accelerator.prepare(self.codec)
         self.objective = Objective(config, int(vae.config.latent_channels), f, device)
-        self.journal = Journal(self.output, self.accelerator, config)
         self.step, self.draw = 0, 0  # optimizer steps taken, global batches consumed (skipped ones too)
         self.committed = -1  # the step of the newest checkpoint
         self.seconds = 0.0  # of training, over all sittings
@@ -182,7 +189,7 @@ class Trainer:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(self.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, images)
+            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
             self.journal.validated(self.step, self.seconds, evaluation)
             self.journal.samples(
                 self.step, [(image, reconstruct(codec, image[None])[0]) for image in images[:6]]
@@ -220,8 +227,8 @@ class Trainer:
         train, device = self.config.train, self.accelerator.device
         widest = train.batch_size * self.ema.config.block_out_channels[0] * self.config.data.resolution**2
         if train.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-            compile_gradients(half.get(self.accelerator.mixed_precision, torch.float32), train.batch_size)
+            with phase("compiling norms and their gradients, once on a machine"):
+                compile_gradients(DTYPES[self.hardware.precision], train.batch_size)
 
     def finish(self) -> None:
         """The end of a complete run: its score and its codec."""
