@@ -26,6 +26,7 @@ from latentcodec.quality.metrics import Evaluation
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Reject
 from latentcodec.training.losses.teacher import Drift
+from latentcodec.training.trackers import alert, show_pictures
 
 
 class Journal:
@@ -87,12 +88,15 @@ class Journal:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def validated(self, step: int, seconds: float, evaluation: Evaluation) -> None:
-        """The scores of the held-out images."""
-        scores = _scores(evaluation)
+    def validated(
+        self, step: int, seconds: float, evaluation: Evaluation, latents: dict[str, float] | None = None
+    ) -> None:
+        """The scores of the held-out images, and the measures of their latents."""
+        scores, latents = _scores(evaluation), latents or {}
         self.last_psnr = scores["psnr"]
-        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores}))
-        self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
+        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores, **latents}))
+        logged = {f"validation/{name}": value for name, value in scores.items()} | latents
+        self.accelerator.log(logged, step=step)
         self.say(
             f"step {step}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} on {scores['images']} images"
         )
@@ -115,12 +119,12 @@ class Journal:
             return  # no picture has two channels, or five
         path = self.output / "samples" / f"step-{step:08d}.png"
         _write(path, encode_image(grid, path))
-        shown = {"samples": to_uint8(grid).permute(1, 2, 0).numpy()[None]}  # [1, H, W, C]
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images(shown, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images(shown, step=step)
+        show_pictures(self.accelerator.trackers, to_uint8(grid).permute(1, 2, 0).numpy(), step)
+
+    def alert(self, step: int, text: str, failure: bool) -> None:
+        """That the latents have entered a regime or left it: in the terminal, and as an alert of the trackers."""
+        self.say(f"step {step}: {text}")
+        alert(self.accelerator.trackers, text, failure, step)
 
     def rejected(self, rejects: list[Reject]) -> None:
         """rejects.jsonl: each image that could not be read, once, with the reason: {"path", "reason"}."""

@@ -22,6 +22,7 @@ from latentcodec.training.config import Config
 from latentcodec.training.data.images import HeldOut, TrainingImages
 from latentcodec.training.data.stream import first_crops, training_batches
 from latentcodec.training.export.codec_folder import finish, write_codec
+from latentcodec.training.export.regimes import Regimes
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import counted
@@ -47,6 +48,7 @@ class Exporter:
         self.config, self.state, self.teacher = config, state, teacher
         self.images, self.held_out = images, held_out
         self.journal, self.accelerator, self.layout = journal, accelerator, layout
+        self.regimes = Regimes()
 
     def validate(self) -> Evaluation | None:
         """Score the averaged weights on the held-out images and draw some of them; None without such images."""
@@ -55,7 +57,10 @@ class Exporter:
             codec = LatentCodec(state.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
             evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
-            self.journal.validated(state.step, state.seconds, evaluation)
+            latents, lines = self.regimes.look(codec, images)
+            self.journal.validated(state.step, state.seconds, evaluation, latents)
+            for text, failure in lines:
+                self.journal.alert(state.step, text, failure)
             pairs = [(image, reconstruct(codec, image[None])[0]) for image in images[:SAMPLES]]
             self.journal.samples(state.step, pairs)
         self.accelerator.wait_for_everyone()

@@ -72,7 +72,7 @@ class TrainConfig:
     statistics_images: PositiveInt = 512
     """Crops over which mean and deviation of the latents are measured for codec/."""
     trackers: list[str] | None = None
-    """Accelerate's trackers to report to, such as tensorboard or wandb; metrics.jsonl is always written."""
+    """Accelerate's trackers to report to, such as tensorboard, trackio or wandb; metrics.jsonl is always written."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
