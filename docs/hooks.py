@@ -1,6 +1,7 @@
-"""What mkdocs runs while it builds the site: the page of all configuration keys, made from the dataclasses themselves.
+"""What mkdocs runs while it builds the site: pages that are made from the code, so that they cannot differ from it.
 
-So the page cannot differ from the code. `python docs/hooks.py` prints it.
+The page of all configuration keys comes from the dataclasses, the list of messages from the `raise` statements.
+`python docs/hooks.py` prints both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from latentcodec.training.config import Config
@@ -28,6 +30,16 @@ train:
 """
 
 
+PACKAGE = Path(__file__).parents[1] / "latentcodec"
+FOR_USERS = {
+    "ValueError",
+    "OSError",
+    "StoreError",
+    "UnreadableImage",
+    "CheckpointError",
+}  # what a user can mend
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated page to those that lie in docs/ (called by mkdocs)."""
     from mkdocs.structure.files import File
@@ -36,13 +48,60 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the list of messages where a page asks for it (called by mkdocs)."""
+    return markdown.replace("<!-- messages -->", messages())
+
+
+def messages() -> str:
+    """Markdown: a section for each room of the package with the messages of its errors, sorted."""
+    rooms: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        rooms.setdefault(room, set()).update(_messages(file))
+    return "\n\n".join(
+        "\n".join([f"### {room}", "", *(f"- `{text}`" for text in sorted(texts))])
+        for room, texts in rooms.items()
+        if texts
+    )
+
+
+def _messages(file: Path) -> list[str]:
+    """The texts of the errors that a file raises, with `...` for what is only known when it happens."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            name = getattr(node.exc.func, "id", "")
+            text = _text(node.exc.args[-1]) if name in FOR_USERS else ""
+            if len(text.replace("...", "").strip()) > 10:
+                found.append(text.replace("`", "'"))
+    return found
+
+
+def _text(node: ast.expr) -> str:
+    """A string or f-string as its reader sees it."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return " ".join(text.split(" "))
+        case ast.JoinedStr(values=parts):
+            return "".join(_text(part) if isinstance(part, ast.Constant) else "..." for part in parts)
+        case ast.BinOp(left=left, right=right):
+            return _text(left) + _text(right)
+        case _:
+            return "..."
+
+
 def configuration_page() -> str:
     """Markdown: a table of keys for each section of `Config`."""
     sections = [INTRODUCTION, "## The run", _table(Config, "")]
     for field in dataclasses.fields(Config):
         kind = get_type_hints(Config)[field.name]
         if dataclasses.is_dataclass(kind):
-            sections += [f"## {field.name}", inspect.cleandoc(kind.__doc__ or ""), _table(kind, f"{field.name}.")]
+            sections += [
+                f"## {field.name}",
+                inspect.cleandoc(kind.__doc__ or ""),
+                _table(kind, f"{field.name}."),
+            ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -88,3 +147,4 @@ def _meanings(kind: Any) -> dict[str, str]:
 
 if __name__ == "__main__":
     print(configuration_page())
+    print(messages())
