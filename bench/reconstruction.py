@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.finite import NotFinite
 from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality import image_codecs, text
@@ -225,7 +226,11 @@ def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor
 
 def measure(name: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
     klt = inputs.klts[codec.downsampling_factor, codec.latent_channels]
-    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips)
+    paths = [str(path) for path in inputs.images]
+    try:
+        scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips, paths)
+    except NotFinite as error:
+        raise NotFinite(f"{name}: {error}") from error
     klt_scores = evaluate(klt, load_all(inputs.images, codec.image_channels, "its KLT"))
     f, c = codec.downsampling_factor, codec.latent_channels
     rivals: dict[str, list[dict[str, float]]] = {

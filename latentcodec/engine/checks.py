@@ -28,7 +28,7 @@ def torch_layers_are_replaced() -> bool:
     hooks = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
     return (
         bool(hooks or all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
-        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS - {nn.ModuleList})
+        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS if layer is not nn.ModuleList)
         or nn.Conv2d._conv_forward.__module__ != nn.Conv2d.__module__
     )
 
@@ -53,6 +53,18 @@ def is_plain(module: nn.Module, blocks: set[type[nn.Module]]) -> bool:
     if isinstance(module, nn.Conv2d) and not is_plain_convolution(module):
         return False
     return type(module) in (blocks if module._modules else LAYERS)
+
+
+def is_unchanged(module: nn.Module, types: frozenset[type[nn.Module]]) -> bool:
+    """Whether a module of a network that is made of `types` is as it was built, and drops no values."""
+    if has_hooks(module) or type(module) not in types or not has_plain_parameters(module):
+        return False
+    if isinstance(module, nn.Dropout):
+        return not (module.training and module.p)
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        settings = module.padding_mode, set(module.dilation), module.groups
+        return settings == ("zeros", {1}, 1) and "_conv_forward" not in module.__dict__
+    return True
 
 
 def is_plain_convolution(layer: nn.Conv2d) -> bool:

@@ -1,10 +1,11 @@
-"""Encoder and Decoder, layer by layer over strips of rows: exact, lean, and as fast as the cache lets them be.
+"""Encoder and Decoder, computed layer by layer over strips of rows: exact, with little memory, and fast.
 
-A feature map is a sequence of strips. A residual block reads one at a time with a row of each neighbour, normalises,
-activates and convolves it while it is in the cache, and hands it on. It is exact because a layer ends before the next
-begins: a group norm uses the statistics of the whole map, gathered while its strips were written, and attention sees
-every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
-too much, the inner one is not kept but made again when it is needed, and the block holds one.
+A feature map is a sequence of strips. A residual block reads one strip at a time together with one row of each
+neighbour, then normalises, activates and convolves it while it is in the cache. The result is exact, because a layer
+ends before the next one begins: a group norm uses the statistics of the whole map, which were gathered while its strips
+were written, and attention sees every position. Little memory is needed, because strips are freed as they are read: a
+block holds two maps. Where two are too many, the inner map is computed a second time instead of kept, and the block
+holds one.
 
 This is how the networks run when no gradient is asked for; training runs the modules of `layers.py`. The pointwise
 functions are in `ops/pointwise.py`, the convolutions of a strip in `ops/convolutions.py`.
@@ -74,7 +75,7 @@ class StripPass:
                 width //= 2
                 moments = self.kernels.moments()
                 strips = self._downsample(layer, feature, moments)
-                feature = _kept(moments, _regrouped(strips, self._rows(following, x, width)))
+                feature = _kept(moments, regrouped(strips, self._rows(following, x, width)))
         feature = self._mid_block(encoder.mid_block, feature)
         return self._conv_out(encoder, feature)
 
@@ -96,7 +97,7 @@ class StripPass:
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
         strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
-        return _kept(moments, (convolve(self._window(*part), moments) for part in _with_neighbours(strips)))
+        return _kept(moments, (convolve(self._window(*part), moments) for part in with_neighbours(strips)))
 
     def _blocks(self, stage: Any, feature: Map) -> Map:
         for index, block in enumerate(stage.resnets):
@@ -123,7 +124,7 @@ class StripPass:
         inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-            for above, strip, below in _with_neighbours(feature.strips(last)):
+            for above, strip, below in with_neighbours(feature.strips(last)):
                 h = conv1(self._window(above, strip, below, norm1), inner)
                 yield h, shortcut(strip) if last else strip
 
@@ -131,7 +132,7 @@ class StripPass:
         norm2 = _norm(inner, block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
-            for above, (h, residual), below in _with_neighbours(pairs, lambda pair: _last_row(pair[0])):
+            for above, (h, residual), below in with_neighbours(pairs, lambda pair: _last_row(pair[0])):
                 yield conv2(self._window(above, h, below and below[0], norm2), moments, residual)
 
         return _kept(moments, joined())
@@ -155,7 +156,7 @@ class StripPass:
     def _downsample(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
         """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
         convolve = self._convolution(layer.conv)
-        for _, strip, below in _with_neighbours(feature.strips(True)):
+        for _, strip, below in with_neighbours(feature.strips(True)):
             batch, rows, columns, channels = strip.shape
             if rows > 1:
                 window = self._scratch(batch, rows + 1, columns + 1, channels)
@@ -167,7 +168,7 @@ class StripPass:
         moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
-            for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
+            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2))):
                 yield convolve(self._window(*part), moments)
 
         if self.keeps:
@@ -179,7 +180,7 @@ class StripPass:
     def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
         norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
         convolve = self._convolution(network.conv_out)
-        return [convolve(self._window(*part, norm)) for part in _with_neighbours(feature.strips(True))]
+        return [convolve(self._window(*part, norm)) for part in with_neighbours(feature.strips(True))]
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, but no columns beside them."""
@@ -244,7 +245,7 @@ def _last_row(strip: Tensor) -> Tensor:
     return strip[:, -1:].clone()
 
 
-def _with_neighbours(
+def with_neighbours(
     items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
 ) -> Iterator[tuple[Tensor | None, T, T | None]]:
     """Each item between the last row before it and the item after it."""
@@ -256,7 +257,7 @@ def _with_neighbours(
         above, item = (None if below is None else last_row(item)), below
 
 
-def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
     """The same rows in strips of `rows`, the last one of what is left."""
     parts: list[Tensor] = []
     missing = rows

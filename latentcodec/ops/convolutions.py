@@ -38,7 +38,8 @@ def window_convolution(
 ) -> WindowConvolution:
     """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
 
-    weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right.
+    weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Of a weight
+    [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image.
     """
     prepare = partial(_prepare_direct, stride=stride, columns=columns)
     return _window_convolution(weight, bias, dtype, prepare)
@@ -108,7 +109,7 @@ def _probe(weight: Tensor) -> float:
 
 
 def _prepare_direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
-    weight = weight.to(dtype, memory_format=torch.channels_last)
+    weight = (weight if weight.ndim == 4 else weight[:, :, -1]).to(dtype, memory_format=torch.channels_last)
     if weight.device.type == "cuda" and weight.shape[2:] == (1, 1) and stride == 1:
         return partial(_pointwise, weight[:, :, 0, 0])
     if not _packs(weight.device.type, dtype):

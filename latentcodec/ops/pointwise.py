@@ -39,6 +39,22 @@ class Norm(NamedTuple):
     activation: Activation | None
 
 
+class RMS(NamedTuple):
+    """A norm by the root mean square over the channels of each pixel, and the activation after it."""
+
+    gain: Tensor
+    """[C]: what a pixel of length 1 is multiplied by."""
+    activation: Activation | None
+
+
+def rms_normalise_(out: Tensor, x: Tensor, gain: Tensor, activation: Activation | None) -> None:
+    """out <- activation(gain x / |x|) in float32, rounded once; out, x [B, n, C], gain [C], |x| over the channels."""
+    y = x.float()
+    length = y.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)  # as torch's `normalize`
+    y = y / length * gain.float()
+    out.copy_(y if activation is None else activation(y))
+
+
 def normalise_(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: Activation | None) -> None:
     """out <- activation(scale x + shift) in float32, rounded once; 2 n C s bytes.
 
@@ -134,17 +150,26 @@ class Kernels:
         """`made` gives each of them as it shall run."""
         self._normalise_, self._sums = made(normalise_), made(sums)
         self._gradient_sums, self._gradient = made(gradient_sums), made(gradient)
+        self._rms_normalise_ = made(rms_normalise_)
 
     def moments(self, inner: bool = False) -> Moments:
         """Of a map to come; of an `inner` one nothing is read but its norm."""
         return Moments(self._sums)
 
-    def normalise_(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+    def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
         """out <- x, normalised; [B, n, C]."""
-        self._normalise_(out, x, *norm)
+        if isinstance(norm, RMS):
+            self._rms_normalise_(out, x, *norm)
+        else:
+            self._normalise_(out, x, *norm)
 
     def window_(
-        self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None
+        self,
+        out: Tensor,
+        above: Tensor | None,
+        strip: Tensor,
+        below: Tensor | None,
+        norm: Norm | RMS | None,
     ) -> None:
         """out [B, r + 2, W, C] <- the last row of above, strip [B, r, W, C] and the first of below, all normalised.
 
@@ -211,10 +236,10 @@ def compiled_kernels(device_type: str) -> Kernels:
             "no compiler for %s was found: the fused functions run uncompiled, slower but equal", device_type
         )
         return REFERENCE_KERNELS
-    return Kernels(_compiled)
+    return Kernels(compiled_function)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for what is large enough, with a line in the log for the time that compiling took.
 
     A compiler that is there but fails, as for want of Python's headers, leaves the function as it is.

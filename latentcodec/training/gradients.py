@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.ops.functional import compile_gradients
 from latentcodec.ops.pointwise import WORTH_COMPILING
 from latentcodec.training.data.crops import Batch
@@ -25,6 +26,7 @@ from latentcodec.training.losses.terms import objective
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
+from latentcodec.vae.families import family_of
 from latentcodec.vae.posterior import mean_and_logvar
 
 
@@ -50,8 +52,10 @@ class Gradients:
 
         A signal to all processes of a run would end compilers too, and a step would go on with other roundings.
         """
-        config, device = self.config, self.accelerator.device
-        widest = config.batch_size * self.state.ema.config.block_out_channels[0] * resolution**2
+        config, device, family = self.config, self.accelerator.device, family_of(self.state.ema)
+        if family.has_frames:  # no group norm, and so none of these kernels
+            return
+        widest = config.batch_size * family.widths(self.state.ema.config)[0] * resolution**2
         if config.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
             with phase("compiling norms and their gradients, once on a machine"):
                 compile_gradients(DTYPES[self.accelerator.mixed_precision], config.batch_size)
@@ -108,9 +112,9 @@ class Gradients:
     def _decode(self, z: Tensor) -> Tensor:
         """A second decoding in the same step, under the same autocast as the first."""
         with self.accelerator.autocast():
-            return self.state.codec.vae.decode(z).sample
+            return decode_raw(self.state.codec.vae, z)
 
     def _encode(self, y: Tensor) -> Tensor:
         """The posterior's mean of a reconstruction, under the same autocast."""
         with self.accelerator.autocast():
-            return mean_and_logvar(self.state.codec.vae.encode(y).latent_dist.parameters)[0]
+            return mean_and_logvar(posterior_parameters(self.state.codec.vae, y))[0]

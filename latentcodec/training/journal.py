@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentcodec.files import printable, write_whole
-from latentcodec.pixels import encode_image, image_grid, to_uint8
+from latentcodec.pixels import LeftOut, encode_image, image_grid, to_uint8
+from latentcodec.pixels.folders import counted as by_reason
 from latentcodec.quality.metrics import Evaluation
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Reject
 from latentcodec.training.losses.teacher import Drift
 from latentcodec.training.trackers import alert, show_pictures
+
+NOTES_SAID = 10  # lines on images that were used though broken; the others are counted
 
 
 class Journal:
@@ -38,6 +41,7 @@ class Journal:
         self.rejects = output / "rejects.jsonl"
         self.last_psnr: float | None = None
         self.listed: set[str] = set()  # the lines of rejects.jsonl
+        self.notes: set[str] = set()  # on images that were used
         self.bar: tqdm[Any] | None = None
 
     def begin(self, step: int, draw: int, complete: bool) -> None:
@@ -51,11 +55,14 @@ class Journal:
         for unfinished in (*self.output.glob(".*.tmp"), *(self.output / "samples").glob(".*.tmp")):
             unfinished.unlink()  # what a kill left half written
         settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
+        self._keep_config(step)
         _write(self.output / "config.yaml", settings.encode())
-        self._keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
-        self._keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
+        self._keep(self.metrics, "step", lambda line: line["step"] < step + ("total" in line or not complete))
+        self._keep(self.output / "skipped.jsonl", "draw", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
-        self.listed = set(self.rejects.read_text("utf-8").splitlines()) if self.rejects.exists() else set()
+        self.listed = (
+            set(self.rejects.read_text("utf-8", "replace").splitlines()) if self.rejects.exists() else set()
+        )
         if self.config.train.trackers:
             flat = {
                 f"{s}.{k}": str(v)
@@ -67,6 +74,15 @@ class Journal:
         self.bar = tqdm(total=self.config.train.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if step:
             self.say(f"resumed {self.output} at step {step}")
+
+    def _keep_config(self, step: int) -> None:
+        """Keep the configuration of before, if it was another one, as config.until-step-N.yaml."""
+        path = self.output / "config.yaml"
+        settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
+        if step and path.is_file() and path.read_bytes() != settings.encode():
+            kept = self.output / f"config.until-step-{step:08d}.yaml"
+            _write(kept, path.read_bytes())
+            self.say(f"settings have changed; those of before are kept in {kept}")
 
     def log(self, step: int, progress: float, report: dict[str, float]) -> None:
         """One step: a line in metrics.jsonl, the trackers and the progress bar; `progress` in (0, 1] of the run."""
@@ -126,8 +142,21 @@ class Journal:
         self.say(f"step {step}: {text}")
         alert(self.accelerator.trackers, text, failure, step)
 
-    def rejected(self, rejects: list[Reject]) -> None:
-        """rejects.jsonl: each image that could not be read, once, with the reason: {"path", "reason"}."""
+    def say_left_out(self, left_out: Sequence[LeftOut]) -> None:
+        """How many files look like images of the set and are not read, by reason: said before anything long begins."""
+        if left_out:
+            self.say(f"left out: {by_reason(list(left_out))}; each is listed in rejects.jsonl")
+
+    def noted(self, notes: list[str]) -> None:
+        """Count the images that were used though something beside their pixels is broken; the first of each is said."""
+        for line in notes:
+            if line not in self.notes:
+                self.notes.add(line)
+                if len(self.notes) <= NOTES_SAID:
+                    self.say(f"used, though broken: {line}")
+
+    def rejected(self, rejects: Sequence[Reject | LeftOut], quietly: bool = False) -> None:
+        """rejects.jsonl: each image that was left out, once: {"path", "reason"}; it is said too, if not `quietly`."""
         if not self.accelerator.is_main_process:
             return
         for path, reason in rejects:
@@ -135,7 +164,8 @@ class Journal:
             if line not in self.listed:
                 self.listed.add(line)
                 _append(self.rejects, line)
-                self.say(f"left out ({len(self.listed)} so far, all in rejects.jsonl): {path}: {reason}")
+                if not quietly:
+                    self.say(f"left out ({len(self.listed)} so far, all in rejects.jsonl): {path}: {reason}")
 
     @property
     def has_rejects(self) -> bool:
@@ -155,7 +185,7 @@ class Journal:
     def rolled_back(self, step: int, to: int) -> None:
         """Forget the steps after the checkpoint whose weights are taken again, and say so."""
         if self.accelerator.is_main_process:
-            self._keep(self.metrics, lambda line: line["step"] <= to)
+            self._keep(self.metrics, "step", lambda line: line["step"] <= to)
             self.say(
                 f"step {step}: three steps in a row were not finite; back to the checkpoint of step {to}"
             )
@@ -170,7 +200,18 @@ class Journal:
     def finished_step(self) -> int | None:
         """The step at which the run was finished; None if it was not, or its codec is gone."""
         finished = self.result.exists() and (self.output / "codec").exists()
-        return json.loads(self.result.read_text())["step"] if finished else None
+        record = _record(self.result.read_bytes()) if finished else None
+        step = None if record is None else record.get("step")
+        return step if isinstance(step, int) else None  # a damaged one is as none: the end is done again
+
+    def say_what_was_broken(self) -> None:
+        """At the end: what was left out, by reason, and how many images were used though something is broken."""
+        if self.listed:
+            rejects = [record for line in self.listed if (record := _record(line.encode()))]
+            items = [LeftOut(str(line.get("path")), str(line.get("reason"))) for line in rejects]
+            self.say(f"left out: {by_reason(items)}; each is listed in {self.rejects}")
+        if self.notes:
+            self.say(f"used, though something beside the pixels is broken: {len(self.notes)} images")
 
     def close(self) -> None:
         """End the progress bar, so that what is said next has a line of its own."""
@@ -200,13 +241,16 @@ class Journal:
         if self.accelerator.is_main_process:
             tqdm.write(printable(text))
 
-    def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said."""
+    def _keep(self, path: Path, key: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said.
+
+        A line without a whole number under `key` is damaged.
+        """
         if not path.exists():
             return
         whole = path.read_bytes().splitlines(keepends=True)
         whole = [line for line in whole if line.endswith(b"\n")]  # a kill can leave half a line
-        records = [_record(line) for line in whole]
+        records = [_record(line, key) for line in whole]
         damaged = records.index(None) if None in records else len(records)
         if any(record is not None and wanted(record) for record in records[damaged:]):
             raise ValueError(
@@ -240,13 +284,14 @@ def _json(record: dict[str, Any]) -> str:
     )
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes, key: str | None = None) -> dict[str, Any] | None:
     """What a line of JSON says; None if it is damaged, as by zeros after a power cut."""
     try:
         record = json.loads(line.decode())
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    is_sound = isinstance(record, dict) and (key is None or type(record.get(key)) is int)
+    return record if is_sound else None
 
 
 def _plain(value: Any) -> Any:

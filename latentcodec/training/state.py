@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
+from latentcodec.finite import require_finite
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
 from latentcodec.training.losses.adversary import Adversary
@@ -116,7 +117,10 @@ def new_state(
     """The state before the first step, of weights that `vae` starts from, in the memory format `layout`."""
     train, loss = config.train, config.loss
     codec = TrainedCodec(vae, loss.scale, loss.learn_scale)
-    codec.to(accelerator.device).to(memory_format=layout)
+    codec.to(accelerator.device)
+    for parameter in codec.parameters():
+        if parameter.ndim == 4:  # Qwen-Image's and Wan's convolutions in time have no such layout
+            parameter.data = parameter.data.to(memory_format=layout)
     return TrainState(
         codec,
         ema=copy.deepcopy(vae).requires_grad_(False).eval(),
@@ -130,9 +134,12 @@ def new_state(
 def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep_last: int) -> Path:
     """Commit a checkpoint of `state` and of the settings that it was made with; for the main process alone.
 
-    Raises CheckpointError.
+    Raises CheckpointError, and NotFinite for weights that hold NaN or infinite numbers: then nothing is saved.
     """
     parts = state.state_dict()
+    for name in WEIGHTS:
+        what = f"step {state.step} is not saved, and older checkpoints in {folder} are untouched (lower train.lr?)"
+        require_finite(parts.get(name, {}), what)
     return checkpoints.save(
         folder,
         state.step,

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.training import state as states
-from latentcodec.training.checkpoint import prune
+from latentcodec.training.checkpoint import Checkpoint, prune
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.images import held_out, open_images
@@ -33,7 +34,7 @@ from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
 from latentcodec.training.optim.schedule import ema_decay, learning_rate, update_ema
 from latentcodec.training.preflight import (
-    check_held_out,
+    changed_settings,
     find_checkpoint,
     fixed_settings,
     new_accelerator,
@@ -42,8 +43,14 @@ from latentcodec.training.preflight import (
     smallest_crop,
 )
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.start.model import image_channels, load_parent, load_teacher, new_vae
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.training.start.model import (
+    downsampling_factors,
+    image_channels,
+    load_parent,
+    load_teacher,
+    new_vae,
+)
+from latentcodec.vae.families import family_of
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
 ROLLBACKS_BEFORE_GIVING_UP = 3
@@ -58,29 +65,32 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.output = Path(config.output_dir)
-        processes = new_processes()
+        processes, passed_over = new_processes()
         self.found = find_checkpoint(config, processes)
         self.hardware = take_hardware(config, self.found, processes)
         self.config = config = settled(config, self.hardware)
         self.accelerator = accelerator = new_accelerator(config, self.hardware.precision)
         self.journal = Journal(self.output, accelerator, config)
-        for note in self.hardware.notes:
+        for note in (*passed_over, *self.hardware.notes):
             self.journal.say(note)
         parent = load_parent(config.model)
         teacher = load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = image_channels(config.model, parent)
-        f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
-        smallest = smallest_crop(config, f)
+        f, whole = downsampling_factors(config.model, parent, teacher)
+        smallest = smallest_crop(config, whole)
         torch.manual_seed(config.train.seed)  # the weights that no closed form sets
         adversary = Adversary.of(config.discriminator, channels, smallest, accelerator)
         self.images = open_images(config.data, channels, config.train.seed)
-        self.held_out = held_out(self.images)
-        check_held_out(self.held_out)
+        self.journal.say_left_out(self.images.left_out)
+        self.held_out = held_out(self.images, SSIM_WINDOW)
+        if small := self.held_out.too_small:
+            some = f"{len(small)} images, such as {small[0]}"
+            self.journal.say(f"not validated on, since a score needs {SSIM_WINDOW} pixels a side: {some}")
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
         vae = new_vae(start, parent, teacher, partial(first_crops, self.images))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        c, seed = int(vae.config.latent_channels), config.train.seed
+        c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)
@@ -99,6 +109,9 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
+            self._require_same_images(self.found)
+            for line in changed_settings(self.found.state.get("config", {}), self.config, self.found.step):
+                self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
             self.committed = state.step
             if self.accelerator.is_main_process:
@@ -107,6 +120,17 @@ class Trainer:
             self.gradients.compile(self.config.data.resolution)
             self.journal.begin(state.step, state.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejects)
+            self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
+
+    def _require_same_images(self, found: Checkpoint) -> None:
+        """Refuse a folder that has gained or lost images: others would be held out, and trained on before."""
+        before, now = found.state.get("images"), self.images.counts
+        if before is not None and before != now:
+            raise ValueError(
+                f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
+                f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
+                "another output folder (model.from_pretrained goes on from the codec of this one)"
+            )
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:
         """The micro-batches of each step until the run is complete, its time is over or it is asked to stop."""
@@ -149,7 +173,11 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             settings = fixed_settings(config)
-            settings |= {"config": asdict(config), "machine": self.hardware.record()}
+            settings |= {
+                "config": asdict(config),
+                "machine": self.hardware.record(),
+                "images": self.images.counts,
+            }
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
         self.accelerator.wait_for_everyone()
@@ -166,11 +194,13 @@ class Trainer:
             adversary = None
         sums = self.gradients.compute(micro_batches, adversary)
         rejects = [reject for batch in micro_batches for reject in batch["rejects"]]
-        gathered = self.exchange.gather(sums, bool(rejects))
+        notes = [note for batch in micro_batches for note in batch.get("notes", [])]
+        gathered = self.exchange.gather(sums, bool(rejects or notes))
         state.seconds += gathered.seconds
         self.stopped_by = gathered.stopped_by
         if gathered.rejected:
             self.journal.rejected(gather_object(rejects))
+            self.journal.noted(gather_object(notes))
         if state.scaler is not None:
             state.scaler.update()
         report = gathered.means

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from small_runs import small, start, train, write_images
 from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / "bench/training.py"
+SCRIPT = Path(__file__).parents[2] / "bench/training.py"
 ARCHITECTURE = {
     "in_channels": 3,
     "out_channels": 3,
