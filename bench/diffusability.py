@@ -38,7 +38,6 @@ from latentcodec.quality.features import (
 from latentcodec.quality.perceptual import SMALLEST_SIDE, load_lpips
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.diffusability import table
 from latentcodec.report.pictures import tiles, webp
 
@@ -206,7 +205,7 @@ def measure(
     mean = fmean(found)
     return {
         "codec": name,
-        "fingerprint": fingerprint(codec),
+        "fingerprint": codec.fingerprint,
         "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",
         "floor": floor,
         "distance": mean,

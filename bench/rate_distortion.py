@@ -27,7 +27,6 @@ from latentcodec.quality.decoder_measures import decibels
 from latentcodec.quality.rate import ROUNDINGS
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.rate_distortion import table
 
 RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # bits a pixel that the image formats are given
@@ -74,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     data: dict[str, Any] = {
         "bench": "rate_distortion",
         **report.provenance(torch.device(options.device)),
-        "fingerprints": {name: fingerprint(codec) for name, codec in codecs.items()},
+        "fingerprints": {name: codec.fingerprint for name, codec in codecs.items()},
         "folder": report.short_path(str(options.images)),
         "images": len(images),
         "skipped": skipped,

@@ -41,7 +41,6 @@ from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.crops import compared_crops
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.reconstruction import table
 
 PROTOCOL = (
@@ -281,7 +280,7 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
         )
     return {
         "codec": result.name,
-        "fingerprint": fingerprint(result.codec),
+        "fingerprint": result.codec.fingerprint,
         "latent": result.latent,
         "floats_per_pixel": c / f**2,
         "bits_per_pixel": BITS * c / f**2,
