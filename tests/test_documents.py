@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentcodec import LatentCodec, save_image
+from latentcodec.cli import run
 from latentcodec.training.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,11 @@ class Pipe(DiffusionPipeline):
         self.register_modules(vae=vae.eval())
 
 
+def store_of_the_photo():
+    """A store named latents in the current folder, as the README's command makes it."""
+    assert run(["encode", "photo.jpg", "--codec", "photo-f8c4", "--size", "32", "--out", "latents"]) == 0
+
+
 @pytest.mark.parametrize(
     ("page", "given", "code"),
     [
@@ -56,7 +62,7 @@ class Pipe(DiffusionPipeline):
 def test_python_in_the_documents_runs(page, given, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_image(torch.rand(1, 3, 40, 48) * 2 - 1, "photo.jpg")
-    known = {"pipe": Pipe, "codec": lambda: LatentCodec(Pipe().vae)}
+    known = {"pipe": Pipe, "codec": lambda: LatentCodec(Pipe().vae), "latents": store_of_the_photo}
     names = {name: known[name]() for name in (given or "").replace(" ", "").split(",") if name}
     exec(compile(code, str(page), "exec"), names)
 
