@@ -18,8 +18,9 @@ from latentcodec.training.config import Config
 
 INTRODUCTION = """# Configuration
 
-Every key of a training run, with its default and its unit. In a YAML file sections are nested; on the command line a key
-is `--section.key value`. An unknown key or a value of the wrong type ends the run with its name before anything begins.
+Every key of a training run, with its default and its unit. In a YAML file sections are nested; on the command line a
+key is `--section.key value`. An unknown key or a value of the wrong type ends the run with its name before anything
+begins.
 
 ```yaml
 output_dir: runs/photos
