@@ -160,6 +160,7 @@ def _replace_networks(vae: Any, encoder: nn.Module, decoder: nn.Module) -> None:
     for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
         _share_parameters(new, old)
         _share_processors(new, old)
+        _share_paddings(new, old)
         new.train(old.training)
         new.gradient_checkpointing = old.gradient_checkpointing
         if old.gradient_checkpointing:
@@ -273,6 +274,13 @@ def _share_processors(new: nn.Module, old: nn.Module) -> None:
         if isinstance(module, Attention):
             module.equal_processors = EQUAL_PROCESSORS
             module.set_processor(old.get_submodule(name).processor)
+
+
+def _share_paddings(new: nn.Module, old: nn.Module) -> None:
+    """Convolutions pad as before: people set other modes than zeros on them, for textures without seams."""
+    for name, module in old.named_modules():
+        if isinstance(module, nn.Conv2d):
+            cast(nn.Conv2d, new.get_submodule(name)).padding_mode = module.padding_mode
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -97,7 +97,8 @@ class StripPass:
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
         strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
-        return _kept(moments, (convolve(self._window(*part), moments) for part in with_neighbours(strips)))
+        windows = (self._window(*part, None, layer.padding_mode) for part in with_neighbours(strips))
+        return _kept(moments, (convolve(window, moments) for window in windows))
 
     def _blocks(self, stage: Any, feature: Map) -> Map:
         for index, block in enumerate(stage.resnets):
@@ -125,7 +126,7 @@ class StripPass:
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
             for above, strip, below in with_neighbours(feature.strips(last)):
-                h = conv1(self._window(above, strip, below, norm1), inner)
+                h = conv1(self._window(above, strip, below, norm1, block.conv1.padding_mode), inner)
                 yield h, shortcut(strip) if last else strip
 
         pairs = self._kept_or_remade(branches)
@@ -133,7 +134,8 @@ class StripPass:
 
         def joined() -> Iterator[Tensor]:
             for above, (h, residual), below in with_neighbours(pairs, lambda pair: _last_row(pair[0])):
-                yield conv2(self._window(above, h, below and below[0], norm2), moments, residual)
+                window = self._window(above, h, below and below[0], norm2, block.conv2.padding_mode)
+                yield conv2(window, moments, residual)
 
         return _kept(moments, joined())
 
@@ -169,7 +171,12 @@ class StripPass:
 
         def strips(last: bool) -> Iterator[Tensor]:
             for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2))):
-                yield convolve(self._window(*part), moments)
+                if layer.conv.padding_mode == "zeros":
+                    yield convolve(self._window(*part), moments)
+                else:  # beyond its border a doubled map has its border twice, mirrored or repeated
+                    y = convolve(self._window(*part, None, "replicate"))[:, :, 2:-2].contiguous()
+                    moments.add(y)
+                    yield y
 
         if self.keeps:
             return _kept(moments, strips(True))
@@ -180,11 +187,14 @@ class StripPass:
     def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
         norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
         convolve = self._convolution(network.conv_out)
-        return [convolve(self._window(*part, norm)) for part in with_neighbours(feature.strips(True))]
+        padding = network.conv_out.padding_mode
+        return [
+            convolve(self._window(*part, norm, padding)) for part in with_neighbours(feature.strips(True))
+        ]
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
-        """`layer` for windows, which hold the rows above and below, but no columns beside them."""
-        columns = int(layer.padding[1])
+        """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
+        columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
         return window_convolution(layer.weight, layer.bias, layer.stride[0], columns, self.dtype)
 
     # ---- strips
@@ -195,13 +205,19 @@ class StripPass:
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
-        self, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None = None
+        self,
+        above: Tensor | None,
+        strip: Tensor,
+        below: Tensor | None,
+        norm: Norm | None = None,
+        padding: str = "zeros",
     ) -> Tensor:
-        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
+        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image; for
+        another `padding` mode [B, r + 2, W + 2, C], and what that mode has outside the image."""
         batch, rows, columns, channels = strip.shape
         window = self._scratch(batch, rows + 2, columns, channels)
         self.kernels.window_(window, above, strip, below, norm)
-        return window
+        return window if padding == "zeros" else _padded(window, above is None, below is None, padding)
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
@@ -272,6 +288,19 @@ def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
                 parts, missing = [], rows
     if parts:
         yield torch.cat(parts, 1)
+
+
+def _padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:
+    """[B, r + 2, W, C] -> [B, r + 2, W + 2, C]: columns as a convolution of that padding mode would pad them, and rows
+    where the window ends at the top or the bottom of the map."""
+    inner = 2 if mode == "reflect" else 1  # how far from the border the row lies that is repeated there
+    if window.shape[1] == 3 and top and bottom and mode == "reflect":
+        F.pad(window[:, 1:2].permute(0, 3, 1, 2), (0, 0, 1, 1), mode)  # a map of one row: torch's own error
+    if top:
+        window[:, 0] = window[:, inner]
+    if bottom:
+        window[:, -1] = window[:, -1 - inner]
+    return F.pad(window.permute(0, 3, 1, 2), (1, 1, 0, 0), mode).permute(0, 2, 3, 1).contiguous()
 
 
 def _drained(items: deque[T]) -> Iterator[T]:
