@@ -74,7 +74,7 @@ def dequantize(stored: Quantized) -> Tensor:
     """What `store[i]` gives: floats of 16 or 32 bits as they are stored, float32 for int8 and float8."""
     if stored.scale is not None:
         step, middle = stored.scale[..., None, None].unbind(1)
-        return stored.values.float() * step + middle
+        return stored.values.float().mul_(step).add_(middle)
     return stored.values.float() if stored.values.dtype == torch.float8_e4m3fn else stored.values
 
 
