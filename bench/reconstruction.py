@@ -4,8 +4,8 @@
 
 CODEC is whatever `LatentCodec.from_pretrained` takes: a folder, a hub id, a bundled name. Prints a table,
 writes a JSON file and an HTML page with plots and crops that are seen through every codec, and ends stdout with one
-line of JSON: the same numbers without those of single images. The protocol is that of
-`latentcodec.quality.metrics.evaluate`.
+line of JSON: the same numbers without those of single images. Subfolders of the images, such as faces and line art,
+are also scored by themselves. The protocol is that of `latentcodec.quality.metrics.evaluate`.
 
 Shapes: C channels, H W pixels, f downsampling factor, c latent channels.
 """
@@ -314,7 +314,10 @@ def _rival(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -> dict[st
 
 def image_scores(result: Result, paths: Sequence[Path]) -> list[dict[str, Any]]:
     pairs = zip(paths, result.scores.images, result.klt_scores.images, strict=True)
-    return [{"file": path.name, **asdict(own), "klt_psnr": klt.psnr} for path, own, klt in pairs]
+    return [
+        {"file": path.name, "group": path.parent.name, **asdict(own), "klt_psnr": klt.psnr}
+        for path, own, klt in pairs
+    ]
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ MUTANTS = [
     Mutant(
         "the anchor to the teacher has no gradient",
         "training/losses/teacher.py",
-        "anchor_loss(result.mean, self.mean, self.unit)",
-        "anchor_loss(result.mean.detach(), self.mean, self.unit)",
+        "anchor_loss(self.space.pack(result.mean),",
+        "anchor_loss(self.space.pack(result.mean.detach()),",
         "test_model.py",
     ),
     Mutant(
@@ -347,8 +347,8 @@ MUTANTS = [
     Mutant(
         "the saved latents have no unit variance",
         "latents.py",
-        "latents_std=[_short(value) for value in std.tolist()],",
-        "latents_std=[1.0 for value in std.tolist()],",
+        "Normalisation((1 / std).diag(), std.diag(),",
+        "Normalisation((0.5 / std).diag(), (2 * std).diag(),",
         "test_codec_folder.py",
     ),
     Mutant(

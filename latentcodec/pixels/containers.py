@@ -79,12 +79,8 @@ def reads(plugin: Plugin) -> bool:
 def looks_like_a_picture(start: bytes) -> bool:
     """Whether a file that begins so is of a format that is read here, or would be with its package."""
     signatures = (png.SIGNATURE, jpeg.SIGNATURE, b"GIF8", b"II*\0", b"MM\0*")
-    return (
-        start.startswith(signatures)
-        or webp.is_webp(start)
-        or start[4:12] == b"ftypavif"
-        or _plugin(start) is not None
-    )
+    is_pillows = start.startswith(signatures) or webp.is_webp(start) or start[4:12] == b"ftypavif"
+    return is_pillows or _plugin(start) is not None
 
 
 def advice(plugin: Plugin) -> str:

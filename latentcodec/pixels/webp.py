@@ -14,7 +14,7 @@ def is_webp(start: bytes) -> bool:
 
 
 def sound_webp(content: bytes) -> tuple[bytes, list[str]]:
-    """`content` with the length that it has, up to its last whole chunk, if the picture is whole; and what was wrong."""
+    """`content` with the length that it has, up to its last whole chunk, if the picture is whole; what was wrong."""
     (length,) = struct.unpack("<I", content[4:8])
     if length + 8 <= len(content):
         return content, []

@@ -12,13 +12,14 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from latentcodec.model_folder import check_numbers
 from latentcodec.training.data.images import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
@@ -46,6 +47,7 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in settings_of(self):
             _require_sound(key, value)
+        check_numbers(asdict(self.model), "model")
         self.output_dir = _expanded("output_dir", self.output_dir)
         if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(

@@ -6,7 +6,7 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -170,6 +170,20 @@ def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> ch
             f"process {processes.process_index} cannot use the checkpoint that the main process goes on from: "
             f"{damage}. All processes must see the same output_dir.",
         ) from damage
+
+
+def require_same_images(found: checkpoints.Checkpoint, now: Sequence[int]) -> None:
+    """Refuse data that have gained or lost images: others would be held out, and trained on before.
+
+    `now`: the numbers of training and of validation images.
+    """
+    before = found.state.get("images")
+    if before is not None and list(before) != list(now):
+        raise ValueError(
+            f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
+            f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
+            "another output folder (model.from_pretrained goes on from the codec of this one)"
+        )
 
 
 def smallest_crop(config: Config, f: int) -> int:

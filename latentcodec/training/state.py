@@ -23,7 +23,14 @@ from latentcodec.training.config import Config
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.rate import RateControl
 from latentcodec.training.optim.muon import Muon
-from latentcodec.training.optim.schedule import load_optimizer, parameter_groups
+from latentcodec.training.optim.schedule import (
+    TrainConfig,
+    ema_decay,
+    learning_rate,
+    load_optimizer,
+    parameter_groups,
+    update_ema,
+)
 from latentcodec.training.start.model import TrainedCodec
 
 WEIGHTS = ("model", "ema", "discriminator")  # saved as safetensors
@@ -55,6 +62,16 @@ class TrainState:
     """Steps in a row, up to now, in which a number was not finite."""
     rollbacks: int = 0
     """Returns to a checkpoint since the newest one was saved."""
+
+    def move_weights(self, config: TrainConfig, progress: float) -> float:
+        """One step of the optimizer and of the moving average; returns its learning rate at `progress` of the run."""
+        progress = max(progress, 1 / config.max_steps)
+        lr = learning_rate(config.lr, config.schedule, progress, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.optimizer.step()
+        update_ema(self.ema, self.codec.vae, ema_decay(config.ema_decay, self.step))
+        return lr
 
     def state_dict(self) -> dict[str, Any]:
         """Groups of tensors, states of optimizers, and under "numbers" what JSON can hold."""

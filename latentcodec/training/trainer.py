@@ -19,8 +19,9 @@ import torch
 from accelerate.utils import gather_object
 
 from latentcodec.quality.metrics import SSIM_WINDOW
+from latentcodec.training import preflight
 from latentcodec.training import state as states
-from latentcodec.training.checkpoint import Checkpoint, prune
+from latentcodec.training.checkpoint import prune
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.images import held_out, open_images
@@ -32,24 +33,8 @@ from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
-from latentcodec.training.optim.schedule import ema_decay, learning_rate, update_ema
-from latentcodec.training.preflight import (
-    changed_settings,
-    find_checkpoint,
-    fixed_settings,
-    new_accelerator,
-    new_processes,
-    newest_checkpoint,
-    smallest_crop,
-)
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.start.model import (
-    downsampling_factors,
-    image_channels,
-    load_parent,
-    load_teacher,
-    new_vae,
-)
+from latentcodec.training.start import model as begin
 from latentcodec.vae.families import family_of
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
@@ -65,30 +50,28 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.output = Path(config.output_dir)
-        processes, passed_over = new_processes()
-        self.found = find_checkpoint(config, processes)
+        processes, passed_over = preflight.new_processes()
+        self.found = preflight.find_checkpoint(config, processes)
         self.hardware = take_hardware(config, self.found, processes)
         self.config = config = settled(config, self.hardware)
-        self.accelerator = accelerator = new_accelerator(config, self.hardware.precision)
+        self.accelerator = accelerator = preflight.new_accelerator(config, self.hardware.precision)
         self.journal = Journal(self.output, accelerator, config)
         for note in (*passed_over, *self.hardware.notes):
             self.journal.say(note)
-        parent = load_parent(config.model)
-        teacher = load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
-        channels = image_channels(config.model, parent)
-        f, whole = downsampling_factors(config.model, parent, teacher)
-        smallest = smallest_crop(config, whole)
+        parent = begin.load_parent(config.model)
+        teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
+        channels = begin.image_channels(config.model, parent)
+        f, whole = begin.downsampling_factors(config.model, parent, teacher)
+        smallest = preflight.smallest_crop(config, whole)
         torch.manual_seed(config.train.seed)  # the weights that no closed form sets
         adversary = Adversary.of(config.discriminator, channels, smallest, accelerator)
         self.images = open_images(config.data, channels, config.train.seed)
         self.journal.say_left_out(self.images.left_out)
         self.held_out = held_out(self.images, SSIM_WINDOW)
-        if small := self.held_out.too_small:
-            some = f"{len(small)} images, such as {small[0]}"
-            self.journal.say(f"not validated on, since a score needs {SSIM_WINDOW} pixels a side: {some}")
+        self.journal.too_small(self.held_out.too_small, SSIM_WINDOW)
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
-        vae = new_vae(start, parent, teacher, partial(first_crops, self.images))
+        vae = begin.new_vae(start, parent, teacher, partial(first_crops, self.images))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
@@ -109,8 +92,10 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
-            self._require_same_images(self.found)
-            for line in changed_settings(self.found.state.get("config", {}), self.config, self.found.step):
+            preflight.require_same_images(self.found, self.images.counts)
+            for line in preflight.changed_settings(
+                self.found.state.get("config", {}), self.config, self.found.step
+            ):
                 self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
             self.committed = state.step
@@ -121,16 +106,6 @@ class Trainer:
             self.journal.begin(state.step, state.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejects)
             self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
-
-    def _require_same_images(self, found: Checkpoint) -> None:
-        """Refuse a folder that has gained or lost images: others would be held out, and trained on before."""
-        before, now = found.state.get("images"), self.images.counts
-        if before is not None and before != now:
-            raise ValueError(
-                f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
-                f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
-                "another output folder (model.from_pretrained goes on from the codec of this one)"
-            )
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:
         """The micro-batches of each step until the run is complete, its time is over or it is asked to stop."""
@@ -172,12 +147,9 @@ class Trainer:
         if state.step == self.committed:
             return
         if self.accelerator.is_main_process:
-            settings = fixed_settings(config)
-            settings |= {
-                "config": asdict(config),
-                "machine": self.hardware.record(),
-                "images": self.images.counts,
-            }
+            settings = preflight.fixed_settings(config)
+            settings |= {"config": asdict(config), "images": self.images.counts}
+            settings["machine"] = self.hardware.record()
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
         self.accelerator.wait_for_everyone()
@@ -217,16 +189,12 @@ class Trainer:
 
     def _move_weights(self, report: dict[str, float], adversary: Adversary | None) -> dict[str, float]:
         """Everything that a step of finite numbers changes; returns what to report of it."""
-        train, state = self.config.train, self.state
-        lr = learning_rate(train.lr, train.schedule, max(self.progress, 1 / train.max_steps), train.warmup)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        state.optimizer.step()
-        changes = {"lr": lr} if adversary is None else {"lr": lr} | adversary.step(report)
-        update_ema(state.ema, state.codec.vae, ema_decay(train.ema_decay, state.step))
-        changes |= self.objective.after_step(state.step, report)
-        state.step += 1
-        state.bad_steps = 0
+        changes = {"lr": self.state.move_weights(self.config.train, self.progress)}
+        if adversary is not None:
+            changes |= adversary.step(report)
+        changes |= self.objective.after_step(self.state.step, report)
+        self.state.step += 1
+        self.state.bad_steps = 0
         return changes
 
     def _skip(self, bad: list[str]) -> None:
@@ -239,7 +207,7 @@ class Trainer:
         state.bad_steps += 1
         if state.bad_steps < BAD_STEPS_BEFORE_ROLLBACK:
             return
-        saved = newest_checkpoint(self.output / "checkpoints", self.accelerator)
+        saved = preflight.newest_checkpoint(self.output / "checkpoints", self.accelerator)
         assert saved is not None  # a run begins with one
         if state.rollbacks == ROLLBACKS_BEFORE_GIVING_UP:
             raise Diverged(
