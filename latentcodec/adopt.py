@@ -1,8 +1,8 @@
 """Encoder and Decoder of the VAE, and the ways into a genuine `diffusers.AutoencoderKL` and out of it.
 
 The AutoencoderKL stays the owner: its class, its configuration, its state-dict keys and its `save_pretrained` are
-untouched, so whatever we train or speed up is loaded by people who have never heard of this package. Without
-gradients the networks run in strips (`engine.py`), with the same numbers.
+untouched, so whatever we train or speed up is loaded by people who have never heard of this package. The
+networks run on the engine (`engine/`), with the same numbers.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f = H / h downsampling factor.
 """
@@ -18,10 +18,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from latentcodec.engine.checks import has_hooks
+from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
-from latentcodec.ops.functional import is_listened_to
 from latentcodec.vae.layers import ACTIVATIONS
-from latentcodec.vae.networks import Decoder, Encoder, downsampling_factor
+from latentcodec.vae.networks import downsampling_factor
 
 
 def build(config: Mapping[str, Any]) -> AutoencoderKL:
@@ -52,10 +53,10 @@ def adopt(vae: AutoencoderKL) -> AutoencoderKL:
     """
     if not isinstance(vae, AutoencoderKL):
         raise TypeError(f"expected a diffusers.AutoencoderKL, got {type(vae).__name__}")
-    if isinstance(vae.encoder, Encoder):
+    if isinstance(vae.encoder, EngineEncoder):
         return vae
     with torch.device("meta"):  # only the structure: the parameters come from vae
-        encoder, decoder = Encoder(vae.config), Decoder(vae.config)
+        encoder, decoder = EngineEncoder(vae.config), EngineDecoder(vae.config)
     _replace_networks(vae, encoder, decoder)
     vae.tile_sample_min_size = vae.tile_latent_min_size = sys.maxsize
     return vae
@@ -90,7 +91,7 @@ def restore_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """
     if not isinstance(vae, AutoencoderKL):
         raise TypeError(f"expected a diffusers.AutoencoderKL, got {type(vae).__name__}")
-    if isinstance(vae.encoder, Encoder):
+    if isinstance(vae.encoder, EngineEncoder):
         with torch.device("meta"):
             stock = AutoencoderKL.from_config(vae.config)
         _replace_networks(vae, stock.encoder, stock.decoder)
@@ -102,16 +103,17 @@ def restore_vae(vae: AutoencoderKL) -> AutoencoderKL:
 def _replace_networks(vae: AutoencoderKL, encoder: nn.Module, decoder: nn.Module) -> None:
     """Let `encoder` and `decoder` take over the parameters and the state of those that `vae` has.
 
-    Raises ValueError where something listens to layers that would be replaced, as offloading does.
+    Raises ValueError where hooks are on layers that would be replaced, as offloading puts them there.
     """
     for name, module in (*vae.encoder.named_modules(), *vae.decoder.named_modules()):
-        if is_listened_to(module):
+        if has_hooks(module):
             raise ValueError(
                 f"a hook, or a forward of its own, is on the VAE's {name or type(module).__name__}, and would be lost: "
                 "optimise the VAE first, then add hooks or offload it"
             )
     for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
         _share_parameters(new, old)
+        _share_processors(new, old)
         new.train(old.training)
         new.gradient_checkpointing = old.gradient_checkpointing
         if old.gradient_checkpointing:
@@ -157,6 +159,13 @@ def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
     for name, parameter in parameters.items():
         module, _, leaf = name.rpartition(".")
         ours.get_submodule(module).register_parameter(leaf, parameter)
+
+
+def _share_processors(new: nn.Module, old: nn.Module) -> None:
+    """`attn_processors` of the VAE lists the same objects, under the same names, as before."""
+    for name, module in new.named_modules():
+        if hasattr(module, "processor"):
+            module.processor = old.get_submodule(name).processor
 
 
 def _check(config: Mapping[str, Any]) -> None:

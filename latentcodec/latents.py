@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from latentcodec.vae.networks import downsampling_factor
-from latentcodec.vae.posterior import split_moments
+from latentcodec.vae.posterior import mean_and_logvar
 
 SMALLEST_VARIANCE = (
     1e-6  # of the largest: a direction that the encoder does not use is not blown up to unit variance
@@ -27,7 +27,7 @@ SMALLEST_VARIANCE = (
 
 
 @dataclass(frozen=True)
-class LatentMoments:
+class LatentStatistics:
     """Means over the cells of a set of images, float64."""
 
     mean: Tensor
@@ -46,10 +46,10 @@ class LatentMoments:
 
 
 @torch.no_grad()
-def latent_moments(
+def latent_statistics(
     vae: AutoencoderKL, batches: Iterable[Tensor], total: Callable[[Tensor], Tensor] | None = None
-) -> LatentMoments:
-    """The moments of the latents of `batches`, each [B, C, H, W] with sides that are multiples of f.
+) -> LatentStatistics:
+    """The statistics of the latents of `batches`, each [B, C, H, W] with sides that are multiples of f.
 
     One pass, one matrix of sums; `total` adds it up over the processes, so N processes measure what one would. The
     sums are not centred: in float64 that keeps nine digits of a variance whose mean is a thousand deviations away.
@@ -57,7 +57,7 @@ def latent_moments(
     c, f = int(vae.config.latent_channels), downsampling_factor(vae.config)
     sums: Tensor | None = None
     for x in batches:
-        mean, logvar = split_moments(vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(vae.encode(x).latent_dist.parameters)
         cells = rearrange(torch.cat([mean, logvar], 1), "b n h w -> n (b h w)").double()
         blocks = rearrange(x, "b C (h i) (w j) -> (C i j) (b h w)", i=f, j=f).double()
         one = torch.ones_like(cells[:1])
@@ -68,7 +68,7 @@ def latent_moments(
         sums = total(sums)
     sums = sums.cpu() / sums[0, 0].item()
     mean = sums[1:, 0]
-    return LatentMoments(
+    return LatentStatistics(
         mean=mean,
         covariance=sums[1:, 1 : 1 + c] - torch.outer(mean, mean),
         logvar=sums[0, 1 + c : 1 + 2 * c],
@@ -76,14 +76,14 @@ def latent_moments(
     )
 
 
-def normalise(vae: AutoencoderKL, moments: LatentMoments) -> None:
+def normalise(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
     """Write mean and deviation into the configuration of `vae`: per channel, and as one shift and one scale.
 
     SD3's and FLUX's pipelines take z = (raw - shift_factor) * scaling_factor, which has unit variance over all
     channels together; Stable Diffusion's do not shift. Only SDXL's look at the numbers per channel, for exactly four,
     and multiply by the scale as well, so there only `whiten` gives unit variance. LatentCodec takes those per channel.
     """
-    mean, std = moments.mean, moments.std
+    mean, std = statistics.mean, statistics.std
     shift = mean.mean()
     scale = 1 / (std.square() + (mean - shift).square()).mean().sqrt()
     vae.register_to_config(
@@ -108,7 +108,7 @@ class Whitening:
     """[c] float64: the posterior's mean log-variance, of the raw latents."""
 
 
-def whitening(moments: LatentMoments) -> Whitening:
+def whitening(statistics: LatentStatistics) -> Whitening:
     """The whitening whose channels are ordered by the pixels they explain, the first one most.
 
     White latents stay white under any rotation. This one takes the principal directions of the best linear
@@ -118,15 +118,15 @@ def whitening(moments: LatentMoments) -> Whitening:
     moves most with a channel moves upwards. A direction with less than 1e-6 of the largest variance is scaled as if
     it had that much.
     """
-    variance, axes = torch.linalg.eigh(moments.covariance)  # rising
+    variance, axes = torch.linalg.eigh(statistics.covariance)  # rising
     std = variance.clamp(min=max(1e-12, SMALLEST_VARIANCE * variance[-1].item())).sqrt()
     white = axes.T / std[:, None]  # [c, c]
-    response = moments.pixels @ white.T  # [C f f, c]: how the block moves with each white direction
+    response = statistics.pixels @ white.T  # [C f f, c]: how the block moves with each white direction
     turn = torch.linalg.eigh(response.T @ response).eigenvectors.T.flip(0)  # [c, c]
     patterns = response @ turn.T
     signs = patterns.gather(0, patterns.abs().argmax(0, keepdim=True)).squeeze(0).sign()
     turn = turn * torch.where(signs == 0, 1.0, signs)[:, None]
-    return Whitening(turn @ white, (axes * std) @ turn.T, moments.mean, moments.logvar)
+    return Whitening(turn @ white, (axes * std) @ turn.T, statistics.mean, statistics.logvar)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Compile every kernel of `triton_kernels.py` for an NVIDIA GPU of the Hopper generation, without one; print its name.
+"""Compile every kernel of `triton_pointwise.py` for NVIDIA's Hopper GPUs, without having one; print its name.
 
 Run by tests/test_triton_kernels.py in a process of its own.
 """

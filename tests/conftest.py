@@ -9,10 +9,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-from latentcodec.ops import functional as fused
+from latentcodec.ops import functional
 
 torch.set_num_threads(1)
-fused.WORTH_COMPILING = (
+functional.WORTH_COMPILING = (
     0  # tiny models have norms and doublings as large ones do, only that nothing is compiled
 )
 if (

@@ -9,8 +9,7 @@ from small_runs import small, start, train, write_images
 from test_autoencoder import CONFIGS, pair
 
 from latentcodec.adopt import optimize_vae
-from latentcodec.engine import cuda_graphs as graphs
-from latentcodec.engine import plan as engine
+from latentcodec.engine import cuda_graphs, plan
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -36,7 +35,7 @@ def inputs(configuration, batch=2, cells=(9, 5)):
 @pytest.mark.parametrize("strip_bytes", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_strips_equal_diffusers_in_every_configuration(name, strip_bytes, monkeypatch):
-    monkeypatch.setitem(engine.STRIP_BYTES, "cuda", strip_bytes)
+    monkeypatch.setitem(plan.STRIP_BYTES, "cuda", strip_bytes)
     reference, ours = (vae.cuda() for vae in pair(CONFIGS[name]))
     optimize_vae(ours)
     with torch.no_grad():
@@ -71,7 +70,7 @@ def test_a_bound_on_memory_changes_nothing():
     with torch.no_grad():
         expected = optimize_vae(ours).decode(z).sample
         torch.cuda.synchronize()
-        graphs._seen.clear()
+        cuda_graphs._seen.clear()
         actual = optimize_vae(ours, max_memory=int(1.3 * widest)).decode(z).sample
     assert (actual - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
@@ -81,8 +80,8 @@ def test_small_images_are_replayed_with_the_weights_of_the_moment(monkeypatch):
     reference, ours = (vae.cuda() for vae in pair(CONFIGS["sd"]))
     optimize_vae(ours)
     replays = []
-    replay = graphs.Recording.replay
-    monkeypatch.setattr(graphs.Recording, "replay", lambda self, x: replays.append(1) or replay(self, x))
+    replay = cuda_graphs.Recording.replay
+    monkeypatch.setattr(cuda_graphs.Recording, "replay", lambda self, x: replays.append(1) or replay(self, x))
 
     def compare(*shape):
         z = torch.randn(*shape, device="cuda")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import LatentMoments, latent_moments, whiten, whitening
+from latentcodec.latents import LatentStatistics, latent_statistics, whiten, whitening
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.precision import certify, extreme_images
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
@@ -71,18 +71,18 @@ def cells(z):
     return z.transpose(0, 1).flatten(1).double()
 
 
-# ---- the moments ----
+# ---- the statistics ----
 
 
 def test_streamed_moments_are_those_of_all_cells_at_once():
     vae, x = random_vae(), pictures(10)
-    moments = latent_moments(vae, x.split(3))
+    statistics = latent_statistics(vae, x.split(3))
     z = cells(raw(vae, x))
-    assert torch.allclose(moments.mean, z.mean(1), atol=1e-6)
-    assert torch.allclose(moments.covariance, torch.cov(z, correction=0), atol=1e-6)
-    assert torch.allclose(moments.std, z.std(1, correction=0), atol=1e-6)
+    assert torch.allclose(statistics.mean, z.mean(1), atol=1e-6)
+    assert torch.allclose(statistics.covariance, torch.cov(z, correction=0), atol=1e-6)
+    assert torch.allclose(statistics.std, z.std(1, correction=0), atol=1e-6)
     assert torch.allclose(
-        moments.logvar, cells(vae.encode(x).latent_dist.logvar).mean(1), rtol=1e-6, atol=1e-6
+        statistics.logvar, cells(vae.encode(x).latent_dist.logvar).mean(1), rtol=1e-6, atol=1e-6
     )
 
 
@@ -93,16 +93,16 @@ def test_pixel_covariances_belong_to_the_block_over_the_cell():
         0
     ]  # one pixel of each, green
     expected = (block - block.mean()) @ (z - z.mean(1, keepdim=True)).T / z.shape[1]
-    assert torch.allclose(latent_moments(vae, [x]).pixels[1 * F_ * F_ + 2 * F_ + 3], expected, atol=1e-6)
+    assert torch.allclose(latent_statistics(vae, [x]).pixels[1 * F_ * F_ + 2 * F_ + 3], expected, atol=1e-6)
 
 
 def test_moments_of_two_processes_are_those_of_one():
     vae, x = random_vae(), pictures(8)
     shares = []
     for part in (x[::2], x[1::2]):  # what each of two processes would contribute to the sum of all
-        latent_moments(vae, part.split(2), lambda sums: shares.append(sums) or sums)
-    two = latent_moments(vae, x[::2].split(2), lambda sums: sum(shares))
-    one = latent_moments(vae, x.split(4))
+        latent_statistics(vae, part.split(2), lambda sums: shares.append(sums) or sums)
+    two = latent_statistics(vae, x[::2].split(2), lambda sums: sum(shares))
+    one = latent_statistics(vae, x.split(4))
     for name in ("mean", "covariance", "logvar", "pixels"):
         assert torch.allclose(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-9), name
 
@@ -112,7 +112,7 @@ def test_moments_of_two_processes_are_those_of_one():
 
 def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_path):
     vae, x = random_vae(), pictures(16)
-    assert finish(vae, FinishConfig(), latent_moments(vae, [x]), []) == ""
+    assert finish(vae, FinishConfig(), latent_statistics(vae, [x]), []) == ""
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     z = cells(LatentCodec.from_pretrained(tmp_path / "codec").encode(x))
     assert z.mean(1).abs().max() < 1e-5
@@ -130,7 +130,7 @@ def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_p
 def test_whitening_leaves_every_reconstruction_as_it_was(quant):
     vae = random_vae(quant)
     white = copy_of(vae)
-    whiten(white, whitening(latent_moments(vae, [pictures(16)])))
+    whiten(white, whitening(latent_statistics(vae, [pictures(16)])))
     for size in ((32, 32), (37, 50), (5, 3)):  # odd sizes, and images that are all border
         x = pictures(2, 64, seed=1)[:, :, : size[0], : size[1]]
         ours, theirs = LatentCodec(white), LatentCodec(vae)
@@ -141,7 +141,7 @@ def test_whitening_leaves_every_reconstruction_as_it_was(quant):
 @pytest.mark.parametrize("quant", [False, True])
 def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
     vae, x = random_vae(quant), pictures(16)
-    finish(vae, FinishConfig(whiten=True), latent_moments(vae, [x]), [])
+    finish(vae, FinishConfig(whiten=True), latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
     assert stock.config.latents_mean is None  # of which SDXL's pipelines read exactly four
@@ -153,8 +153,8 @@ def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
 
 def test_whitened_channels_are_ordered_by_the_pixels_they_explain():
     vae, x = random_vae(), pictures(16)
-    whiten(vae, whitening(latent_moments(vae, [x])))
-    patterns = latent_moments(vae, [x]).pixels  # [C f f, c]: pixels per unit of each channel
+    whiten(vae, whitening(latent_statistics(vae, [x])))
+    patterns = latent_statistics(vae, [x]).pixels  # [C f f, c]: pixels per unit of each channel
     energy = patterns.square().sum(0)
     assert (energy.diff() <= 1e-4 * energy[0]).all()
     together = patterns.T @ patterns
@@ -169,7 +169,7 @@ def test_whitening_finds_the_principal_components_in_any_mixture_of_them():
     mixed = copy_of(vae)
     turn = torch.linalg.qr(torch.randn(C_, C_)).Q
     mixed.encoder.conv_out.weight[:C_] = torch.einsum("ab,bkij->akij", turn, vae.encoder.conv_out.weight[:C_])
-    whiten(mixed, whitening(latent_moments(mixed, [x])))
+    whiten(mixed, whitening(latent_statistics(mixed, [x])))
     found, expected = cells(raw(mixed, x)), cells(raw(vae, x))
     assert (found * expected).mean(1)[
         :3
@@ -178,12 +178,14 @@ def test_whitening_finds_the_principal_components_in_any_mixture_of_them():
 
 def test_log_variances_of_a_mere_rescaling_are_exact():
     vae, x = random_vae(), pictures(8)
-    moments = latent_moments(vae, [x])
-    apart = LatentMoments(moments.mean, torch.diag(moments.std**2), moments.logvar, torch.eye(C_).double())
+    statistics = latent_statistics(vae, [x])
+    apart = LatentStatistics(
+        statistics.mean, torch.diag(statistics.std**2), statistics.logvar, torch.eye(C_).double()
+    )
     before = vae.encode(x).latent_dist
     whiten(vae, whitening(apart))
     after = vae.encode(x).latent_dist.logvar.mean((0, 2, 3))
-    expected = (before.logvar - 2 * moments.std.log()[:, None, None].float()).mean(
+    expected = (before.logvar - 2 * statistics.std.log()[:, None, None].float()).mean(
         (0, 2, 3)
     )  # in another order
     assert torch.allclose(after.sort().values, expected.sort().values, atol=1e-4)
@@ -192,7 +194,7 @@ def test_log_variances_of_a_mere_rescaling_are_exact():
 def test_log_variances_of_a_rotation_are_closer_to_the_marginal_ones_than_any_constant():
     vae, x = random_vae(), pictures(8)
     variance = cells(vae.encode(x).latent_dist.var)
-    change = whitening(latent_moments(vae, [x]))
+    change = whitening(latent_statistics(vae, [x]))
     whiten(vae, change)
     found = cells(vae.encode(x).latent_dist.logvar)
     marginal = (change.matrix.square() @ variance).log()
@@ -205,7 +207,7 @@ def test_a_dead_channel_is_not_blown_up():
     vae, x = random_vae(), pictures(8)
     vae.encoder.conv_out.weight[2] = 0
     parent = copy_of(vae)
-    whiten(vae, whitening(latent_moments(vae, [x])))
+    whiten(vae, whitening(latent_statistics(vae, [x])))
     assert raw(vae, x).abs().max() < 100
     assert vae.quant_conv.weight.abs().max() < 1e4
     y = parent.decode(raw(parent, x)).sample

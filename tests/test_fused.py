@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from test_autoencoder import CONFIGS, pair
 from torch import nn
 
-from latentcodec.ops import functional as fused
-from latentcodec.ops import pointwise as kernels
+from latentcodec.engine.layers import Upsample, norm_act
+from latentcodec.ops import functional, pointwise
 
 KERNELS = ["eager", "triton"]
 
@@ -18,13 +18,13 @@ KERNELS = ["eager", "triton"]
 def device(request, monkeypatch):
     """Of the kernels that run: Triton's on a GPU, or interpreted (see conftest.py)."""
     if request.param == "eager":
-        monkeypatch.setattr(fused, "fastest", lambda _: kernels.EAGER)
+        monkeypatch.setattr(functional, "fastest_kernels", lambda _: pointwise.REFERENCE_KERNELS)
         return "cpu"
     triton_kernels = pytest.importorskip("latentcodec.ops.triton_pointwise", exc_type=ImportError)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
     monkeypatch.setattr(triton_kernels, "TILE", 256)
     monkeypatch.setattr(triton_kernels, "MERGED", 8)
-    monkeypatch.setattr(fused, "fastest", lambda _: triton_kernels.TritonKernels())
+    monkeypatch.setattr(functional, "fastest_kernels", lambda _: triton_kernels.TritonKernels())
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -54,7 +54,7 @@ def is_fused(y):
 def test_values_and_gradients_are_those_of_float64(device, dtype, mean):
     norm, silu = layers(device=device)
     x, dy = (maps(2, 12, 20, 9, mean=m, device=device, dtype=dtype) for m in (mean, 0.0))
-    actual = values_and_gradients(lambda x: fused.normalised(x, norm, silu), x, norm, dy)
+    actual = values_and_gradients(lambda x: norm_act(x, norm, silu), x, norm, dy)
     exact_norm = copy.deepcopy(norm).double()
     exact = values_and_gradients(lambda x: silu(exact_norm(x)), x.double(), exact_norm, dy.double())
     for ours, theirs in zip(actual, exact, strict=True):
@@ -67,8 +67,8 @@ def test_values_and_gradients_are_those_of_float64(device, dtype, mean):
 def test_one_pixel_and_one_member_are_enough(device):
     norm, silu = layers(channels=4, groups=2, device=device)
     x, dy = maps(1, 4, 1, 1, device=device), maps(1, 4, 1, 1, device=device)
-    assert is_fused(fused.normalised(x, norm, silu))
-    actual = values_and_gradients(lambda x: fused.normalised(x, norm, silu), x, norm, dy)
+    assert is_fused(norm_act(x, norm, silu))
+    actual = values_and_gradients(lambda x: norm_act(x, norm, silu), x, norm, dy)
     expected = values_and_gradients(lambda x: silu(norm(x)), x, norm, dy)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -82,7 +82,7 @@ def test_gradients_of_gradients_are_those_of_torch(device):
         (dx,) = torch.autograd.grad(function(x), x, dy, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), (x, norm.weight, dy))
 
-    actual = penalty(lambda x: fused.normalised(x, norm, silu))
+    actual = penalty(lambda x: norm_act(x, norm, silu))
     for ours, theirs in zip(actual, penalty(lambda x: silu(norm(x))), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -90,10 +90,10 @@ def test_gradients_of_gradients_are_those_of_torch(device):
 def test_a_frozen_norm_and_a_frozen_map_are_spared(device):
     norm, silu = layers(device=device)
     x = maps(2, 12, 5, 7, device=device)
-    fused.normalised(x.detach(), norm, silu).sum().backward()
+    norm_act(x.detach(), norm, silu).sum().backward()
     assert norm.weight.grad is not None
     norm.requires_grad_(False)
-    fused.normalised(x, norm, silu).sum().backward()
+    norm_act(x, norm, silu).sum().backward()
     assert x.grad is not None
 
 
@@ -116,7 +116,7 @@ def test_autocast_rounds_once_and_no_worse_than_torch():
     x = maps(2, 64, 16, 16, dtype=torch.bfloat16)
     exact = conv(silu(norm(x.float())))
     with torch.autocast("cpu", torch.bfloat16):
-        y = fused.normalised(x, norm, silu)
+        y = norm_act(x, norm, silu)
         errors = [(conv(value) - exact).square().mean() for value in (y, silu(norm(x)))]
     assert y.dtype == torch.bfloat16
     assert errors[0] <= 1.02 * errors[1]
@@ -126,34 +126,34 @@ def test_others_get_the_modules():
     """Who listens, what is not channels last, other activations, float64, and transforms of torch.func."""
     norm, silu = layers()
     x = maps(2, 12, 5, 7)
-    assert is_fused(fused.normalised(x, norm, silu))
+    assert is_fused(norm_act(x, norm, silu))
     heard = []
     handle = norm.register_forward_hook(lambda *_: heard.append(1))
-    assert not is_fused(fused.normalised(x, norm, silu))
+    assert not is_fused(norm_act(x, norm, silu))
     assert heard
     handle.remove()
-    assert not is_fused(fused.normalised(x.contiguous(), norm, silu))
-    assert not is_fused(fused.normalised(x, norm, nn.GELU()))
-    assert not is_fused(fused.normalised(x.double(), norm.double(), silu))
+    assert not is_fused(norm_act(x.contiguous(), norm, silu))
+    assert not is_fused(norm_act(x, norm, nn.GELU()))
+    assert not is_fused(norm_act(x.double(), norm.double(), silu))
     norm.float()
-    gradient = torch.func.grad(lambda x: fused.normalised(x, norm, silu).square().sum())(x.detach())
+    gradient = torch.func.grad(lambda x: norm_act(x, norm, silu).square().sum())(x.detach())
     (expected,) = torch.autograd.grad(F.silu(norm(x)).square().sum(), x)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_small_maps_are_not_worth_it_on_a_cpu(monkeypatch):
     norm, silu = layers()
-    monkeypatch.setattr(fused, "WORTH_COMPILING", 2 * 12 * 5 * 7 + 1)
-    assert not is_fused(fused.normalised(maps(2, 12, 5, 7), norm, silu))
+    monkeypatch.setattr(functional, "WORTH_COMPILING", 2 * 12 * 5 * 7 + 1)
+    assert not is_fused(norm_act(maps(2, 12, 5, 7), norm, silu))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gradients_equal_the_eager_ones_for_many_shapes(dtype, monkeypatch):
     """And they compile no more often for it than for one map, one row and one image."""
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
     torch._dynamo.reset()
-    kernels.compiled.cache_clear()
+    pointwise.compiled_kernels.cache_clear()
     eps = torch.finfo(dtype).eps
     shapes = [(2, 12, 20, 9), (3, 12, 7, 11), (2, 24, 16, 16), (4, 12, 8, 8), (2, 32, 5, 6), (5, 48, 9, 9)]
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
@@ -167,11 +167,12 @@ def test_compiled_gradients_equal_the_eager_ones_for_many_shapes(dtype, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_doubled_map_is_convolved_as_torch_does_it(device, dtype):
     """In value and gradients, at the borders too, and with the taps added up before they are rounded."""
-    conv = nn.Conv2d(12, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    upsample = Upsample(12).to(memory_format=torch.channels_last)
+    conv = upsample.conv
     x, exact = maps(2, 12, 5, 7), copy.deepcopy(conv).double()
     results = []
     for layer, value, function in (
-        (conv, x, lambda x: fused.doubled(x, conv)),
+        (conv, x, upsample),
         (exact, x.double(), lambda x: exact(F.interpolate(x, scale_factor=2.0, mode="nearest"))),
     ):
         value = value.detach().requires_grad_()
@@ -188,6 +189,6 @@ def test_a_doubled_map_is_convolved_as_torch_does_it(device, dtype):
 def both_ways(shape, dtype, monkeypatch):
     norm, silu = layers(channels=shape[1])
     x, dy = maps(*shape, dtype=dtype), maps(*shape, dtype=dtype)
-    for form in (kernels.compiled("cpu"), kernels.EAGER):
-        monkeypatch.setattr(fused, "fastest", lambda _, form=form: form)
-        yield values_and_gradients(lambda x: fused.normalised(x, norm, silu), x, norm, dy)
+    for form in (pointwise.compiled_kernels("cpu"), pointwise.REFERENCE_KERNELS):
+        monkeypatch.setattr(functional, "fastest_kernels", lambda _, form=form: form)
+        yield values_and_gradients(lambda x: norm_act(x, norm, silu), x, norm, dy)

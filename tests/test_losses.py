@@ -19,7 +19,7 @@ from latentcodec.quality import perceptual
 from latentcodec.quality.perceptual import Perceptual, load_lpips
 from latentcodec.training.losses import terms as losses
 from latentcodec.training.losses.terms import LossConfig
-from latentcodec.vae.posterior import sample_posterior, split_moments
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 SHAPE = (3, 2, 6, 5)
 
@@ -151,22 +151,24 @@ def test_the_likelihood_named_in_the_config_is_the_one_computed() -> None:
 
 
 def test_kl_equals_torch_distributions_and_diffusers() -> None:
-    moments = torch.randn(3, 8, 4, 5) * 3
-    mean, logvar = split_moments(moments)
+    parameters = torch.randn(3, 8, 4, 5) * 3
+    mean, logvar = mean_and_logvar(parameters)
     expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
     torch.testing.assert_close(losses.kl_divergence(mean, logvar), expected)
-    torch.testing.assert_close(losses.kl_divergence(mean, logvar), DiagonalGaussianDistribution(moments).kl())
+    torch.testing.assert_close(
+        losses.kl_divergence(mean, logvar), DiagonalGaussianDistribution(parameters).kl()
+    )
 
 
 def test_log_variance_is_clamped_as_diffusers_does() -> None:
-    moments = torch.tensor([0.0, 100.0, -100.0, 7.0]).view(1, 2, 2, 1).repeat(1, 2, 1, 1) * 1.0
-    reference = DiagonalGaussianDistribution(moments)
-    mean, logvar = split_moments(moments)
+    parameters = torch.tensor([0.0, 100.0, -100.0, 7.0]).view(1, 2, 2, 1).repeat(1, 2, 1, 1) * 1.0
+    reference = DiagonalGaussianDistribution(parameters)
+    mean, logvar = mean_and_logvar(parameters)
     assert torch.equal(mean, reference.mean)
     assert torch.equal(logvar, reference.logvar)
 
 
-def test_a_posterior_sample_has_the_posterior_moments() -> None:
+def test_a_draw_has_the_mean_and_std_of_the_posterior() -> None:
     mean, logvar = torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), math.log(0.25))
     z = sample_posterior(mean, logvar, torch.randn(mean.shape))
     assert z.mean().item() == pytest.approx(2, abs=0.01)
@@ -228,17 +230,17 @@ def test_relative_std_is_that_of_the_noise_in_the_samples() -> None:
     logvar = torch.tensor([0.5, 0.2]).view(1, 2, 1, 1).square().log().expand_as(mean)
     z = sample_posterior(mean, logvar, torch.randn(mean.shape))
     measured = math.exp((torch.tensor([0.5, 0.2]) / z.std((0, 2, 3))).log().mean())
-    assert losses.relative_std(losses.channel_moments(mean, logvar)) == pytest.approx(measured, rel=0.01)
+    assert losses.relative_std(losses.channel_statistics(mean, logvar)) == pytest.approx(measured, rel=0.01)
 
 
-def test_moments_of_two_processes_average_to_those_of_one() -> None:
+def test_channel_statistics_of_two_processes_average_to_those_of_one() -> None:
     mean, logvar = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    halves = [losses.channel_moments(mean[i], logvar[i]) for i in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close((halves[0] + halves[1]) / 2, losses.channel_moments(mean, logvar))
+    halves = [losses.channel_statistics(mean[i], logvar[i]) for i in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, losses.channel_statistics(mean, logvar))
 
 
 def test_an_unused_latent_has_relative_std_one_and_no_bits() -> None:
-    std = losses.relative_std(losses.channel_moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)))
+    std = losses.relative_std(losses.channel_statistics(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)))
     assert std == 1
     assert losses.bits_of_std(std) == 0
 
@@ -261,7 +263,7 @@ def test_rate_control_reaches_its_target_from_below_and_above(start: float, key:
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 0.03)
     weight, rates = start, []
     for _ in range(600):
-        mean, logvar = split_moments(encoder(x))
+        mean, logvar = mean_and_logvar(encoder(x))
         y = decoder(sample_posterior(mean, logvar, torch.randn_like(mean)))
         terms = {"nll": losses.gaussian_nll(y, x, -2.0), "kl": losses.kl_divergence(mean, logvar)}
         optimizer.zero_grad()
@@ -270,7 +272,7 @@ def test_rate_control_reaches_its_target_from_below_and_above(start: float, key:
         if key == "bits":
             rate = losses.bits_per_element(losses.kl_per_channel(mean, logvar))
         else:
-            rate = losses.bits_of_std(losses.relative_std(losses.channel_moments(mean, logvar)))
+            rate = losses.bits_of_std(losses.relative_std(losses.channel_statistics(mean, logvar)))
         weight = losses.next_kl_weight(weight, rate, 2.0)
         rates.append(rate)
     assert sum(rates[-100:]) / 100 == pytest.approx(2.0, abs=0.1)

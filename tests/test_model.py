@@ -15,7 +15,7 @@ from torch import nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import Whitening, latent_moments, whiten
+from latentcodec.latents import Whitening, latent_statistics, whiten
 from latentcodec.training.config import Config, parse
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.objective import Inputs
@@ -23,7 +23,7 @@ from latentcodec.training.losses.teacher import Teacher, anchor_loss, deviation_
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start
 from latentcodec.training.start.model import ModelConfig, image_channels, load_parent, new_vae
-from latentcodec.vae.posterior import split_moments
+from latentcodec.vae.posterior import mean_and_logvar
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 
@@ -202,12 +202,12 @@ def test_more_latent_channels_leave_the_reconstruction_and_the_old_latents_as_th
 
 def test_new_latents_are_normal_and_learn_from_the_first_step():
     vae, pictures = tiny(), crops()
-    target = latent_moments(vae, [torch.stack(pictures)]).std.mean()
+    target = latent_statistics(vae, [torch.stack(pictures)]).std.mean()
     change_latent_channels(vae, 7, lambda: pictures)
-    moments = latent_moments(vae, [torch.stack(pictures)])
-    assert torch.allclose(moments.mean[4:], torch.zeros(3).double(), atol=1e-4)
-    assert torch.allclose(moments.std[4:], target.expand(3), rtol=1e-4)
-    assert torch.allclose(moments.logvar[4:].exp().sqrt(), 0.01 * target.expand(3), rtol=1e-4)
+    statistics = latent_statistics(vae, [torch.stack(pictures)])
+    assert torch.allclose(statistics.mean[4:], torch.zeros(3).double(), atol=1e-4)
+    assert torch.allclose(statistics.std[4:], target.expand(3), rtol=1e-4)
+    assert torch.allclose(statistics.logvar[4:].exp().sqrt(), 0.01 * target.expand(3), rtol=1e-4)
     vae.decoder.conv_in.requires_grad_(True)
     (reconstruction(vae, torch.stack(pictures)) - torch.stack(pictures)).square().sum().backward()
     assert vae.decoder.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0
@@ -219,9 +219,9 @@ def test_fewer_latent_channels_keep_those_that_explain_the_most_pixels(quant):
     vae, full = copy_of(parent), copy_of(parent)
     change_latent_channels(vae, 3, lambda: pictures)
     x = torch.stack(pictures)
-    moments = latent_moments(vae, [x])
-    assert torch.allclose(moments.covariance, torch.eye(3).double(), atol=1e-3)
-    energy = moments.pixels.square().sum(0)
+    statistics = latent_statistics(vae, [x])
+    assert torch.allclose(statistics.covariance, torch.eye(3).double(), atol=1e-3)
+    energy = statistics.pixels.square().sum(0)
     assert (energy.diff() <= 1e-4 * energy[0]).all()
     assert (vae.quant_conv is not None) == quant
     # What its decoder sees is the parent's latent, regressed on the kept ones, but for the outermost cells.
@@ -323,7 +323,7 @@ def test_the_decoder_learns_from_the_teachers_draw_where_it_should():
     x, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
     inputs = Inputs(x, noise, [lambda z: 10 * z], x)
     with torch.no_grad():  # as the teacher runs
-        mean, logvar = split_moments(vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(vae.encode(x).latent_dist.parameters)
     lesson, changed = teacher_of(vae, gives_latents=True).lesson(inputs)
     assert torch.equal(lesson.mean, mean)
     drawn = 10 * (mean + (logvar / 2).exp() * noise)
@@ -358,7 +358,7 @@ def test_the_linear_start_of_a_student_is_the_teachers_where_that_is_linear():
         linear,
         Whitening(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
     )
-    linear.register_to_config(scaling_factor=1 / latent_moments(linear, [x]).std.mean().item())
+    linear.register_to_config(scaling_factor=1 / latent_statistics(linear, [x]).std.mean().item())
     teacher = teacher_of(linear)
     drift = teacher.drift(new_vae(settings, None, teacher, lambda: pictures), [x])
     assert drift.rms < 0.1

@@ -201,8 +201,8 @@ def test_a_target_deviation_is_led_to_as_well():
     rate = RateControl(LossConfig(kl_weight=1e-3, target_std=0.25), C)
     for step in range(400):
         std = min(1.0, 0.5 * (rate.weight / 1e-3) ** 0.5)
-        moments = torch.stack([torch.zeros(C), torch.full((C,), 1 - std**2), torch.full((C,), std**2)])
-        said = rate.update(step, torch.ones(C), moments)
+        statistics = torch.stack([torch.zeros(C), torch.full((C,), 1 - std**2), torch.full((C,), std**2)])
+        said = rate.update(step, torch.ones(C), statistics)
     assert said["latent_noise"] == pytest.approx(0.25, rel=0.01)
 
 

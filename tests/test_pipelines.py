@@ -296,7 +296,7 @@ def pipeline(case: Case, folder: Path) -> DiffusionPipeline:
     else:
         pipe = case.pipeline(vae=codec.vae, **parts)
     assert pipe.vae is codec.vae
-    assert type(pipe.vae.encoder).__module__ == "latentcodec.vae.networks"
+    assert type(pipe.vae.encoder).__module__ == "latentcodec.engine.networks"
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -488,11 +488,15 @@ def test_a_compiled_decoder_gives_the_same_numbers():
     assert_close(reconstruction(vae), expected)
 
 
-def test_attention_processors_have_nothing_to_replace():
+def test_attention_processors_are_listed_as_diffusers_lists_them():
     """Our attention is already one fused call: the switches of diffusers stay callable and change nothing."""
     vae = tiny_vae()
     expected = reconstruction(vae)
-    assert vae.attn_processors == {}
+    stock = AutoencoderKL.from_config(vae.config).attn_processors
+    assert {name: type(p) for name, p in vae.attn_processors.items()} == {
+        n: type(p) for n, p in stock.items()
+    }
+    assert stock
     for switch in (vae.set_default_attn_processor, vae.fuse_qkv_projections, vae.unfuse_qkv_projections):
         switch()
         assert torch.equal(reconstruction(vae), expected)

@@ -14,12 +14,11 @@ from test_autoencoder import CONFIGS, config, pair
 from torch._inductor.exc import InductorError
 
 from latentcodec.adopt import adopt, optimize_vae, restore_vae
-from latentcodec.engine import plan as engine
+from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
-from latentcodec.ops import convolutions
-from latentcodec.ops import pointwise as kernels
-from latentcodec.ops.pointwise import EAGER, Moments, Norm, sums
+from latentcodec.ops import convolutions, pointwise
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, Norm, sums
 
 WHOLE = 1 << 30  # bytes: the image is one strip
 
@@ -33,7 +32,7 @@ def whole_and_strips(configuration, batch=1, height=40, width=24, **settings):
     run = StripPass(
         **{
             "dtype": torch.float32,
-            "kernels": EAGER,
+            "kernels": REFERENCE_KERNELS,
             "strip_bytes": 1,
             "keeps": True,
             "score_bytes": 1 << 20,
@@ -131,11 +130,11 @@ def test_the_comparison_sees_a_missing_row(monkeypatch):
 def test_a_mean_far_above_the_deviation_does_not_cancel():
     """Sums of squares in float32 would lose the variance at a mean of 3000 deviations."""
     x = 3000 + torch.randn(1, 64, 64, 32)
-    moments = EAGER.moments()
+    moments = REFERENCE_KERNELS.moments()
     for strip in x.split(4, dim=1):
         moments.add(strip)
     norm = torch.nn.GroupNorm(8, 32, eps=1e-6)
-    scale, shift, _ = moments.norm(norm, F.silu)
+    scale, shift, _ = moments.norm(norm.weight, norm.bias, 8, 1e-6, F.silu)
     expected = F.group_norm(x.permute(0, 3, 1, 2).double(), 8, eps=1e-6).permute(0, 2, 3, 1)
     assert (x.double() * scale + shift - expected).abs().max() < 2e-3  # the rounding of x itself is 1e-4
 
@@ -162,7 +161,7 @@ def test_bfloat16_errs_no_more_than_diffusers_in_bfloat16(name):
 
 
 def test_half_precision_without_units_for_it_is_computed_in_float32(monkeypatch):
-    monkeypatch.setattr(engine, "_is_fast_on_cpu", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(plan, "_is_fast_on_cpu", lambda dtype: dtype == torch.float32)
     _, ours = pair(CONFIGS["sd"])
     half = copy.deepcopy(ours).type(torch.bfloat16)
     z = torch.randn(1, 4, 6, 6).bfloat16()
@@ -412,16 +411,16 @@ def test_tiling_and_slicing_change_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_functions_equal_the_eager_ones(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 0)
-    fused = kernels.compiled("cpu")
-    assert fused is not EAGER
+    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
+    fused = pointwise.compiled_kernels("cpu")
+    assert fused is not REFERENCE_KERNELS
     with torch.inference_mode():
         x = torch.randn(2, 7, 10, 48).to(dtype)
         scale, shift = torch.randn(2, 1, 48), torch.randn(2, 1, 48)
         tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
         for activation in (F.silu, None):
             results = [torch.empty_like(x).flatten(1, 2) for _ in range(2)]
-            for form, result in zip((EAGER, fused), results, strict=True):
+            for form, result in zip((REFERENCE_KERNELS, fused), results, strict=True):
                 form.normalise_(result, x.flatten(1, 2), Norm(scale, shift, activation))
             torch.testing.assert_close(*results, **tolerance)
         pivot = shift[:, None]
@@ -433,8 +432,8 @@ def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, cap
         raise InductorError(RuntimeError("Python.h: No such file"), None)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 0)
-    compiled = kernels._compiled(sums)
+    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
+    compiled = pointwise._compiled(sums)
     x, pivot = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 1, 4)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(compiled(x, pivot), sums(x, pivot))
@@ -443,12 +442,12 @@ def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, cap
 
 
 def test_without_a_compiler_the_functions_run_as_they_are_and_say_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "has_compiler", lambda device_type: False)
-    kernels.compiled.cache_clear()
+    monkeypatch.setattr(pointwise, "has_compiler", lambda device_type: False)
+    pointwise.compiled_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert kernels.compiled("cpu") is EAGER
-            assert kernels.compiled("cpu") is EAGER
+            assert pointwise.compiled_kernels("cpu") is REFERENCE_KERNELS
+            assert pointwise.compiled_kernels("cpu") is REFERENCE_KERNELS
         assert len([r for r in caplog.records if "no compiler" in r.message]) == 1
     finally:
-        kernels.compiled.cache_clear()
+        pointwise.compiled_kernels.cache_clear()

@@ -5,7 +5,7 @@ The strips themselves are in `strips.py`. Shapes: B batch, C channels, H W rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,30 +14,30 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from latentcodec.engine.checks import has_hooks, is_plain, modules_within
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
+from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.strips import StripPass
-from latentcodec.ops.functional import fastest, is_listened_to
-from latentcodec.ops.pointwise import EAGER
-from latentcodec.vae.layers import (
-    ACTIVATIONS,
-    Attention,
-    Downsample,
-    DownStage,
-    ResnetBlock2D,
-    Stage,
-    UNetMidBlock2D,
-    Upsample,
-    UpStage,
-)
+from latentcodec.ops.functional import fastest_kernels
+from latentcodec.ops.pointwise import REFERENCE_KERNELS
+from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
 QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
 STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
 ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
-# What strips can run: these layers, put together by these blocks.
-LAYERS = {nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
-BLOCKS = {nn.ModuleList, DownStage, UpStage, UNetMidBlock2D, ResnetBlock2D, Attention, Downsample, Upsample}
+# What strips can run: the layers of `checks.py`, put together by these blocks.
+BLOCKS: set[type[nn.Module]] = {
+    nn.ModuleList,
+    DownStage,
+    UpStage,
+    UNetMidBlock2D,
+    ResnetBlock2D,
+    Attention,
+    Downsample,
+    Upsample,
+}
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Engine:
     """Whether the pointwise functions are compiled at their first use, and small images replayed on GPUs."""
 
     def applies(self, network: nn.Module, x: Tensor) -> bool:
-        """Whether strips may stand in for the modules: not where something listens to them or has changed them.
+        """Whether strips may compute in place of the modules.
 
-        So gradients, autocast, tracing, hooks on inner layers and adapters get the plain modules.
+        Gradients, autocast, tracing, hooks on inner layers, and adapters get the plain modules.
         """
         return (
             not torch.compiler.is_compiling()
@@ -61,8 +61,10 @@ class Engine:
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
             and x.dtype != torch.float64  # strips add up in float32
-            and not is_listened_to(network)
-            and all(_is_plain(module) for child in network.children() for module in _within(child))
+            and not has_hooks(network)
+            and all(
+                is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
+            )
         )
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Engine:
                 f"feature map alone needs {remade:,}"
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        kernels = fastest(device) if self.compiled else EAGER
+        kernels = fastest_kernels(device) if self.compiled else REFERENCE_KERNELS
         return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch)
 
 
@@ -127,28 +129,6 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _within(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all inside it; at every call, so without the names and the memory of `Module.modules`."""
-    yield module
-    for child in module._modules.values():
-        if child is not None:
-            yield from _within(child)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is what it was built as: no adapter, no wrapper, no other padding, nobody listening."""
-    if is_listened_to(module):
-        return False
-    if isinstance(module, nn.Conv2d) and not _is_plain_convolution(module):
-        return False
-    return type(module) in (BLOCKS if module._modules else LAYERS | {nn.ModuleList})
-
-
-def _is_plain_convolution(layer: nn.Conv2d) -> bool:
-    settings = layer.padding_mode, layer.dilation, layer.groups
-    return settings == ("zeros", (1, 1), 1) and "_conv_forward" not in layer.__dict__
 
 
 def _is_fast_on_cpu(dtype: torch.dtype) -> bool:

@@ -6,8 +6,8 @@ begins: a group norm uses the statistics of the whole map, gathered while its st
 every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
 too much, the inner one is not kept but made again when it is needed, and the block holds one.
 
-This is how the networks run when no gradient is asked for; training runs the same layers as the modules of
-`blocks.py`. The pointwise functions are in `kernels.py`, the convolutions of a strip in `convolutions.py`.
+This is how the networks run when no gradient is asked for; training runs the modules of `layers.py`. The pointwise
+functions are in `ops/pointwise.py`, the convolutions of a strip in `ops/convolutions.py`.
 
 Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n = H W. Strips are [B, r, W, C].
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentcodec.ops.convolutions import convolution, doubled_convolution
+from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 
@@ -67,58 +67,58 @@ class StripPass:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
         stages, width = list(encoder.down_blocks), x.shape[3]
         self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
-        feature = self._enter(encoder.conv_in, x, self._rows(stages[0], x, width))
+        feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
-            feature = self._refine(stage, feature)
+            feature = self._blocks(stage, feature)
             for layer in stage.downsamplers:
                 width //= 2
                 moments = self.kernels.moments()
-                strips = self._halved(layer, feature, moments)
+                strips = self._downsample(layer, feature, moments)
                 feature = _kept(moments, _regrouped(strips, self._rows(following, x, width)))
-        feature = self._middle(encoder.mid_block, feature)
-        return self._leave(encoder, feature)
+        feature = self._mid_block(encoder.mid_block, feature)
+        return self._conv_out(encoder, feature)
 
     def decode(self, decoder: Any, z: Tensor) -> list[Tensor]:
         """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
         stages, width = list(decoder.up_blocks), z.shape[3]
         self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
-        feature = self._enter(decoder.conv_in, z, self._rows(stages[0], z, width))
-        feature = self._middle(decoder.mid_block, feature)
+        feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width))
+        feature = self._mid_block(decoder.mid_block, feature)
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
-            feature = self._refine(stage, feature)
+            feature = self._blocks(stage, feature)
             for layer in stage.upsamplers:
                 width *= 2
-                feature = self._doubled(layer, feature, self._rows(following, z, width))
-        return self._leave(decoder, feature)
+                feature = self._upsample(layer, feature, self._rows(following, z, width))
+        return self._conv_out(decoder, feature)
 
     # ---- the layers
 
-    def _enter(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
-        convolve, moments = convolution(layer, self.dtype), self.kernels.moments()
+    def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
+        convolve, moments = self._convolution(layer), self.kernels.moments()
         strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
         return _kept(moments, (convolve(self._window(*part), moments) for part in _with_neighbours(strips)))
 
-    def _refine(self, stage: Any, feature: Map) -> Map:
+    def _blocks(self, stage: Any, feature: Map) -> Map:
         for index, block in enumerate(stage.resnets):
             feature = self._residual(block, feature)
             if stage.attentions:
-                feature = self._attend(stage.attentions[index], feature)
+                feature = self._attention(stage.attentions[index], feature)
         return feature
 
-    def _middle(self, block: Any, feature: Map) -> Map:
+    def _mid_block(self, block: Any, feature: Map) -> Map:
         feature = self._residual(block.resnets[0], feature)
         for layer in block.attentions:
-            feature = self._attend(layer, feature)
+            feature = self._attention(layer, feature)
         return self._residual(block.resnets[1], feature)
 
     def _residual(self, block: ResnetBlock2D, feature: Map) -> Map:
         """shortcut(x) + conv2(norm2(conv1(norm1(x))))."""
         activation = FUNCTIONS[type(block.nonlinearity)]
-        norm1 = feature.moments.norm(block.norm1, activation)
-        conv1, conv2 = (convolution(layer, self.dtype) for layer in (block.conv1, block.conv2))
+        norm1 = _norm(feature.moments, block.norm1, activation)
+        conv1, conv2 = self._convolution(block.conv1), self._convolution(block.conv2)
         shortcut: Callable[[Tensor], Tensor] = lambda strip: strip  # noqa: E731
         if block.conv_shortcut is not None:
-            shortcut = convolution(block.conv_shortcut, self.dtype)
+            shortcut = self._convolution(block.conv_shortcut)
 
         inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
 
@@ -128,7 +128,7 @@ class StripPass:
                 yield h, shortcut(strip) if last else strip
 
         pairs = self._kept_or_remade(branches)
-        norm2 = inner.norm(block.norm2, activation)
+        norm2 = _norm(inner, block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
             for above, (h, residual), below in _with_neighbours(pairs, lambda pair: _last_row(pair[0])):
@@ -136,12 +136,12 @@ class StripPass:
 
         return _kept(moments, joined())
 
-    def _attend(self, layer: Attention, feature: Map) -> Map:
+    def _attention(self, layer: Attention, feature: Map) -> Map:
         """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
         strips = list(feature.strips(True))
         x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
         normed = torch.empty_like(x)
-        self.kernels.normalise_(normed, x, feature.moments.norm(layer.group_norm, None))
+        self.kernels.normalise_(normed, x, _norm(feature.moments, layer.group_norm, None))
         q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
         seen = self.kernels.attend(q, k, v, self.score_bytes)
         out = _linear(layer.to_out[0], seen).add_(x)
@@ -152,9 +152,9 @@ class StripPass:
             moments.add(strip)
         return _kept(moments, result)
 
-    def _halved(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
+    def _downsample(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
         """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
-        convolve = convolution(layer.conv, self.dtype)
+        convolve = self._convolution(layer.conv)
         for _, strip, below in _with_neighbours(feature.strips(True)):
             batch, rows, columns, channels = strip.shape
             if rows > 1:
@@ -162,8 +162,9 @@ class StripPass:
                 self.kernels.halving_window_(window, strip, below)
                 yield convolve(window, moments)
 
-    def _doubled(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve, moments = doubled_convolution(layer.conv, self.dtype), self.kernels.moments()
+    def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
+        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype)
+        moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
             for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
@@ -175,10 +176,15 @@ class StripPass:
             pass
         return Map(moments, strips)
 
-    def _leave(self, network: Any, feature: Map) -> list[Tensor]:
-        norm = feature.moments.norm(network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
-        convolve = convolution(network.conv_out, self.dtype)
+    def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
+        norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
+        convolve = self._convolution(network.conv_out)
         return [convolve(self._window(*part, norm)) for part in _with_neighbours(feature.strips(True))]
+
+    def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
+        """`layer` for windows, which hold the rows above and below, but no columns beside them."""
+        columns = int(layer.padding[1])
+        return window_convolution(layer.weight, layer.bias, layer.stride[0], columns, self.dtype)
 
     # ---- strips
 
@@ -216,6 +222,10 @@ class StripPass:
         for _ in make(False):
             pass
         return make(True)
+
+
+def _norm(moments: Moments, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
+    return moments.norm(layer.weight, layer.bias, layer.num_groups, layer.eps, activation)
 
 
 def _widest(stage: Stage) -> int:

@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from latentcodec.ops.pointwise import Moments
 
@@ -24,44 +24,54 @@ log = logging.getLogger(__name__)
 
 Convolution = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """[B, C, rows, W], a bias [C'] and a residual [B, C', rows', W'], added where they are given -> [B, C', rows', W']."""
-OfWindows = Callable[..., Tensor]
+WindowConvolution = Callable[..., Tensor]
 """[B, rows, W, C], moments that count the result in, and a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
 PROBES = 4096  # values of a weight that are looked at to see whether it has changed
 
-_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Convolution]] = WeakKeyDictionary()
+_prepared = WeakTensorKeyDictionary()
+"""weight -> (its state, the prepared convolution)."""
 
 
-def convolution(layer: nn.Conv2d, dtype: torch.dtype) -> OfWindows:
-    """`layer` for windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C']."""
-    return _for_windows(layer, dtype, partial(_direct, stride=layer.stride[0], columns=int(layer.padding[1])))
+def window_convolution(
+    weight: Tensor, bias: Tensor | None, stride: int, columns: int, dtype: torch.dtype
+) -> WindowConvolution:
+    """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
+
+    weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right.
+    """
+    prepare = partial(_prepare_direct, stride=stride, columns=columns)
+    return _window_convolution(weight, bias, dtype, prepare)
 
 
-def doubled_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> OfWindows:
-    """Nearest neighbour times two, then the 3x3 `layer`: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
+def window_upsample_convolution(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> WindowConvolution:
+    """Nearest neighbour times two, then the 3x3 convolution: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
 
     A pixel of the doubled map sees only 2x2 different pixels of the map, so the nine taps add up to four, others for
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _for_windows(layer, dtype, _doubling)
+    return _window_convolution(weight, bias, dtype, _prepare_upsample)
 
 
-def _for_windows(
-    layer: nn.Conv2d, dtype: torch.dtype, prepare: Callable[[Tensor, torch.dtype], Convolution]
-) -> OfWindows:
-    ready = _ready(layer, dtype, prepare)
-    assert layer.bias is not None  # every convolution of an AutoencoderKL has one
-    bias = layer.bias.to(dtype)
+def _window_convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    prepare: Callable[[Tensor, torch.dtype], Convolution],
+) -> WindowConvolution:
+    run = _prepared_convolution(weight, dtype, prepare)
+    assert bias is not None  # every convolution of an AutoencoderKL has one
+    bias = bias.to(dtype)
 
     def convolve(window: Tensor, moments: Moments | None = None, residual: Tensor | None = None) -> Tensor:
         x = window.permute(0, 3, 1, 2)
-        if moments is not None and moments.adds_what_is_left_out:
-            y = ready(x, None, None).permute(0, 2, 3, 1).contiguous()
+        if moments is not None and moments.fuses_bias_and_residual:
+            y = run(x, None, None).permute(0, 2, 3, 1).contiguous()
             moments.add(y, bias, residual)
             return y
         added = None if residual is None else residual.permute(0, 3, 1, 2)
-        y = ready(x, bias, added).permute(0, 2, 3, 1).contiguous()
+        y = run(x, bias, added).permute(0, 2, 3, 1).contiguous()
         if moments is not None:
             moments.add(y)
         return y
@@ -69,20 +79,20 @@ def _for_windows(
     return convolve
 
 
-def _ready(
-    layer: nn.Conv2d, dtype: torch.dtype, prepare: Callable[[Tensor, torch.dtype], Convolution]
+def _prepared_convolution(
+    weight: Tensor, dtype: torch.dtype, prepare: Callable[[Tensor, torch.dtype], Convolution]
 ) -> Convolution:
-    """The prepared convolution; on a CPU the one prepared earlier, unless the layer's weight has changed since."""
-    weight = layer.weight.detach()
+    """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
+    values = weight.detach()
     if weight.device.type != "cpu":  # where there is no packing
-        return prepare(weight, dtype)
+        return prepare(values, dtype)
     version = 0 if weight.is_inference() else weight._version
-    state = weight.data_ptr(), version, _probe(weight), dtype
-    known, ready = _prepared.get(layer, (None, None))
-    if ready is None or known != state:
-        ready = prepare(weight, dtype)
-        _prepared[layer] = state, ready
-    return ready
+    state = weight.data_ptr(), version, _probe(values), dtype
+    known, run = _prepared.get(weight, (None, None))
+    if run is None or known != state:
+        run = prepare(values, dtype)
+        _prepared[weight] = state, run
+    return run
 
 
 def _probe(weight: Tensor) -> float:
@@ -97,7 +107,7 @@ def _probe(weight: Tensor) -> float:
     return memory[::step].double().sum().item()
 
 
-def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
+def _prepare_direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
     weight = weight.to(dtype, memory_format=torch.channels_last)
     if weight.device.type == "cuda" and weight.shape[2:] == (1, 1) and stride == 1:
         return partial(_pointwise, weight[:, :, 0, 0])
@@ -106,15 +116,15 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
     return _packed_direct(weight, stride, columns)
 
 
-def _doubling(weight: Tensor, dtype: torch.dtype) -> Convolution:
+def _prepare_upsample(weight: Tensor, dtype: torch.dtype) -> Convolution:
     exact = torch.promote_types(weight.dtype, dtype)
-    ready = folded(weight.to(exact)).to(dtype, memory_format=torch.channels_last)
+    ready = fold_upsample_weight(weight.to(exact)).to(dtype, memory_format=torch.channels_last)
     if not _packs(ready.device.type, dtype):
         return lambda x, bias, added: _plus(F.conv_transpose2d(x, ready, bias, 2, (3, 1)), added)
-    return _packed_doubling(ready)
+    return _packed_upsample(ready)
 
 
-def folded(weight: Tensor) -> Tensor:
+def fold_upsample_weight(weight: Tensor) -> Tensor:
     """[C', C, 3, 3] of a convolution of a doubled map -> [C, C', 4, 4] of the transposed one with stride 2.
 
     Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of rows
@@ -126,7 +136,7 @@ def folded(weight: Tensor) -> Tensor:
 
 @cache
 def _folding(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[9, 16] of zeros and ones: the sums of `folded`, along both axes."""
+    """[9, 16] of zeros and ones: the sums of `fold_upsample_weight`, along both axes."""
     with torch.inference_mode(False):  # fit for autograd, whoever asks for it first
         axis = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
         return torch.kron(axis, axis).to(device, dtype)
@@ -157,7 +167,7 @@ def _packed_direct(weight: Tensor, stride: int, columns: int) -> Convolution:
     return convolve
 
 
-def _packed_doubling(weight: Tensor) -> Convolution:
+def _packed_upsample(weight: Tensor) -> Convolution:
     shape: Any = [3, 1], [0, 0], [2, 2], [1, 1], 1  # padding, output padding, stride, dilation, groups
     packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *shape)
     run = torch.ops.mkldnn._convolution_transpose_pointwise
@@ -185,7 +195,7 @@ def _packs(device_type: str, dtype: torch.dtype) -> bool:
         pairs = (
             (_packed_direct(direct, 1, 1)(x, bias, None), F.conv2d(x, direct, bias, 1, (0, 1))),
             (_packed_direct(direct, 1, 1)(x, bias, added), F.conv2d(x, direct, bias, 1, (0, 1)) + added),
-            (_packed_doubling(doubling)(x, bias, None), F.conv_transpose2d(x, doubling, bias, 2, (3, 1))),
+            (_packed_upsample(doubling)(x, bias, None), F.conv_transpose2d(x, doubling, bias, 2, (3, 1))),
         )
     except (AttributeError, RuntimeError) as error:
         log.warning("this torch does not pack %s weights, and convolutions are slower: %s", dtype, error)

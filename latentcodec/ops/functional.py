@@ -1,4 +1,4 @@
-"""Layers of `blocks.py` as one function each, gradients included, and which kernels a device has for such.
+"""Functions of feature maps with gradients, for training, and which kernels a device has for them.
 
 torch's group norm takes channels-last maps apart and puts them together again, in float32 under autocast, and hands
 them to the activation: on a GPU that takes longer than the convolutions of a training step (LOG.md). Here a map is read
@@ -16,59 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentcodec.ops.convolutions import folded
-from latentcodec.ops.pointwise import WORTH_COMPILING, Kernels, compiled, has_compiler
+from latentcodec.ops.convolutions import fold_upsample_weight
+from latentcodec.ops.pointwise import WORTH_COMPILING, Kernels, compiled_kernels, has_compiler
 
 
-def normalised(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
-    """activation(norm(x)); [B, C, H, W] -> [B, C, H, W].
+def applies_to(x: Tensor) -> bool:
+    """Whether the functions of this file are for x, a map that gradients may be asked for.
 
-    One function for maps in channels_last that are worth it, where gradients may be asked for; the modules themselves
-    where something listens to them, where a compiler is at work, and for activations other than SiLU.
+    It is in channels_last, not in float64, large enough to be worth it, and no compiler, tracer or functorch transform
+    is at work.
     """
-    if not (_is_fused_for(x) and _can_fuse(norm, activation)):
-        return activation(norm(x))
-    y: Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, norm)
-    return y
-
-
-def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Nearest neighbour times two, then the 3x3 `conv`; [B, C, H, W] -> [B, C', 2H, 2W]. Where, as for `normalised`."""
-    if not _is_fused_for(x) or type(conv) is not nn.Conv2d or is_listened_to(conv):
-        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    with torch.autocast(x.device.type, enabled=False):  # taps are added up before they are rounded
-        weight = folded(conv.weight).contiguous(memory_format=torch.channels_last)
-    return F.conv_transpose2d(x, weight, conv.bias, 2, 1)
-
-
-def compile_gradients(dtype: torch.dtype, batch: int) -> None:
-    """Have ready for CPUs what training on maps of `dtype` needs of this file, whatever their sizes."""
-    x = torch.zeros(batch, 32, 96, 160, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    normalised(x, nn.GroupNorm(4, 32), nn.SiLU()).sum().backward()
-
-
-def fastest(device_type: str) -> Kernels:
-    """As written for GPUs, as inductor makes them for CPUs, or uncompiled, which the log says."""
-    if device_type != "cuda" or not has_compiler(device_type):
-        return compiled(device_type)
-    return _for_gpus()
-
-
-@cache
-def _for_gpus() -> Kernels:
-    from latentcodec.ops.triton_pointwise import TritonKernels  # not everywhere is there a Triton to import
-
-    return TritonKernels()
-
-
-def is_listened_to(module: nn.Module) -> bool:
-    """Whether somebody waits for its inputs or outputs, or has given it a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
-
-
-def _is_fused_for(x: Tensor) -> bool:
     return (
         torch.is_grad_enabled()  # else there are the strips
         and not torch._C._are_functorch_transforms_active()
@@ -82,34 +41,64 @@ def _is_fused_for(x: Tensor) -> bool:
     )
 
 
-def _can_fuse(norm: nn.GroupNorm, activation: nn.Module) -> bool:
-    listened = is_listened_to(norm) or is_listened_to(activation)
-    return type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and not listened
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """SiLU(group_norm(x)); x [B, C, H, W] in channels_last -> the same; weight, bias [C]."""
+    y: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)
+    return y
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Nearest neighbour times two, then the 3x3 convolution; x [B, C, H, W] -> [B, C', 2H, 2W]."""
+    with torch.autocast(x.device.type, enabled=False):  # taps are added up before they are rounded
+        folded = fold_upsample_weight(weight).contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(x, folded, bias, 2, 1)
+
+
+def compile_gradients(dtype: torch.dtype, batch: int) -> None:
+    """Have ready for CPUs what training on maps of `dtype` needs of this file, whatever their sizes."""
+    x = torch.zeros(batch, 32, 96, 160, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    if applies_to(x):
+        norm_silu(x, weight, bias, 4, 1e-5).sum().backward()
+
+
+def fastest_kernels(device_type: str) -> Kernels:
+    """Written in Triton for GPUs, compiled by inductor for CPUs, or uncompiled, which the log says."""
+    if device_type != "cuda" or not has_compiler(device_type):
+        return compiled_kernels(device_type)
+    return _triton_kernels()
+
+
+@cache
+def _triton_kernels() -> Kernels:
+    from latentcodec.ops.triton_pointwise import TritonKernels  # not everywhere is there a Triton to import
+
+    return TritonKernels()
 
 
 class _NormSiLU(torch.autograd.Function):
-    """SiLU(layer(x)); once differentiable by its own formulas (`Kernels.gradients`), by torch's from then on."""
+    """SiLU(group_norm(x)); once differentiable by its own formulas (`Kernels.gradients`), by torch's from then on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: nn.GroupNorm) -> Tensor:
-        kernels, rows = fastest(x.device.type), x.detach().permute(0, 2, 3, 1)  # [B, H, W, C]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        kernels, rows = fastest_kernels(x.device.type), x.detach().permute(0, 2, 3, 1)  # [B, H, W, C]
         moments = kernels.moments()
         moments.add(rows)
-        norm = moments.norm(layer, F.silu)
+        norm = moments.norm(weight, bias, groups, eps, F.silu)
         y = torch.empty_like(rows)
         kernels.normalise_(y.flatten(1, 2), rows.flatten(1, 2), norm)
         ctx.save_for_backward(x, weight, bias)
-        ctx.layer, ctx.known = layer, (norm, moments.mean, moments.inverse)
+        ctx.groups, ctx.eps, ctx.known = groups, eps, (norm, moments.mean, moments.inverse)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # since a gradient of this gradient will be asked for
-            y = F.silu(F.group_norm(x, ctx.layer.num_groups, weight, bias, ctx.layer.eps))
+            y = F.silu(F.group_norm(x, ctx.groups, weight, bias, ctx.eps))
             wanted = [value for value in (x, weight, bias) if value.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None
+            return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None
         rows, dy = x.detach().permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1).contiguous()
-        dx, dweight, dbias = fastest(x.device.type).gradients(dy, rows, weight, *ctx.known)
-        return dx.permute(0, 3, 1, 2), dweight, dbias, None
+        dx, dweight, dbias = fastest_kernels(x.device.type).gradients(dy, rows, weight, *ctx.known)
+        return dx.permute(0, 3, 1, 2), dweight, dbias, None, None

@@ -1,7 +1,7 @@
 """The work between two convolutions: statistics, normalisation, attention, each one pass over a strip.
 
-It is written once in torch, as it stands in `EAGER`; `compiled` gives what passes over maps as inductor makes it for
-CPUs, and as `triton_kernels.py` has it for GPUs.
+It is written once in plain torch, as `REFERENCE_KERNELS`, which every other form is tested against: `compiled_kernels`
+has inductor's for CPUs, `triton_pointwise.py` those for GPUs.
 
 What matters is bytes: a decoder of Stable Diffusion's size normalises 460 million values for 512 x 512 pixels, and
 eager torch passes over them four times where one function here passes once.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Moments:
     cancelling.
     """
 
-    adds_what_is_left_out = False
+    fuses_bias_and_residual = False
     """Whether a convolution may leave its bias and a residual to `add`."""
 
     def __init__(self, sums: Callable[[Tensor, Tensor], Tensor] = sums) -> None:
@@ -112,19 +112,18 @@ class Moments:
         self.sums += self.sums_of(strip, self.pivot).sum(2, dtype=torch.float64)
         self.pixels += strip.shape[1] * strip.shape[2]
 
-    def norm(self, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
-        """`layer` on this map, of which no new strip will come."""
+    def norm(
+        self, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: Activation | None
+    ) -> Norm:
+        """The group norm of this map, of which no new strip will come; weight and bias [C]."""
         self.known = True
         distance, square = self.sums / self.pixels  # [B, C]
         means, variance = self.pivot[:, 0, 0] + distance, square - distance.square()
-        groups = len(means), layer.num_groups, -1
-        means, variance = means.view(groups), variance.view(groups)
+        means, variance = (value.view(len(value), groups, -1) for value in (means, variance))
         self.mean = means.mean(2, keepdim=True)  # [B, groups, 1]
-        self.inverse = (
-            (variance + (means - self.mean).square()).mean(2, keepdim=True).add_(layer.eps).rsqrt_()
-        )
-        scale = layer.weight * self.inverse.expand_as(means).flatten(1)
-        shift = layer.bias - self.mean.expand_as(means).flatten(1) * scale
+        self.inverse = (variance + (means - self.mean).square()).mean(2, keepdim=True).add_(eps).rsqrt_()
+        scale = weight * self.inverse.expand_as(means).flatten(1)
+        shift = bias - self.mean.expand_as(means).flatten(1) * scale
         return Norm(scale.float()[:, None], shift.float()[:, None], activation)
 
 
@@ -201,17 +200,17 @@ def _spread(groups: Tensor, members: int) -> Tensor:
     return groups.float().expand(-1, -1, members).reshape(len(groups), 1, 1, -1)
 
 
-EAGER = Kernels(lambda function: function)
+REFERENCE_KERNELS = Kernels(lambda function: function)
 
 
 @cache
-def compiled(device_type: str) -> Kernels:
-    """As inductor compiles them at their first use; `EAGER`, saying so once, without a compiler."""
+def compiled_kernels(device_type: str) -> Kernels:
+    """As inductor compiles them at their first use; `REFERENCE_KERNELS`, saying so once, without a compiler."""
     if not has_compiler(device_type):
         log.warning(
             "no compiler for %s was found: the fused functions run uncompiled, slower but equal", device_type
         )
-        return EAGER
+        return REFERENCE_KERNELS
     return Kernels(_compiled)
 
 

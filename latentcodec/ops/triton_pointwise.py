@@ -1,4 +1,4 @@
-"""The pointwise work of `kernels.py` for GPUs, in Triton: what is left there of a pass beside the convolutions.
+"""The functions of `pointwise.py` for GPUs, in Triton: what is left there of a pass beside the convolutions.
 
 A GPU is short of bytes, not of arithmetic: a map is read and written as seldom as can be. Between two convolutions that
 is twice: `_finish` adds what the first one left out and gathers the statistics, `_window` normalises for the second.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 
@@ -44,7 +44,7 @@ class PiecewiseMoments(Moments):
     al. 1979) counts the variance between pieces, and nowhere is a large number taken from another.
     """
 
-    adds_what_is_left_out = True
+    fuses_bias_and_residual = True
 
     def __init__(self, inner: bool) -> None:
         self.inner = inner
@@ -84,26 +84,28 @@ class PiecewiseMoments(Moments):
         if not self.known:
             self.parts.append(part)
 
-    def norm(self, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
-        """`layer` on this map, and on what of it has yet to come."""
+    def norm(
+        self, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: Activation | None
+    ) -> Norm:
+        """The group norm of this map, whose strips may be made again; weight and bias [C]."""
         self.known = True
         parts = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         pieces, batch, _, channels = parts.shape
         scale, shift = parts.new_empty(2, batch, 1, channels)
-        self.mean, self.inverse = parts.new_empty(2, batch, layer.num_groups, 1)
-        members = channels // layer.num_groups
+        self.mean, self.inverse = parts.new_empty(2, batch, groups, 1)
+        members = channels // groups
         width = triton.next_power_of_2(members)
-        _merge[layer.num_groups, batch](
+        _merge[groups, batch](
             parts,
-            layer.bias if self.bias is None else self.bias,
-            layer.weight,
-            layer.bias,
+            bias if self.bias is None else self.bias,
+            weight,
+            bias,
             scale,
             shift,
             self.mean,
             self.inverse,
             pieces,
-            layer.eps,
+            eps,
             batch,
             channels,
             self.bias is not None,

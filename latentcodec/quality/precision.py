@@ -131,8 +131,8 @@ def _plain(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
 def _half_precision(plain: AutoencoderKL, half: AutoencoderKL, x: Tensor) -> HalfPrecision:
     z = plain.encode(x).latent_dist.mode()
     y = half.decode(z.to(half.dtype)).sample.float()
-    moments = half.encode(x.to(half.dtype)).latent_dist.parameters
-    finite = bool(y.isfinite().all() and moments.isfinite().all())
+    parameters = half.encode(x.to(half.dtype)).latent_dist.parameters
+    finite = bool(y.isfinite().all() and parameters.isfinite().all())
     lowest = psnr(y.clamp(-1, 1), plain.decode(z).sample.clamp(-1, 1)).min().item()
     return HalfPrecision(lowest if finite else float("nan"), finite)
 

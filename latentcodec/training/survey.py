@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from latentcodec.latents import LatentMoments, latent_moments
+from latentcodec.latents import LatentStatistics, latent_statistics
 from latentcodec.training.data.stream import TrainingImages, training_batches
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def start_crops(images: TrainingImages) -> list[Tensor]:
     return list(next(iter(training_batches(images, START_CROPS, steps=1)))["pixels"])
 
 
-def moments(trainer: Trainer) -> LatentMoments | None:
+def moments(trainer: Trainer) -> LatentStatistics | None:
     """Of the averaged weights' latents; None where another codec's normalisation holds."""
     if trainer.config.model.keeps_latents:
         return None
     with trainer.accelerator.autocast():
-        return latent_moments(trainer.ema, _crops(trainer), _total(trainer))
+        return latent_statistics(trainer.ema, _crops(trainer), _total(trainer))
 
 
 def drift(trainer: Trainer) -> Drift | None:

@@ -1,8 +1,8 @@
 """The layers of the VAE, under the parameter names of diffusers and in its order of registration, so that weights
 and optimizer states move both ways without renaming or sorting.
 
-Every layer maps [B, C, H, W] to [B, C', H', W'] and holds no state beside its parameters. The network as a whole
-is in `autoencoder.py`.
+Every layer maps [B, C, H, W] to [B, C', H', W'] and holds no state beside its parameters. It is written in plain torch;
+`engine/layers.py` has subclasses that compute the same faster. The networks are in `networks.py`.
 
 Shapes: B batch, C channels, H W rows and columns, n = H * W attention tokens.
 """
@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
-from einops import rearrange
 from torch import Tensor, nn
-
-from latentcodec.ops.functional import doubled, normalised
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -51,8 +48,8 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(normalised(x, self.norm1, self.nonlinearity))
-        h = self.conv2(normalised(h, self.norm2, self.nonlinearity))
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
+        h = self.conv2(self.nonlinearity(self.norm2(h)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -69,15 +66,18 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since diffusers adds a dropout
-        self.processor = (
-            AttnProcessor2_0()
-        )  # what it computes; some pipelines look at its type to upcast the VAE
+        # diffusers' object for the same formula, given by whoever adopts a VAE: pipelines look at its type
+        self.processor: Any = None
+
+    def get_processor(self) -> Any:
+        """What diffusers' `attn_processors` lists for this layer."""
+        return self.processor
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, n, C]
         h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         h = self.to_out[0](h)  # [B, 1, n, C]
-        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -102,7 +102,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return doubled(x, self.conv)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """The classes that a network is built from: those of this file, or subclasses that compute the same."""
+
+    resnet: type[ResnetBlock2D] = ResnetBlock2D
+    upsample: type[Upsample] = Upsample
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class Shape:
     groups: int
     activation: str
     attention: bool
+    types: LayerTypes = LayerTypes()
 
 
 class Stage(nn.Module):
@@ -128,7 +137,8 @@ class Stage(nn.Module):
             Attention(shape.out_channels, shape.groups) for _ in range(shape.layers if shape.attention else 0)
         )
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(before, after, shape.groups, shape.activation) for before, after in pairwise(widths)
+            shape.types.resnet(before, after, shape.groups, shape.activation)
+            for before, after in pairwise(widths)
         )
 
     def refine(self, x: Tensor) -> Tensor:
@@ -159,7 +169,7 @@ class UpStage(Stage):
 
     def __init__(self, shape: Shape, upsample: bool) -> None:
         super().__init__(shape)
-        self.upsamplers = nn.ModuleList([Upsample(shape.out_channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([shape.types.upsample(shape.out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.refine(x)
@@ -172,10 +182,17 @@ class UpStage(Stage):
 class UNetMidBlock2D(nn.Module):
     """The lowest resolution: residual block, attention (most codecs can do without), residual block."""
 
-    def __init__(self, channels: int, groups: int, activation: str, attention: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        activation: str,
+        attention: bool,
+        types: LayerTypes = LayerTypes(),
+    ) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, activation) for _ in range(2))
+        self.resnets = nn.ModuleList(types.resnet(channels, channels, groups, activation) for _ in range(2))
         self.gradient_checkpointing = False  # set by diffusers; the networks recompute this block as a whole
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Encoder and Decoder of the VAE, put together from the layers of `layers.py`.
 
 Both take the configuration of a `diffusers.AutoencoderKL` and have its state-dict keys, so that weights move both ways.
-How they get into a genuine AutoencoderKL is in `adopt.py`, how they run without gradients in `engine/`.
+They are plain modules; `engine/networks.py` has subclasses that run faster, and `adopt.py` puts those into a genuine
+AutoencoderKL.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f = H / h downsampling factor.
 """
@@ -14,9 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine.plan import Engine
-from latentcodec.ops.functional import normalised
-from latentcodec.vae.layers import DownStage, Shape, UNetMidBlock2D, UpStage, group_norm
+from latentcodec.vae.layers import DownStage, LayerTypes, Shape, UNetMidBlock2D, UpStage, group_norm
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -29,35 +28,38 @@ def downsampling_factor(config: Mapping[str, Any]) -> int:
 
 
 class Encoder(nn.Module):
-    """Image to posterior moments: [B, C, H, W] in [-1, 1] -> [B, 2c, H / f, W / f] (mean, log-variance).
+    """Image to the posterior: [B, C, H, W] in [-1, 1] -> [B, 2c, H / f, W / f] (mean, log-variance).
 
     `config` is that of an AutoencoderKL. Raises ValueError naming the key that no AutoencoderKL could have.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], types: LayerTypes = LayerTypes()) -> None:  # noqa: B008
         super().__init__()
         channels, groups, activation = _widths(config)
         attention = _attention_per_stage(config, "down_block_types", DOWN_BLOCKS)
-        shapes = _shapes(config, channels, config["layers_per_block"], attention)
+        shapes = _shapes(config, channels, config["layers_per_block"], attention, types)
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownStage(shape, downsample=i < len(channels) - 1) for i, shape in enumerate(shapes)
         )
-        self.mid_block = UNetMidBlock2D(channels[-1], groups, activation, config["mid_block_add_attention"])
+        self.mid_block = UNetMidBlock2D(
+            channels[-1], groups, activation, config["mid_block_add_attention"], types
+        )
         self.conv_norm_out = group_norm(channels[-1], groups)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
-        self.engine = Engine()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.engine.applies(self, x):
-            return self.engine.encode(self, x)
         x = self.conv_in(x)  # [B, C0, H, W]
         for stage in self.down_blocks:
             x = _run(self, stage, x)  # [B, Ci, H / 2^i, W / 2^i]
         x = _run(self, self.mid_block, x)
-        return self.conv_out(normalised(x, self.conv_norm_out, self.conv_act))  # [B, 2c, h, w]
+        return self.conv_out(self.norm_out(x))  # [B, 2c, h, w]
+
+    def norm_out(self, x: Tensor) -> Tensor:
+        """The last norm and its activation: [B, C, h, w] -> [B, C, h, w]."""
+        return self.conv_act(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -66,32 +68,35 @@ class Decoder(nn.Module):
     `config` is that of an AutoencoderKL. Raises ValueError naming the key that no AutoencoderKL could have.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], types: LayerTypes = LayerTypes()) -> None:  # noqa: B008
         super().__init__()
         channels, groups, activation = _widths(config)
         channels = channels[::-1]
         attention = _attention_per_stage(config, "up_block_types", UP_BLOCKS)
         # The decoder is one block a stage deeper than the encoder.
-        shapes = _shapes(config, channels, config["layers_per_block"] + 1, attention)
+        shapes = _shapes(config, channels, config["layers_per_block"] + 1, attention, types)
         self.conv_in = nn.Conv2d(config["latent_channels"], channels[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
             UpStage(shape, upsample=i < len(channels) - 1) for i, shape in enumerate(shapes)
         )
-        self.mid_block = UNetMidBlock2D(channels[0], groups, activation, config["mid_block_add_attention"])
+        self.mid_block = UNetMidBlock2D(
+            channels[0], groups, activation, config["mid_block_add_attention"], types
+        )
         self.conv_norm_out = group_norm(channels[-1], groups)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], config["out_channels"], 3, padding=1)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
-        self.engine = Engine()
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.engine.applies(self, z):
-            return self.engine.decode(self, z)
         x = self.conv_in(z)  # [B, C0, h, w]
         x = _run(self, self.mid_block, x)
         for stage in self.up_blocks:
             x = _run(self, stage, x)  # [B, Ci, h * 2^(i+1), w * 2^(i+1)]
-        return self.conv_out(normalised(x, self.conv_norm_out, self.conv_act))  # [B, C, H, W]
+        return self.conv_out(self.norm_out(x))  # [B, C, H, W]
+
+    def norm_out(self, x: Tensor) -> Tensor:
+        """The last norm and its activation: [B, C0, H, W] -> [B, C0, H, W]."""
+        return self.conv_act(self.conv_norm_out(x))
 
 
 def _run(network: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
@@ -116,12 +121,12 @@ def _attention_per_stage(config: Mapping[str, Any], key: str, known: Mapping[str
 
 
 def _shapes(
-    config: Mapping[str, Any], channels: list[int], layers: int, attention: list[bool]
+    config: Mapping[str, Any], channels: list[int], layers: int, attention: list[bool], types: LayerTypes
 ) -> list[Shape]:
     """Of the stages in the order in which they run, `channels` being their widths."""
     _, groups, activation = _widths(config)
     return [
-        Shape(before, after, layers, groups, activation, attends)
+        Shape(before, after, layers, groups, activation, attends, types)
         for before, after, attends in zip([channels[0], *channels], channels, attention, strict=False)
     ]
 

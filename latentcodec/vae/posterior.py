@@ -11,12 +11,12 @@ from torch import Tensor
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution, which decodes what we train
 
 
-def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_logvar(parameters: Tensor) -> tuple[Tensor, Tensor]:
     """The encoder's [B, 2c, h, w] -> the posterior's mean and log-variance, [B, c, h, w] float32 each.
 
     The log-variance is clamped to [-30, 20] as diffusers' DiagonalGaussianDistribution does.
     """
-    mean, logvar = moments.float().chunk(2, dim=1)
+    mean, logvar = parameters.float().chunk(2, dim=1)
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
 

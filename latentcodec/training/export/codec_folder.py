@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import make_durable
-from latentcodec.latents import LatentMoments, normalise, whiten, whitening
+from latentcodec.latents import LatentStatistics, normalise, whiten, whitening
 from latentcodec.loading import CONFIG
 from latentcodec.quality.precision import certify
 
@@ -41,19 +41,19 @@ class FinishConfig:
 
 
 def finish(
-    vae: AutoencoderKL, config: FinishConfig, moments: LatentMoments | None, crops: Sequence[Tensor]
+    vae: AutoencoderKL, config: FinishConfig, statistics: LatentStatistics | None, crops: Sequence[Tensor]
 ) -> str:
     """Make `vae`, float32, fit for pipelines, in place; returns the model card's account of it.
 
-    `moments`: of its latents; None where the latents, and so the numbers in its config, are those of a parent or
+    `statistics`: of its latents; None where the latents, and so the numbers in its config, are those of a parent or
     teacher. `crops` [C, H, W] in [-1, 1] for the certificate; without any, it is not measured.
     """
     sections = []
-    if moments is not None and config.whiten:
-        whiten(vae, whitening(moments))
+    if statistics is not None and config.whiten:
+        whiten(vae, whitening(statistics))
         sections.append(WHITENED)
-    elif moments is not None:
-        normalise(vae, moments)
+    elif statistics is not None:
+        normalise(vae, statistics)
     vae.register_to_config(force_upcast=True)
     if crops:
         certificate = certify(vae, crops)

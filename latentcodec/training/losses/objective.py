@@ -37,7 +37,7 @@ from latentcodec.training.losses.terms import (
     bits_of_std,
     bits_per_dimension,
     bits_per_element,
-    channel_moments,
+    channel_statistics,
     high_frequency_loss,
     kl_divergence,
     kl_per_channel,
@@ -87,10 +87,10 @@ class RateControl:
         """The weight that counts at an optimizer step."""
         return self.weight * kl_warmup(step, self.config.kl_warmup_steps)
 
-    def update(self, step: int, per_channel: Tensor, moments: Tensor) -> dict[str, float]:
+    def update(self, step: int, per_channel: Tensor, statistics: Tensor) -> dict[str, float]:
         """Take in the whole step's statistics ([c] and [3, c], means over all processes) and steer the weight."""
         config, self.reference = self.config, per_channel
-        rate, std = bits_per_element(per_channel), relative_std(moments)
+        rate, std = bits_per_element(per_channel), relative_std(statistics)
         report = {"kl_weight": self.at(step), "latent_bits": rate, "latent_noise": std}
         if step >= config.kl_warmup_steps and config.target_bits is not None:
             self.weight = next_kl_weight(self.weight, rate, config.target_bits)
@@ -172,21 +172,21 @@ class Objective:
         """What is only looked at, or steers the next step: no gradient, means over the batch."""
         with torch.no_grad():
             channels = kl_per_channel(result.mean, result.logvar)
-            moments = channel_moments(result.mean, result.logvar).flatten()
+            statistics = channel_statistics(result.mean, result.logvar).flatten()
             return {
                 "mse": (result.reconstruction - target).square().mean(),
                 "bits_per_dimension": bits_per_dimension(nll, target[0].numel(), self.config.loss.likelihood),
                 "scale": result.log_scale.exp(),
                 **{f"channel_kl/{i}": value for i, value in enumerate(channels)},
-                **{f"channel_moment/{i}": value for i, value in enumerate(moments)},
+                **{f"channel_statistic/{i}": value for i, value in enumerate(statistics)},
             }
 
     def after_step(self, step: int, report: dict[str, float]) -> dict[str, float]:
         """Hand the step's channel statistics, taken out of `report`, to the rate control; what it reports."""
         c = self.latent_channels
         per_channel = torch.tensor([report.pop(f"channel_kl/{i}") for i in range(c)])
-        moments = torch.tensor([report.pop(f"channel_moment/{i}") for i in range(3 * c)]).view(3, c)
-        return self.rate.update(step, per_channel, moments)
+        statistics = torch.tensor([report.pop(f"channel_statistic/{i}") for i in range(3 * c)]).view(3, c)
+        return self.rate.update(step, per_channel, statistics)
 
     def _kl(self, result: Pass) -> Tensor:
         if not self.config.loss.free_bits:

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.vae.posterior import sample_posterior, split_moments
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 if TYPE_CHECKING:
     from latentcodec.training.losses.objective import Inputs
@@ -89,8 +89,8 @@ class Teacher:
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [B, c, h, w] float32 of pixels [B, C, H, W]."""
         with self.autocast:
-            moments = self.codec.vae.encode(x.to(self.codec.device)).latent_dist.parameters
-        return split_moments(moments)
+            parameters = self.codec.vae.encode(x.to(self.codec.device)).latent_dist.parameters
+        return mean_and_logvar(parameters)
 
     def latents(self, images: Sequence[Tensor]) -> Tensor:
         """[N, c, h, w] float32 on the CPU: the posterior's means of images [C, H, W] of one size, a few at a time."""

@@ -211,7 +211,7 @@ def bits_per_element(per_channel: Tensor) -> float:
     return per_channel.mean().item() / math.log(2)
 
 
-def channel_moments(mean: Tensor, logvar: Tensor) -> Tensor:
+def channel_statistics(mean: Tensor, logvar: Tensor) -> Tensor:
     """[3, c]: per channel the batch mean of the posterior's mean, of its square, and of its variance.
 
     Means, so that those of N processes with equal batches average to those of one.
@@ -219,14 +219,14 @@ def channel_moments(mean: Tensor, logvar: Tensor) -> Tensor:
     return torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), logvar.exp().mean((0, 2, 3))])
 
 
-def relative_std(moments: Tensor) -> float:
-    """`channel_moments` -> the posterior's std over that of the latent: 1 where nothing is encoded.
+def relative_std(statistics: Tensor) -> float:
+    """`channel_statistics` -> the posterior's std over that of the latent: 1 where nothing is encoded.
 
     Per channel sqrt(noise / (noise + signal)) with the mean variance of the posterior as noise and the
     variance of its mean as signal; then the geometric mean over the channels, which no unused channel
     dominates.
     """
-    centre, square, noise = moments.double()
+    centre, square, noise = statistics.double()
     signal = (square - centre.square()).clamp(min=0)
     return (torch.log(noise / (noise + signal)).mean() / 2).exp().item()
 

@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latentcodec.latents import latent_moments, whiten, whitening
+from latentcodec.latents import latent_statistics, whiten, whitening
 
 POSTERIOR_STD = 0.01  # of new latents, in units of their own deviation, as in the linear start
 BATCH = 8  # crops to encode at once
@@ -93,7 +93,7 @@ def _keep_latents(vae: AutoencoderKL, channels: int, x: Tensor) -> None:
     """Whiten, then merge the 1x1 convolutions into their neighbours and cut."""
     c = int(vae.config.latent_channels)
     had = {key: vae.config[key] for key in ("use_quant_conv", "use_post_quant_conv")}
-    whiten(vae, whitening(latent_moments(vae, x.split(BATCH))))
+    whiten(vae, whitening(latent_statistics(vae, x.split(BATCH))))
     last, quant = vae.encoder.conv_out, vae.quant_conv
     rows = torch.cat([torch.arange(channels), c + torch.arange(channels)])
     mix = quant.weight[rows, :, 0, 0]  # [2c', 2c]
@@ -111,7 +111,7 @@ def _keep_latents(vae: AutoencoderKL, channels: int, x: Tensor) -> None:
 def _add_latents(vae: AutoencoderKL, channels: int, x: Tensor) -> None:
     """New rows of the encoder's last convolution, then the deviation that the parent's latents have on average."""
     c = int(vae.config.latent_channels)
-    target = latent_moments(vae, x.split(BATCH)).std.mean().item()
+    target = latent_statistics(vae, x.split(BATCH)).std.mean().item()
     last, first = vae.encoder.conv_out, vae.decoder.conv_in
     rows = torch.cat(
         [torch.arange(c), channels + torch.arange(c)]
@@ -130,7 +130,7 @@ def _add_latents(vae: AutoencoderKL, channels: int, x: Tensor) -> None:
         if getattr(vae, name) is not None:
             setattr(vae, name, _widened(getattr(vae, name), size, kept))
     vae.register_to_config(latent_channels=channels)
-    found = latent_moments(vae, x.split(BATCH))
+    found = latent_statistics(vae, x.split(BATCH))
     gain = (target / found.std[new]).float()
     vae.encoder.conv_out.weight[new] *= gain[:, None, None, None]
     _bias(vae.encoder.conv_out)[new] = -gain * found.mean[new].to(gain)

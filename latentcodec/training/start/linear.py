@@ -166,14 +166,14 @@ def _least_squares(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, m = h.shape[1], target.shape[1]
     gram = torch.zeros(9 * n + 1, 9 * n + 1, dtype=torch.float64)
-    moments = torch.zeros(9 * n + 1, m, dtype=torch.float64)
+    products = torch.zeros(9 * n + 1, m, dtype=torch.float64)
     for h_part, target_part in zip(h.split(8), target.split(8), strict=True):
         rows = rearrange(F.unfold(h_part, 3, padding=1), "b k p -> (b p) k")
         rows = F.pad(rows, (0, 1), value=1.0)  # the bias
         gram += (rows.T @ rows).double()
-        moments += (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
+        products += (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    solution = torch.linalg.solve(gram, moments).float()
+    solution = torch.linalg.solve(gram, products).float()
     return rearrange(solution[:-1], "(n i j) m -> m n i j", i=3, j=3), solution[-1]
 
 

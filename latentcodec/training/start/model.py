@@ -22,7 +22,7 @@ from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start, zero_residuals
 from latentcodec.vae.networks import downsampling_factor
-from latentcodec.vae.posterior import sample_posterior, split_moments
+from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 
 @dataclass
@@ -206,7 +206,7 @@ class TrainedCodec(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> Pass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
-        mean, logvar = split_moments(self.vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(self.vae.encode(x).latent_dist.parameters)
         latent = sample_posterior(mean, logvar, noise)
         reconstruction = self.vae.decode(transform(latent)).sample.float()
         return Pass(mean, logvar, latent, reconstruction, self.log_scale)

@@ -1,0 +1,52 @@
+"""The layers of the VAE for training: the same numbers as `vae/layers.py`, with fewer passes over the feature maps.
+
+Group norm and SiLU are one function, and so are the doubling of a map and its convolution (`ops/functional.py`),
+gradients included. The plain layers run wherever these functions do not apply: under a compiler, for other activations,
+where hooks or adapters sit on the layers.
+
+Shapes: B batch, C channels, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from latentcodec.engine.checks import has_hooks, is_plain_convolution
+from latentcodec.ops.functional import applies_to, norm_silu, upsample_conv
+from latentcodec.vae import layers
+from latentcodec.vae.layers import LayerTypes
+
+
+def norm_act(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
+    """activation(norm(x)); [B, C, H, W] -> [B, C, H, W]."""
+    if not (applies_to(x) and _is_fusible(norm, activation)):
+        return activation(norm(x))
+    return norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _is_fusible(norm: nn.GroupNorm, activation: nn.Module) -> bool:
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU:
+        return False
+    return not (has_hooks(norm) or has_hooks(activation))
+
+
+class ResnetBlock2D(layers.ResnetBlock2D):
+    """The residual block, with each norm and its activation as one function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_act(x, self.norm1, self.nonlinearity))
+        h = self.conv2(norm_act(h, self.norm2, self.nonlinearity))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Upsample(layers.Upsample):
+    """Nearest neighbour times two and the convolution after it, as one transposed convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if applies_to(x) and type(conv) is nn.Conv2d and is_plain_convolution(conv) and not has_hooks(conv):
+            return upsample_conv(x, conv.weight, conv.bias)
+        return super().forward(x)
+
+
+FAST_LAYERS = LayerTypes(resnet=ResnetBlock2D, upsample=Upsample)

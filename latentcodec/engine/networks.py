@@ -1,0 +1,49 @@
+"""Encoder and Decoder that run on the engine: in strips without gradients, with fused functions with them.
+
+The parameters, their names and the numbers are those of `vae/networks.py`. `adopt.py` builds these networks.
+
+Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from latentcodec.engine.layers import FAST_LAYERS, norm_act
+from latentcodec.engine.plan import Engine
+from latentcodec.vae.networks import Decoder, Encoder
+
+
+class EngineEncoder(Encoder):
+    """Image to posterior moments: [B, C, H, W] in [-1, 1] -> [B, 2c, h, w] (mean, log-variance)."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, FAST_LAYERS)
+        self.engine = Engine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.engine.applies(self, x):
+            return self.engine.encode(self, x)
+        return super().forward(x)
+
+    def norm_out(self, x: Tensor) -> Tensor:
+        return norm_act(x, self.conv_norm_out, self.conv_act)
+
+
+class EngineDecoder(Decoder):
+    """Latents to image: [B, c, h, w] -> [B, C, H, W], in [-1, 1] up to the reconstruction error."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, FAST_LAYERS)
+        self.engine = Engine()
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.engine.applies(self, z):
+            return self.engine.decode(self, z)
+        return super().forward(z)
+
+    def norm_out(self, x: Tensor) -> Tensor:
+        return norm_act(x, self.conv_norm_out, self.conv_act)
