@@ -19,6 +19,7 @@ from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.strips import StripPass
 from latentcodec.ops.functional import fastest_kernels
+from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
@@ -116,7 +117,8 @@ class Engine:
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
         kernels = fastest_kernels(device) if self.compiled else REFERENCE_KERNELS
-        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch)
+        workspace = Workspace() if self.compiled and device == "cpu" else None
+        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch, workspace)
 
 
 def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -24,8 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.ops.functional import compile_gradients
-from latentcodec.ops.pointwise import WORTH_COMPILING
+from latentcodec.ops.functional import fastest_kernels
 from latentcodec.quality.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training import state as memory
 from latentcodec.training import survey
@@ -210,18 +209,9 @@ class Trainer:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
             self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
         if not self.finished:
-            self._compile()
+            fastest_kernels(self.accelerator.device.type)  # compiled now if at all: signals end compilers too
             self.journal.begin(self.step, self.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejected)
-
-    def _compile(self) -> None:
-        """Before the first step, if maps are worth it: a signal to all processes of a run ends compilers too, and a
-        step would go on with other roundings."""
-        train, device = self.config.train, self.accelerator.device
-        widest = train.batch_size * self.ema.config.block_out_channels[0] * self.config.data.resolution**2
-        if train.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-            compile_gradients(half.get(self.accelerator.mixed_precision, torch.float32), train.batch_size)
 
     def finish(self) -> None:
         """The end of a complete run: its score and its codec."""

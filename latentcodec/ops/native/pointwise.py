@@ -11,7 +11,7 @@ import ctypes
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 
@@ -47,16 +47,18 @@ class NativeMoments(Moments):
         self.pixels += rows * columns
         return None
 
-    def norm(self, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
+    def norm(
+        self, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: Activation | None
+    ) -> Norm:
         self.known = True
         images, channels = self.pivot.shape[0], self.pivot.shape[3]
-        weight, bias = (value.detach().float().contiguous() for value in (layer.weight, layer.bias))
+        weight, bias = (value.detach().float().contiguous() for value in (weight, bias))
         scale, shift = torch.empty(2, images, 1, channels)
-        self.mean, self.inverse = torch.empty(2, images, layer.num_groups, 1, dtype=torch.float64)
+        self.mean, self.inverse = torch.empty(2, images, groups, 1, dtype=torch.float64)
         self.library.norm(
             *(value.data_ptr() for value in (scale, shift, self.mean, self.inverse)),
             *(value.data_ptr() for value in (self.sums, self.pivot, weight, bias)),
-            *(images, channels, layer.num_groups, self.pixels, layer.eps),
+            *(images, channels, groups, self.pixels, eps),
         )
         return Norm(scale, shift, activation)
 
@@ -65,7 +67,6 @@ class NativeKernels(Kernels):
     """The work between two convolutions on a CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        super().__init__(lambda function: function)
         self.library = library
 
     def moments(self, inner: bool = False) -> Moments:
@@ -104,8 +105,11 @@ class NativeKernels(Kernels):
         )
         return None
 
-    def _sums_of_gradients(self, dy: Tensor, x: Tensor, known: tuple[Tensor, ...]) -> Tensor:
-        """[2, B, 1, C] float64: the sums of `pointwise.gradient_sums`, of whole images."""
+    def gradient_sums(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
+        """[2, B, 1, C] float64."""
+        if x.dtype not in DTYPES or dy.dtype != x.dtype:
+            return super().gradient_sums(dy, x, *known)
+        dy, x = dy.contiguous(), x.contiguous()
         images, rows, columns, channels = x.shape
         sums = torch.zeros(2, images, 1, channels, dtype=torch.float64)
         self.library.gradient_sums(
@@ -116,6 +120,20 @@ class NativeKernels(Kernels):
             torch.get_num_threads(),
         )
         return sums
+
+    def gradient(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
+        if x.dtype not in DTYPES or dy.dtype != x.dtype:
+            return super().gradient(dy, x, *known)
+        dy, x, together = dy.contiguous(), x.contiguous(), torch.stack(known)
+        dx, (images, rows, columns, channels) = torch.empty_like(x), x.shape
+        self.library.gradient(
+            DTYPES[x.dtype],
+            *(value.data_ptr() for value in (dx, dy, x)),
+            *(images, rows * columns, channels),
+            together.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return dx
 
 
 def _is_native(x: Tensor, norm: Norm | None) -> bool:
