@@ -19,24 +19,12 @@ install: $(BIN)/.installed ## create .venv with latentcodec and its tools
 
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Fetching PyTorch and other packages with pip: about 6 GB on disk, which needs the network"
 	$(BIN)/python -m pip install --progress-bar off -e '.[dev]'
 	touch $@
 
 demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS=folder for your own images
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
-		train/train.py --config train/configs/demo.yaml --output_dir "$(DEMO)" $${PHOTOS:+--data.path "$$PHOTOS"}
-	$(BIN)/python bench/pipeline.py --codec "$(DEMO)/codec" --out "$(DEMO)/pipeline" $${PHOTOS:+--images "$$PHOTOS"}
-	$(BIN)/python bench/reconstruction.py --codec "$(DEMO)/codec" --images "$(DEMO)/pipeline/originals" \
-		--lpips_net none --out "$(DEMO)/reconstruction"
-	$(BIN)/python bench/throughput.py --codec "$(DEMO)/codec" --sizes 256 --batches 1 --out "$(DEMO)/throughput"
-	$(BIN)/python bench/pipeline.py --codec photo-f8c16 --out "$(DEMO)/bundled" $${PHOTOS:+--images "$$PHOTOS"}
-	@echo
-	@echo "The trained codec        $(DEMO)/codec"
-	@echo "Its progress in pictures $(DEMO)/samples"
-	@echo "Through a pipeline       $(DEMO)/pipeline/pipeline.png"
-	@echo "By the bundled codec     $(DEMO)/bundled/pipeline.png"
-	@echo "The reports, to open in a browser:"
-	@ls "$(DEMO)"/reconstruction/*.html "$(DEMO)"/throughput/*.html
+	@$(BIN)/python bench/demo.py --out "$(DEMO)" $${PHOTOS:+--images "$$PHOTOS"}
 
 test: install ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

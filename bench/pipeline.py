@@ -23,6 +23,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
 from latentcodec.sources.synthetic import SyntheticSource
@@ -30,6 +31,7 @@ from latentcodec.training.data.stream import centre_crop
 
 PICTURES = 6
 SIDE = 256  # pixels
+SEED = 1  # of the drawn pictures: training draws those of seed 0
 TEXT_WIDTH = 8  # of the embedding that stands for a prompt
 
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--images", help=f"folder of images, {SIDE} pixels a side or more; default: drawn pictures"
     )
     settings = parser.parse_args(arguments)
+    use_cores()
     torch.manual_seed(0)
     logging.set_verbosity_error()  # that no text encoder is saved is no news here
     codec = LatentCodec.from_pretrained(settings.codec)
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _images(folder: str | None, channels: int) -> list[Tensor]:
     """Square centres [1, C, 256, 256] of the first images that are readable and large enough."""
     if folder is None:
-        source = SyntheticSource(channels)
+        source = SyntheticSource(channels, seed=SEED)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
     images = []
     for path in find_images(Path(folder).expanduser()):

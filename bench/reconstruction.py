@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    report.print_threads(use_cores())
     inputs = open_inputs(options)
     report.require_folder(options.out)
     results = [measure(source, codec, inputs) for source, codec in inputs.codecs.items()]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import Codec, evaluate, reconstruct
@@ -144,6 +145,7 @@ def open_images(folder: Path, channels: int, f: int) -> tuple[list[Tensor], int]
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    report.print_threads(use_cores())
     try:
         report.require_folder(options.out)
         codec = LatentCodec.from_pretrained(options.codec)

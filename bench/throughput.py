@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -47,6 +48,7 @@ from tqdm import tqdm
 
 from latentcodec.adopt import build, optimize_vae
 from latentcodec.codec import LatentCodec
+from latentcodec.machine import emulation_cost, is_fast, use_cores
 from latentcodec.report import page as report
 from latentcodec.vae.networks import downsampling_factor
 
@@ -64,6 +66,7 @@ PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 NAN = float("nan")
+CASES_SHARE = 0.5  # of the time that --seconds gives; the rest is for memory
 MAPS_AT_ONCE = 3  # of the widest layer, that diffusers holds: input, norm and activation
 
 
@@ -153,25 +156,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sizes", type=int, nargs="+", default=[256, 512], help="pixels a side (%(default)s)")
     add("--batches", type=int, nargs="+", default=[1, 4], help="images a call (%(default)s)")
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtypes", choices=dtypes, nargs="+", default=["float32", "bfloat16"], help="(%(default)s)")
+    add("--dtypes", choices=dtypes, nargs="+", help="(float32, and bfloat16 where there are units for it)")
     add("--repeats", type=int, default=5, help="rounds; in each every side once (%(default)s)")
+    add("--seconds", type=float, help="end after about as many seconds: with fewer rounds, then fewer cases")
     add("--sides", choices=SIDES, nargs="+", default=USUAL, help="(%(default)s); compiling takes minutes")
     add("--max_memory", type=int, help="bytes of activations that ours may take (half of what is free)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.dtypes is None:
+        half = ["bfloat16"] if is_fast(torch.bfloat16, options.device) else []
+        options.dtypes = ["float32", *half]
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    warn_of_emulation(options)
+    report.print_threads(use_cores())
     setup = Setup(options.codec, options.device, options.max_memory)
     try:
         codec = check(setup, options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"throughput.py: {error}") from error
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every side
-    results, peaks = measure_all(setup, codec, options)
-    measure_memory(setup, results)
+    deadline = math.inf if options.seconds is None else time.perf_counter() + options.seconds
+    results, peaks = measure_all(setup, codec, options, deadline)
+    measure_memory(setup, results, deadline)
     data = summary(codec, results, peaks, options)
     report.print_table(*table(data["results"]))
     files = report.write(
@@ -180,6 +191,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(["", *files.values()]))
     short = [{key: value for key, value in r.items() if key != "rounds_ms"} for r in data["results"]]
     report.print_last_line(data | {"results": short, "files": files})
+
+
+def warn_of_emulation(options: argparse.Namespace) -> None:
+    """Name what was asked for and is emulated here, with the measured factor that it costs."""
+    for dtype in options.dtypes:
+        if not is_fast(getattr(torch, dtype), options.device):
+            cost = emulation_cost(getattr(torch, dtype), options.device)
+            print(
+                f"warning: this machine has no units for {dtype}; a convolution takes {cost:.1f} times as long as in "
+                "float32",
+                file=sys.stderr,
+            )
 
 
 def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
@@ -198,9 +221,12 @@ def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
 
 
 def measure_all(
-    setup: Setup, codec: LatentCodec, options: argparse.Namespace
+    setup: Setup, codec: LatentCodec, options: argparse.Namespace, deadline: float
 ) -> tuple[Results, dict[str, float]]:
-    """Every case on every side, and the machine's peak in operations per second by dtype."""
+    """Every case on every side, and the machine's peak in operations per second by dtype.
+
+    Each case gets an equal share of `CASES_SHARE` of the time up to `deadline`; one that has nothing left is left out.
+    """
     sides = [side for side in SIDES if side in options.sides]
     models = {dtype: {side: setup.vae(side, dtype) for side in sides} for dtype in options.dtypes}
     reference = models.get("float32", {}).get("diffusers")  # errors are measured against it, timed or not
@@ -208,19 +234,33 @@ def measure_all(
         reference = setup.vae("diffusers", "float32")
     cases = [Case(*case) for case in product(DIRECTIONS, options.dtypes, options.sizes, options.batches)]
     results: Results = {}
-    peaks = dict.fromkeys(options.dtypes, 0.0)
-    for case in (progress := tqdm(cases, unit="case")):
+    peaks: dict[str, float] = {}
+    end = time.perf_counter() + CASES_SHARE * (deadline - time.perf_counter())
+    for index, case in enumerate(progress := tqdm(cases, unit="case")):
         progress.set_description(f"{case.direction} {case.dtype} {case.batch} x {case.size} px")
+        now = time.perf_counter()
+        if results and now > end:
+            progress.write(f"left out, since {options.seconds:g} seconds are over: {progress.desc}")
+            continue
+        until = now + (end - now) / (len(cases) - index)
         value = example(case, reference)
-        results[case], rate = measure(case, models[case.dtype], reference, value, options.repeats)
-        peaks[case.dtype] = max(peaks[case.dtype], rate)
+        results[case], rate = measure(case, models[case.dtype], reference, value, options.repeats, until)
+        peaks[case.dtype] = max(peaks.get(case.dtype, 0.0), rate)
     return results, peaks
 
 
 def measure(
-    case: Case, models: dict[str, AutoencoderKL], reference: AutoencoderKL, value: Tensor, repeats: int
+    case: Case,
+    models: dict[str, AutoencoderKL],
+    reference: AutoencoderKL,
+    value: Tensor,
+    repeats: int,
+    until: float = math.inf,
 ) -> tuple[dict[str, Measurement], float]:
-    """All sides in turn, and the best rate of the matrix product that had its turn with them."""
+    """All sides in turn, and the best rate of the matrix product that had its turn with them.
+
+    No round begins after `until`, by `time.perf_counter`, except the first.
+    """
     expected = torch.tensor(NAN, device=value.device)  # where float32 does not fit, no error is known
     if fits("diffusers", reference, case):
         expected = call(reference, case.direction, value)
@@ -235,7 +275,9 @@ def measure(
     matrix = torch.randn(2 * [PEAK_SIDE[value.device.type]], device=value.device).to(value)
     matrix @ matrix
     products = []
-    for _ in range(repeats):
+    for index in range(repeats):
+        if index and time.perf_counter() > until:
+            break
         for side in able:
             run = partial(call, models[side], case.direction, value)
             measured[side].seconds.append(seconds(run, value.device))
@@ -288,8 +330,8 @@ def example(case: Case, reference: AutoencoderKL) -> Tensor:
 # --- memory
 
 
-def measure_memory(setup: Setup, results: Results) -> None:
-    """Fill in `peak_bytes`, each side in a fresh process, so that no side profits from another.
+def measure_memory(setup: Setup, results: Results, deadline: float) -> None:
+    """Fill in `peak_bytes`, each side in a fresh process, so that no side profits from another; none after `deadline`.
 
     Compiled models are left out: the memory of the compiler could not be told from theirs.
     """
@@ -297,6 +339,9 @@ def measure_memory(setup: Setup, results: Results) -> None:
     dtypes = dict.fromkeys(case.dtype for case in results)
     by_size = sorted(results, key=lambda case: case.megapixels)
     for side in tqdm(sorted(sides), desc="memory", unit="side"):
+        if time.perf_counter() > deadline:
+            tqdm.write(f"memory of {side}: not measured, since the time is over")
+            continue
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             for dtype in dtypes:
                 cases = [case for case in by_size if case.dtype == dtype]
@@ -396,7 +441,7 @@ def summary(
         "weights": "random" if options.codec.endswith(".json") else "the codec's",
         "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",
         "parameters": sum(parameter.numel() for parameter in codec.vae.parameters()),
-        "rounds": options.repeats,
+        "rounds": max(len(own.seconds) for measured in results.values() for own in measured.values()),
         "peak_tflops": {dtype: peak / 1e12 for dtype, peak in peaks.items()},
         "sides": {side: SIDES[side] for side in next(iter(results.values()))},
         "results": records,
@@ -560,6 +605,8 @@ def plot_rounds(data: dict[str, Any]) -> Figure:
         figure = Figure(figsize=(9.6, 3), layout="constrained")
         for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
             group = [r for r in data["results"] if (r["direction"], r["dtype"]) == (direction, dtype)]
+            if not group:  # the time was over
+                continue
             size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: s[0] ** 2 * s[1])
             for r in (r for r in group if (r["size"], r["batch"]) == (size, batch)):
                 rounds = range(1, len(r["rounds_ms"]) + 1)

@@ -45,6 +45,7 @@ def write_images(folder: Path, count: int = 12, side: int = 48) -> Path:
 def small(output: Path, images: Path, workers: int = 0, **settings) -> Config:
     """The configuration of a small run; `settings` are fields of TrainConfig."""
     defaults = {"max_steps": 6, "batch_size": 2, "warmup": 0.3, "ema_decay": 0.9, "statistics_images": 8}
+    defaults |= {"mixed_precision": "no", "threads": 1}  # the same on every machine
     every = {"validate_every": 4, "checkpoint_every": 2}
     return Config(
         output_dir=str(output),

@@ -433,6 +433,34 @@ def test_any_choice_of_sides_is_measured_and_reported(
     assert len(re.findall(headline, Path(printed["files"]["html"]).read_text())) == 2
 
 
+def test_a_bench_out_of_time_measures_one_round_of_one_case_and_says_what_it_leaves_out(
+    throughput, codec_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(throughput, "optimize_vae", lambda vae, max_memory: vae)  # compiling takes seconds
+    monkeypatch.setattr(throughput, "peak_bytes", lambda *_: pytest.fail("the time was over"))
+    monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
+    small = ["--sizes", "32", "64", "--batches", "1", "--dtypes", "float32", "--device", "cpu"]
+    throughput.main(["--codec", str(codec_folder), "--out", str(tmp_path), *small, "--seconds", "0"])
+    said = capsys.readouterr()
+    printed = last_line(said.out)
+    assert {(r["direction"], r["size"]) for r in printed["results"]} == {("encode", 32)}
+    assert printed["rounds"] == 1
+    assert said.out.count("left out, since 0 seconds are over") == 3
+    assert "memory of ours: not measured" in said.out
+
+
+@pytest.mark.parametrize(("units", "dtypes"), [(True, ["float32", "bfloat16"]), (False, ["float32"])])
+def test_a_number_format_that_is_emulated_is_measured_only_if_asked_for(
+    throughput, monkeypatch, capsys, units, dtypes
+):
+    monkeypatch.setattr(throughput, "is_fast", lambda dtype, device: units or dtype == torch.float32)
+    monkeypatch.setattr(throughput, "emulation_cost", lambda dtype, device: 9.0)
+    needed = ["--codec", "x", "--out", "y", "--device", "cpu"]
+    assert throughput.parse(needed).dtypes == dtypes
+    throughput.warn_of_emulation(throughput.parse([*needed, "--dtypes", "bfloat16"]))
+    assert ("warning: this machine has no units for bfloat16" in capsys.readouterr().err) != units
+
+
 def test_the_headline_names_the_fastest_other_side_and_the_default(throughput):
     case = {"direction": "decode", "dtype": "float32", "size": 64, "batch": 1}
     ratios = {"ours": 1.0, "diffusers": 3.0, "diffusers channels_last": 2.0, "diffusers tiled": math.nan}

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import psnr
 from latentcodec.sources.synthetic import SyntheticSource
-from latentcodec.training.start.linear import linear_start, zero_residuals
+from latentcodec.training.start.linear import (
+    _least_squares,
+    _least_squares_doubled,
+    linear_start,
+    zero_residuals,
+)
 
 
 def architecture(channels=(16, 32), groups=4, latent=4, **others):
@@ -51,6 +57,13 @@ def test_the_encoder_starts_as_the_klt_and_the_decoder_near_it(crops, configurat
     assert (z - klt.encode(x)).abs().max() < 5e-3 * z.abs().max()
     ours, reference = (psnr(x, c.decode(z)).mean() for c in (codec, klt))
     assert ours > reference - 4.0, f"{ours:.2f} dB against the KLT's {reference:.2f}"
+
+
+def test_least_squares_of_a_doubled_map_are_those_of_the_map_once_it_is_doubled():
+    h, target = torch.randn(9, 5, 6, 7), torch.randn(9, 3, 12, 14)
+    expected = _least_squares(F.interpolate(h, scale_factor=2.0, mode="nearest"), target)
+    for one, other in zip(_least_squares_doubled(h, target), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_posterior_is_narrow(crops):

@@ -12,14 +12,17 @@ other error. Several machines: docs/several-machines.md.
 
 from __future__ import annotations
 
+import os
 import sys
-
-from latentcodec.training.config import parse
-from latentcodec.training.signals import StopRequest, exit_code
-from latentcodec.training.trainer import Trainer
 
 
 def main() -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch and diffusers", file=sys.stderr, flush=True)  # which takes seconds
+    from latentcodec.training.config import parse
+    from latentcodec.training.signals import StopRequest, exit_code
+    from latentcodec.training.trainer import Trainer
+
     config = parse()
     every = config.train
     stop = StopRequest()

@@ -18,6 +18,7 @@ from latentcodec.engine.checks import has_hooks, is_plain, modules_within
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.strips import StripPass
+from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels
 from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
@@ -97,7 +98,7 @@ class Engine:
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device = x.device.type
-        dtype = x.dtype if device != "cpu" or _is_fast_on_cpu(x.dtype) else torch.float32
+        dtype = x.dtype if device != "cpu" or is_fast(x.dtype) else torch.float32
         bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
         strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
         lowest = min(h * w for h, w, _ in stages)
@@ -131,13 +132,6 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Half precision without units for it is slower than float32, and float16 is slow on all CPUs."""
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def _free_memory(device: torch.device) -> int:

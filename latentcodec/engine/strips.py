@@ -166,9 +166,7 @@ class StripPass:
                 yield convolve(window, moments)
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = window_upsample_convolution(
-            layer.conv.weight, layer.conv.bias, self.dtype, self.workspace
-        )
+        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
         moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:

@@ -99,7 +99,10 @@ def _prepared_convolution(
     state = weight.data_ptr(), version, dtype, workspace is None
     known, probed, total, run = _prepared.get(weight, (None, None, None, None))
     if known != state or probed.sum().item() != total:
-        run, probed = prepare(weight.detach(), dtype, winograd=workspace is not None), _probed(weight.detach())
+        run, probed = (
+            prepare(weight.detach(), dtype, winograd=workspace is not None),
+            _probed(weight.detach()),
+        )
         _prepared[weight] = state, probed, probed.sum().item(), run
     return run.using(workspace) if isinstance(run, WinogradConvolution) else run
 

@@ -68,7 +68,9 @@ def fastest_kernels(device_type: str) -> Kernels:
         native = library()
         return REFERENCE_KERNELS if native is None else NativeKernels(native)
     if device_type != "cuda" or not has_triton():
-        log.warning("no Triton for %s was found: the VAE runs on torch's functions, slower but equal", device_type)
+        log.warning(
+            "no Triton for %s was found: the VAE runs on torch's functions, slower but equal", device_type
+        )
         return REFERENCE_KERNELS
     from latentcodec.ops.triton_pointwise import TritonKernels  # not everywhere is there a Triton to import
 

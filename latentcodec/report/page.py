@@ -11,9 +11,9 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentcodec.files import printable, write_whole
+from latentcodec.machine import cpu_name, instruction_sets, physical_cores
 from latentcodec.pixels import to_uint8
 
 # Colours that read on white and on near-black alike. INK is a stand-in that becomes the page's text colour.
@@ -210,13 +211,13 @@ def finite(value: Any) -> Any:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The machine and the software that a measurement belongs to."""
-    model, flags = _cpu_model_and_flags()
+    model = cpu_name()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": physical_cores(),
         "threads": torch.get_num_threads(),
-        "cpu_instructions": [torch.backends.cpu.get_cpu_capability(), *flags],
+        "cpu_instructions": instruction_sets() or [torch.backends.cpu.get_cpu_capability()],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -231,6 +232,12 @@ def machine_facts(machine: Mapping[str, Any]) -> dict[str, str]:
         "processor": f"{machine['cpu']}, {machine['cores']} cores ({units}), {machine['threads']} threads",
         "software": f"torch {machine['torch']}, Python {machine['python']}, {machine['system']}",
     }
+
+
+def print_threads(threads: int) -> None:
+    """The line with which a bench begins."""
+    flags = " ".join(instruction_sets())
+    print(f"on {cpu_name()} ({flags}) with {threads} of {physical_cores()} cores", file=sys.stderr)
 
 
 def stem(codecs: Sequence[str], machine: Mapping[str, Any], bench: str) -> str:
@@ -276,17 +283,6 @@ def _png(picture: Tensor) -> str:
 def _numeric_columns(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
     """Which columns hold only numbers, with or without a unit behind them."""
     return [all(re.match(r"[-+]?(\d|inf|$)", row[i]) for row in rows) for i in range(columns)]
-
-
-def _cpu_model_and_flags() -> tuple[str, list[str]]:
-    """The name of the processor and which bf16 units it has; Linux tells, elsewhere only the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return platform.processor() or platform.machine(), []
-    text = cpuinfo.read_text()
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
-    return (model[1].strip() if model else platform.machine()), flags
 
 
 def _codec_slug(source: str) -> str:

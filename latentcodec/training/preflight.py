@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import DynamoBackend, broadcast_object_list
 
 from latentcodec.quality.metrics import SSIM_WINDOW
@@ -57,11 +57,17 @@ LOCK = ".lock"  # in output_dir: held by the main process of a run
 _held: set[Path] = set()
 
 
-def new_accelerator(config: Config) -> Accelerator:
-    """The processes and the number format. Refuses what this machine, or two optimizers, cannot do."""
+def new_processes() -> PartialState:
+    """The processes of the run, known to one another."""
+    # Without `cpu` each process under torchrun would believe to be alone.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def new_accelerator(config: Config, precision: str) -> Accelerator:
+    """The number format, "no", "bf16" or "fp16". Refuses what this machine, or two optimizers, cannot do."""
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else, under torchrun, each process would believe to be alone
-        mixed_precision=config.train.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
         log_with=config.train.trackers,
         project_dir=config.output_dir,
     )
@@ -88,15 +94,15 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     return values | {"optimizer": "muon", "discriminator": "on" if config.discriminator.weight else "off"}
 
 
-def find_checkpoint(config: Config, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
+def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Checkpoint | None:
     """The checkpoint in output_dir to go on from, None for a new run. Refuses the folder of another run."""
     output = Path(config.output_dir)
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         checkpoints.prepare(output / "checkpoints")
         _hold(output)
         recover_codec(output / "codec")
-    accelerator.wait_for_everyone()
-    saved = newest_checkpoint(output / "checkpoints", accelerator)
+    processes.wait_for_everyone()
+    saved = newest_checkpoint(output / "checkpoints", processes)
     if saved is not None:
         if "optimizer" not in saved.state:
             raise ValueError(
@@ -140,13 +146,13 @@ def _hold(output: Path) -> None:
         os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
 
 
-def newest_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
+def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> checkpoints.Checkpoint | None:
     """The newest checkpoint that the main process can verify: all go on from that one.
 
     Raises CheckpointError where it has none that it can use, or where another process reads something else.
     """
     saved, choice = None, list[Any]([None])
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         try:
             saved = checkpoints.newest(folder)
             choice = [None if saved is None else saved.path.name]
@@ -155,14 +161,14 @@ def newest_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoints.Che
     broadcast_object_list(choice)
     if isinstance(choice[0], checkpoints.CheckpointError):
         raise choice[0]
-    if accelerator.is_main_process or choice[0] is None:
+    if processes.is_main_process or choice[0] is None:
         return saved
     try:
         return checkpoints.read(folder / choice[0])
     except checkpoints.DamagedCheckpoint as damage:
         raise checkpoints.CheckpointError(
             damage.errno,
-            f"process {accelerator.process_index} cannot use the checkpoint that the main process goes on from: "
+            f"process {processes.process_index} cannot use the checkpoint that the main process goes on from: "
             f"{damage}. All processes must see the same output_dir.",
         ) from damage
 

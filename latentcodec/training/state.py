@@ -27,6 +27,7 @@ def save(trainer: Trainer) -> None:
         "seconds": trainer.seconds,
         "rate": trainer.objective.rate.numbers(),
         "config": asdict(trainer.config),
+        "machine": trainer.hardware.record(),
     }
     if trainer.adversary is not None:
         tensors["discriminator"] = trainer.adversary.state_dict()

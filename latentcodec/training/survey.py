@@ -15,17 +15,27 @@ from torch import Tensor
 
 from latentcodec.latents import LatentStatistics, latent_statistics
 from latentcodec.training.data.stream import TrainingImages, training_batches
+from latentcodec.training.progress import counted
 
 if TYPE_CHECKING:
     from latentcodec.training.losses.teacher import Drift
     from latentcodec.training.trainer import Trainer
 
 START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB
+START_PARTS = 8  # in which they are read
 
 
 def start_crops(images: TrainingImages) -> list[Tensor]:
     """The first crops [C, H, W] of the stream, the same in every process."""
-    return list(next(iter(training_batches(images, START_CROPS, steps=1)))["pixels"])
+    size = START_CROPS // START_PARTS
+    parts = training_batches(
+        images, size, accumulation=START_PARTS, steps=1
+    )  # one step, so crops of one shape
+    return [
+        crop
+        for part in counted(parts, "reading the first crops", START_PARTS, "part")
+        for crop in part["pixels"]
+    ]
 
 
 def moments(trainer: Trainer) -> LatentStatistics | None:
@@ -48,7 +58,8 @@ def _crops(trainer: Trainer) -> Iterator[Tensor]:
     train, accelerator = trainer.config.train, trainer.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     steps = -(-train.statistics_images // (train.batch_size * world))
-    for batch in training_batches(trainer.images, train.batch_size, steps=steps, rank=rank, world_size=world):
+    batches = training_batches(trainer.images, train.batch_size, steps=steps, rank=rank, world_size=world)
+    for batch in counted(batches, "measuring the latents", steps, "batch"):
         yield batch["pixels"].to(accelerator.device, memory_format=trainer.layout)
 
 

@@ -32,6 +32,7 @@ from latentcodec.training.checkpoint import prune
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.stream import held_out, open_images, training_batches
 from latentcodec.training.export.codec_folder import finish, write_codec
+from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
@@ -48,9 +49,11 @@ from latentcodec.training.preflight import (
     check_held_out,
     find_checkpoint,
     new_accelerator,
+    new_processes,
     newest_checkpoint,
     smallest_crop,
 )
+from latentcodec.training.progress import counted, phase
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start.model import TrainedCodec, image_channels, load_parent, new_vae
 from latentcodec.vae.networks import downsampling_factor
@@ -66,14 +69,19 @@ class Trainer:
     """One run: built from its configuration, resumed from its checkpoints, stepped, validated, finished."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        train = config.train
         self.output = Path(config.output_dir)
-        self.accelerator = new_accelerator(config)
+        processes = new_processes()
+        self.found = find_checkpoint(config, processes)
+        self.hardware = take_hardware(config, self.found, processes)
+        self.config = config = settled(config, self.hardware)
+        train = config.train
+        self.accelerator = new_accelerator(config, self.hardware.precision)
         device = self.accelerator.device
-        self.found = find_checkpoint(config, self.accelerator)
+        self.journal = Journal(self.output, self.accelerator, config)
+        for note in self.hardware.notes:
+            self.journal.say(note)
         parent = load_parent(config.model)
-        self.teacher = Teacher.of(config.model, device, self.accelerator.mixed_precision == "bf16")
+        self.teacher = Teacher.of(config.model, device, self.hardware.precision == "bf16")
         channels = image_channels(config.model, parent)
         f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
         smallest = smallest_crop(config, f)
@@ -94,7 +102,6 @@ class Trainer:
         self.optimizer = Muon(groups, betas=train.betas, fused=True)
         self.model = self.accelerator.prepare(self.codec)
         self.objective = Objective(config, int(vae.config.latent_channels), f, device)
-        self.journal = Journal(self.output, self.accelerator, config)
         self.step, self.draw = 0, 0  # optimizer steps taken, global batches consumed (skipped ones too)
         self.committed = -1  # the step of the newest checkpoint
         self.seconds = 0.0  # of training, over all sittings
@@ -181,7 +188,7 @@ class Trainer:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(self.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, images)
+            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
             self.journal.validated(self.step, self.seconds, evaluation)
             self.journal.samples(
                 self.step, [(image, reconstruct(codec, image[None])[0]) for image in images[:6]]
@@ -209,7 +216,8 @@ class Trainer:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
             self.draw, self.seconds = self.found.state["draw"], self.found.state["seconds"]
         if not self.finished:
-            fastest_kernels(self.accelerator.device.type)  # compiled now if at all: signals end compilers too
+            with phase("compiling the native functions, once on a machine"):
+                fastest_kernels(self.accelerator.device.type)
             self.journal.begin(self.step, self.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejected)
 

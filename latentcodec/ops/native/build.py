@@ -27,10 +27,19 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")  # unless the environment names one as CXX
-FLAGS = "-std=c++17 -O2 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi".split()
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 INSTRUCTION_SETS = {
-    "AVX2": "-mavx2 -mfma".split(),
-    "AVX512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl".split(),
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 """By torch's name for what this machine has; others get what every machine of their kind has."""
 TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double}

@@ -143,7 +143,9 @@ def _is_native(x: Tensor, norm: Norm | None) -> bool:
 def _with_dense_rows(strip: Tensor) -> Tensor:
     """`strip`, copied unless the pixels of a row follow one another."""
     channels = strip.shape[3]
-    is_dense = (channels == 1 or strip.stride(3) == 1) and (strip.shape[2] == 1 or strip.stride(2) == channels)
+    is_dense = (channels == 1 or strip.stride(3) == 1) and (
+        strip.shape[2] == 1 or strip.stride(2) == channels
+    )
     return strip if is_dense else strip.contiguous()
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from latentcodec.ops.native.build import library
 from latentcodec.ops.onednn import Convolution
 
-
 MIN_CHANNELS = 64  # of input and output, below which the transforms cost what the products save
 MIN_TILES = 16  # below which a weight is read for too little
-KEPT_VALUES = 1 << 18  # of a weight whose transform is kept between passes: a larger one pays for itself in each pass
+KEPT_VALUES = (
+    1 << 18
+)  # of a weight whose transform is kept between passes: a larger one pays for itself in each pass
 LARGEST_ERROR = 1e-5  # of a channel's values on noise, root mean square: direct convolutions have some 2e-7
 CHANNELS_TRIED = 32  # of the output, those with the most uneven weights
 
@@ -204,7 +205,11 @@ def convolve(
     y = torch.empty(made)
     library.winograd_output(
         *(*kind, y.data_ptr(), products.data_ptr(), None if bias is None else bias.data_ptr()),
-        *((None, 0, 0) if residual is None else (residual.data_ptr(), residual.stride(0), residual.stride(1))),
+        *(
+            (None, 0, 0)
+            if residual is None
+            else (residual.data_ptr(), residual.stride(0), residual.stride(1))
+        ),
         *(*made, *tiling, threads),
     )
     return y

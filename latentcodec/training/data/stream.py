@@ -33,6 +33,7 @@ from latentcodec.training.data.order import (
     nearest_bucket,
     shuffled,
 )
+from latentcodec.training.progress import counted
 from latentcodec.training.signals import held, shield_data_worker
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
@@ -199,7 +200,7 @@ def held_out(images: TrainingImages) -> HeldOut:
     Raises `ValueError` when not one of them can be read.
     """
     result = HeldOut([], [], [])
-    for index in images.val.tolist():
+    for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
             image = images.val_source.read(index)
         except UnreadableImage as error:

@@ -21,6 +21,7 @@ from latentcodec.files import make_durable
 from latentcodec.latents import LatentStatistics, normalise, whiten, whitening
 from latentcodec.loading import CONFIG
 from latentcodec.quality.precision import certify
+from latentcodec.training.progress import phase
 
 
 @dataclass
@@ -56,7 +57,8 @@ def finish(
         normalise(vae, statistics)
     vae.register_to_config(force_upcast=True)
     if crops:
-        certificate = certify(vae, crops)
+        with phase("trying the codec in half precision"):
+            certificate = certify(vae, crops)
         vae.register_to_config(force_upcast=not certificate.float16_is_safe)
         sections.append(certificate.card())
     return "\n\n".join(sections)

@@ -51,8 +51,13 @@ class TrainConfig:
     """Largest gradient norm, of the objective in nats per pixel-channel."""
     ema_decay: float = 0.999
     """Decay per step of the averaged weights, the ones that are validated and saved."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Autocast of the network over float32 weights. None: as `accelerate launch` was told."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast of the network over float32 weights. auto: bf16 where the machine has units for it, else no; decided
+    when the run begins and kept in its config.yaml. bf16 or fp16 told to `accelerate launch` count as said here."""
+    threads: int | Literal["auto"] = "auto"
+    """Threads that each process computes with on CPUs. auto: the physical cores that it may use, divided among the
+    processes of the machine, less one for each data worker as long as that is at most every fourth. OMP_NUM_THREADS,
+    which launchers set to 1, does not count."""
     channels_last: bool = True
     """Memory layout of weights and images; faster on tensor cores and CPUs with bf16 units."""
     validate_every: int = 250
@@ -78,6 +83,8 @@ class TrainConfig:
         ):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key} must be at least 1, not {getattr(self, key)}")
+        if self.threads != "auto" and self.threads < 1:
+            raise ValueError(f"train.threads must be auto or at least 1, not {self.threads}")
         for key in ("lr", "clip_norm", "max_minutes"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"train.{key} must be above 0, not {getattr(self, key)}")

@@ -17,6 +17,7 @@ Shapes: B batch, C image channels, H W pixels, f downsampling factor, c latent c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -143,12 +144,11 @@ def _start_decoder(decoder: Decoder, klts: list[KLT], z: Tensor, x: Tensor) -> N
         _start_shortcuts(stage, pairs if i == last else None)
         h = stage.refine(h)
         if i < last:
-            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-            weight, bias = _least_squares(h, klts[last - 1 - i].encode(x))
+            weight, bias = _least_squares_doubled(h, klts[last - 1 - i].encode(x))
             layout = pairs if i == last - 1 and _keeps_width(stages[last]) else None
             conv = _resampling(stage.upsamplers)
             _write(conv, weight, bias, layout)
-            h = conv(h)
+            h = conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
     _pin_norm(norm, cast(ResnetBlock2D, stages[last].resnets[-1]))
     plus = torch.tensor([pair[0] for pair in pairs])
     minus = torch.tensor([pair[1] for pair in pairs])
@@ -162,17 +162,51 @@ def _start_decoder(decoder: Decoder, klts: list[KLT], z: Tensor, x: Tensor) -> N
 def _least_squares(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The 3x3 convolution that predicts `target` from `h` best: weight [m, n, 3, 3] and bias [m].
 
-    h [B, n, H, W], target [B, m, H, W]; normal equations with a small ridge, zero padding as the layer has it.
+    h [B, n, H, W], target [B, m, H, W]; zero padding as the layer has it.
+    """
+    gram, products = _normal_equations(F.pad(h, (1, 1, 1, 1)), 3, target)
+    return _solved(gram, products, h.shape[1])
+
+
+def _least_squares_doubled(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the map that is `h` doubled by nearest neighbours: h [B, n, H, W], target [B, m, 2H, 2W].
+
+    The rows of a 3x3 window around an even row of the doubled map are the rows i - 1, i, i of h, and around an odd one
+    i, i, i + 1. So each of the four kinds of position sees 2x2 values of h, and its normal equations in those give the
+    ones in the nine taps: with a fifth of the multiplications.
     """
     n, m = h.shape[1], target.shape[1]
     gram = torch.zeros(9 * n + 1, 9 * n + 1, dtype=torch.float64)
     products = torch.zeros(9 * n + 1, m, dtype=torch.float64)
+    copied = torch.tensor([[0, 1, 1], [0, 0, 1]])  # [parity, tap]: the row, or column, that a tap reads
+    channels = 4 * torch.arange(n)[:, None, None]
+    for a, b in itertools.product(range(2), repeat=2):
+        window = F.pad(h, (1 - b, b, 1 - a, a))
+        small, small_products = _normal_equations(window, 2, target[:, :, a::2, b::2])
+        taps = channels + 2 * copied[a][:, None] + copied[b]  # [n, 3, 3]: the unknown of the small equations
+        reads = torch.cat([taps.flatten(), torch.tensor([4 * n])])  # and the bias
+        gram += small[reads[:, None], reads]
+        products += small_products[reads]
+    return _solved(gram, products, n)
+
+
+def _normal_equations(h: Tensor, side: int, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all positions of the products of a window's k = n side^2 values and a 1 with one another, [k+1, k+1],
+    and with `target` [B, m, H, W]: [k+1, m]; h [B, n, H + side - 1, W + side - 1]; float64."""
+    k = h.shape[1] * side**2
+    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64)
+    products = torch.zeros(k + 1, target.shape[1], dtype=torch.float64)
     for h_part, target_part in zip(h.split(8), target.split(8), strict=True):
-        rows = rearrange(F.unfold(h_part, 3, padding=1), "b k p -> (b p) k")
+        rows = rearrange(F.unfold(h_part, side), "b k p -> (b p) k")
         rows = F.pad(rows, (0, 1), value=1.0)  # the bias
         gram += (rows.T @ rows).double()
         products += (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return gram, products
+
+
+def _solved(gram: Tensor, products: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Weight [m, n, 3, 3] and bias [m] of normal equations, with a small ridge."""
+    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     solution = torch.linalg.solve(gram, products).float()
     return rearrange(solution[:-1], "(n i j) m -> m n i j", i=3, j=3), solution[-1]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
 from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.progress import phase
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.linear import linear_start, zero_residuals
 from latentcodec.vae.networks import downsampling_factor
@@ -138,7 +139,8 @@ def new_vae(
         zero_residuals(vae)
     if parent is None and config.init == "linear":
         images = crops()
-        linear_start(vae, images, None if teacher is None else teacher.latents(images))
+        with phase("fitting the linear start to them"):
+            linear_start(vae, images, None if teacher is None else teacher.latents(images))
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     vae.encoder.requires_grad_(config.part != "decoder")

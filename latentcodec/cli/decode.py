@@ -1,0 +1,97 @@
+"""`latentcodec decode`: latents to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentcodec.cli.output import DONE, Json, counting, say_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentcodec.codec import LatentCodec
+    from latentcodec.store import LatentStore
+
+
+def decode(
+    latents: Annotated[
+        Path, typer.Argument(help="Folder of a store, or a .safetensors or .npy file with latents.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.", show_default=False)],
+    codec: Annotated[str | None, typer.Option(help="By default the copy in the store.")] = None,
+    form: Annotated[str, typer.Option("--format", help="png, jpg or webp.")] = "png",
+    first: Annotated[int | None, typer.Option(help="Decode so many pictures, and no more.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Decode a store, or one file of latents, into picture files.
+
+    latentcodec decode latents --out pictures
+
+    latentcodec decode latent.safetensors --codec photo-f8c16 --out pictures
+    """
+    from latentcodec.pixels import WRITERS, save_image
+    from latentcodec.store import LatentStore
+
+    suffix = f".{form.lower().lstrip('.')}"
+    if suffix not in WRITERS:
+        raise ValueError(f"--format {form}: {', '.join(name[1:] for name in WRITERS)}")
+    if latents.is_dir():
+        store = LatentStore(latents)
+        total = len(store) if first is None else min(first, len(store))
+        pictures = _of_store(store, _codec(codec, store, device), total)
+    else:
+        if codec is None:
+            raise ValueError(f"{latents}: a file of latents does not say which codec made it; give --codec")
+        found = _of_file(latents, codec, device)
+        total = len(found) if first is None else min(first, len(found))
+        pictures = iter(found[:total])
+    with counting(total, "pictures") as advance:
+        for name, picture in pictures:
+            save_image(picture, (out / name).with_suffix(suffix))
+            advance(1, 0)
+    print(f"{total:,} pictures: {out}")
+    say_json(as_json, {"items": total})
+    return DONE
+
+
+def _codec(given: str | None, store: LatentStore, device: str | None) -> LatentCodec:
+    from latentcodec.codec import LatentCodec
+    from latentcodec.store.read import LatentStore
+
+    if given is None:
+        return store.codec(device)
+    codec = LatentCodec.from_pretrained(given, device=device)
+    LatentStore(store.folder, codec)  # refuses another codec than the one that made the latents
+    return codec
+
+
+def _of_store(store: LatentStore, codec: LatentCodec, total: int) -> Iterator[tuple[Path, Tensor]]:
+    """(name within the folder, [1, C, H, W]) of each picture."""
+    several = len({item.source for item in (store[i] for i in range(min(total, 1000)))}) > 1
+    for index in range(total):
+        item = store[index]
+        name = PurePosixPath(item.id)
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(
+                f"{store.folder}: the id {item.id!r} leads out of the folder; no picture is written there"
+            )
+        path = Path(Path(item.source).name, name) if several else Path(name)
+        yield path, codec.decode(item.latent[None].float(), size=item.size)
+
+
+def _of_file(path: Path, codec: str, device: str | None) -> list[tuple[Path, Tensor]]:
+    """The pictures of one file of latents, [c, h, w] or [B, c, h, w]."""
+    from latentcodec.codec import LatentCodec
+    from latentcodec.store.caches import read_latents
+
+    z = read_latents(path)
+    if z.ndim == 3:
+        z = z[None]
+    model = LatentCodec.from_pretrained(codec, device=device)
+    names = [f"{path.stem}.x" if len(z) == 1 else f"{path.stem}-{number:04}.x" for number in range(len(z))]
+    return [(Path(name), model.decode(one[None])) for name, one in zip(names, z, strict=True)]

@@ -1,0 +1,36 @@
+"""`latentcodec verify`: whether a store is what its index says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentcodec.cli.output import DONE, LOOK, Json, counting, say_json
+
+
+def verify(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    as_json: Json = False,
+) -> int:
+    """Read every byte of a store and name what is damaged: the shard and the pictures.
+
+    Exit code 3 where something is. A damaged shard is mended by deleting it and running the same `latentcodec encode`
+    again.
+
+        latentcodec verify latents
+    """
+    from latentcodec.store import verify as verify_store
+    from latentcodec.store.format import Index
+
+    shards = len(Index.load(store).shards)
+    with counting(shards, "shards") as advance:
+        result = verify_store(store, lambda done, total: advance(1, 0))
+    for problems in result.bad_shards.values():
+        for problem in problems:
+            print(problem)
+    verdict = "intact" if result.ok else f"{len(result.bad_shards)} of {shards} shards are damaged"
+    print(f"{store}: {result.items:,} pictures in {shards:,} shards, {verdict}")
+    say_json(as_json, {"ok": result.ok, "items": result.items, "bad_shards": sorted(result.bad_shards)})
+    return DONE if result.ok else LOOK

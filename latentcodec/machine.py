@@ -1,0 +1,221 @@
+"""What this machine does fast: in which number format, on how many cores, with which instructions.
+
+`fast_dtype` is the one place that decides between bfloat16 and float32. Libraries answer another question: torch and
+oneDNN call bfloat16 "supported" where they emulate it, which on an AVX2 processor takes nine times as long as float32.
+Here a format counts as fast if the hardware has units for it, and if nobody has switched them off.
+
+Settings from outside: LATENTCODEC_DTYPE (float32 or bfloat16) takes the place of the decision; ONEDNN_MAX_CPU_ISA is
+oneDNN's own, and what it switches off is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+OVERRIDE = "LATENTCODEC_DTYPE"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# oneDNN's names for the instructions it may use, weakest first, and what an x86 processor adds with each of them. Names
+# that are not listed (DEFAULT, ALL, later processors) allow everything.
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the second is the older name of the first
+X86_LEVELS = {
+    "SSE41": "sse4_1",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx_vnni",
+    "AVX2_VNNI_2": "avx_ne_convert",  # converts bfloat16, but computes in float32
+    "AVX512_CORE": "avx512f",
+    "AVX512_CORE_VNNI": "avx512_vnni",
+    "AVX512_CORE_BF16": "avx512_bf16",
+    "AVX512_CORE_FP16": "avx512_fp16",
+    "AVX512_CORE_AMX": "amx_bf16",
+    "AVX512_CORE_AMX_FP16": "amx_fp16",
+}
+X86_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+ARM_FLAGS = ("asimd", "sve", "sve2", "i8mm", "bf16")  # bf16: multiplies bfloat16
+REAL_GAIN = 1.2  # times faster than float32 that bfloat16 must be where only a measurement can tell
+TRIALS = 3  # of which the fastest counts
+CPUINFO = Path("/proc/cpuinfo")
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology"
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+# --- the number format
+
+
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where `device` has units for it, else float32: also where it would be emulated.
+
+    Raises ValueError for a value of LATENTCODEC_DTYPE that is neither.
+    """
+    wanted = os.environ.get(OVERRIDE)
+    if wanted:
+        if wanted not in DTYPES:
+            raise ValueError(f"{OVERRIDE} is {wanted!r}; it may be {' or '.join(DTYPES)}, or be left out")
+        return DTYPES[wanted]
+    return torch.bfloat16 if _has_bfloat16_units(torch.device(device).type) else torch.float32
+
+
+def is_fast(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether `device` computes in `dtype` itself. GPUs do in float16; of CPUs, few do, and none counts."""
+    if dtype == torch.float16:
+        return torch.device(device).type != "cpu"
+    return dtype != torch.bfloat16 or fast_dtype(device) == torch.bfloat16
+
+
+def emulation_cost(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """How many times as long as in float32 a convolution takes in `dtype`, forward and backward, as measured now."""
+    return convolution_seconds(dtype, device) / convolution_seconds(torch.float32, device)
+
+
+def convolution_seconds(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Seconds of a 3x3 convolution of 64 channels on 4 maps of 48 x 48, forward and backward; the best of three."""
+    x = torch.ones(4, 64, 48, 48, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
+    x.requires_grad_()
+    durations = []
+    for _ in range(1 + TRIALS):
+        start = time.perf_counter()
+        with torch.enable_grad():
+            layer(x).sum().backward()
+        torch.accelerator.synchronize() if x.device.type != "cpu" else None
+        durations.append(time.perf_counter() - start)
+    return min(durations[1:])  # the first one prepares
+
+
+@cache
+def _has_bfloat16_units(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        if not torch.backends.mkldnn.is_available():
+            return False  # torch's own convolutions know no such units
+        if (flags := cpu_flags()) is not None and not flags & {"bf16"}:
+            return bool(flags & X86_BFLOAT16)
+    # Other devices, processors that the system does not describe, and ARM, where units alone are not enough: torch must
+    # have been built to use them.
+    try:
+        return REAL_GAIN * convolution_seconds(torch.bfloat16, device_type) < convolution_seconds(
+            torch.float32, device_type
+        )
+    except (RuntimeError, TypeError):  # it cannot do it at all
+        return False
+
+
+# --- instructions
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """The instruction sets that the processor has and oneDNN may use; None where the system does not tell."""
+    if not CPUINFO.is_file():
+        return None
+    for line in CPUINFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # on x86, on ARM
+            return frozenset(value.split()) - _switched_off()
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Those that decide about the speed of a codec, weakest first; empty where the system does not tell."""
+    flags = cpu_flags() or frozenset()
+    return [name for name in ("avx2", *list(X86_LEVELS.values())[5:], *ARM_FLAGS) if name in flags]
+
+
+def cpu_name() -> str:
+    """The processor's own name; Linux tells it, elsewhere it is the architecture's."""
+    text = CPUINFO.read_text() if CPUINFO.is_file() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def _switched_off() -> frozenset[str]:
+    """x86 instructions beyond the limit that the environment sets for oneDNN."""
+    limit = next((os.environ[name].upper() for name in ONEDNN_LIMITS if os.environ.get(name)), "DEFAULT")
+    levels = list(X86_LEVELS)
+    return frozenset(list(X86_LEVELS.values())[levels.index(limit) + 1 :] if limit in levels else ())
+
+
+# --- cores
+
+
+def physical_cores() -> int:
+    """Cores that this process may use: by its affinity, two threads of one core counted once, and by the limits of its
+    control groups (containers, SLURM), rounded down; at least 1."""
+    logical = _allowed_threads()
+    cores = {_core(thread) for thread in logical}
+    count = len(cores) if None not in cores else min(len(logical), psutil.cpu_count(logical=False) or 1)
+    return max(1, min([count, *(int(limit) for limit in _cgroup_limits())]))
+
+
+def use_cores(processes: int = 1, workers: int = 0, threads: int | None = None) -> int:
+    """Let torch compute with this process's share of the cores; returns how many threads that are.
+
+    `processes` share the machine, and each has `workers` that read data, which get a core each as long as that is at
+    most every fourth one. `threads` takes the place of the share. OMP_NUM_THREADS, which `accelerate launch` and
+    torchrun set to 1, does not count.
+    """
+    if threads is None:
+        share = max(1, physical_cores() // processes)
+        threads = share - min(workers, share // 4)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _allowed_threads() -> list[int]:
+    """Logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _core(thread: int) -> tuple[str, str] | None:
+    """Package and number of the core behind a logical processor; None where the system does not tell."""
+    folder = Path(TOPOLOGY.format(thread))
+    try:
+        return (folder / "physical_package_id").read_text(), (folder / "core_id").read_text()
+    except OSError:
+        return None
+
+
+def _cgroup_limits() -> Iterator[float]:
+    """CPU time per time of the clock that each control group around this process may use at most.
+
+    Version 2 has cpu.max with "quota period" in microseconds, version 1 a file for each of the two. A container often
+    sees its own group as the root, whatever name /proc has for it, so the root is looked at too.
+    """
+    if not PROCESS_CGROUPS.is_file():
+        return
+    for line in PROCESS_CGROUPS.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = Path(name.lstrip("/"))
+        for mount in (
+            (CGROUPS, CGROUPS / "unified") if not controllers else (CGROUPS / controllers, CGROUPS / "cpu")
+        ):
+            for folder in (mount / group, *(mount / parent for parent in group.parents)):
+                yield from _limit_of(folder)
+
+
+def _limit_of(folder: Path) -> Iterator[float]:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if quota.strip() not in ("max", "-1"):
+            yield float(quota) / float(period)
+    except (OSError, ValueError):  # not there, or not to be read
+        return

@@ -1,0 +1,120 @@
+"""Files of latents that other programs have cached: .npz files of kohya's sd-scripts, .pt files of SimpleTuner.
+
+Such caches do not say which codec made them, nor whether their numbers are normalised; whoever imports them says it.
+
+    kohya        NAME_0512x0768_sdxl.npz: `latents` (or `latents_64x96`) [c, h, w], `original_size`, `crop_ltrb`,
+                 `latents_flipped`. Raw for SD and SDXL, normalised for SD3 and FLUX.
+    SimpleTuner  NAME.pt: a tensor [c, h, w], or a dictionary with `latents`. Normalised.
+
+Shapes: B batch, c latent channels, h w latent cells, H W pixels.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentcodec.pixels import UnreadableImage
+
+SUFFIXES = (".npz", ".pt", ".safetensors", ".npy")
+
+
+class Cached(NamedTuple):
+    """One file of a cache."""
+
+    latent: Tensor
+    """[c, h, w] float32, as in the file."""
+    original: tuple[int, int] | None
+    """H, W of the picture, where the file says so."""
+    crop: tuple[int, int]
+    """Top and left."""
+
+
+def find_caches(folder: Path) -> list[Path]:
+    """The cache files below a folder, sorted. Raises ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
+    return found
+
+
+def read_cache(path: str | Path) -> Cached:
+    """Reads one file of a cache. Raises UnreadableImage (a ValueError) naming it and the reason.
+
+    .pt files are read without running code that they may hold.
+    """
+    try:
+        content = _content(Path(path))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
+            SafetensorError) as error:  # fmt: skip
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UnreadableImage(f"{path}: cannot be read ({reason})") from error
+    latent = content["latents"].float()
+    if latent.ndim == 4 and len(latent) == 1:
+        latent = latent[0]
+    if latent.ndim != 3 or not latent.numel() or not latent.isfinite().all():
+        raise UnreadableImage(f"{path}: no finite latent [c, h, w], but {list(latent.shape)}")
+    original = content.get("original_size")
+    crop = content.get("crop_ltrb")
+    return Cached(
+        latent,
+        None if original is None else (int(original[1]), int(original[0])),  # kohya writes width, height
+        (0, 0) if crop is None else (int(crop[1]), int(crop[0])),
+    )
+
+
+def read_latents(path: Path) -> Tensor:
+    """[c, h, w] or [B, c, h, w] float32 of a .safetensors, .npy, .npz or .pt file. Raises ValueError naming it."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: latents are read from {', '.join(SUFFIXES)} files, or from the folder of a store"
+        )
+    try:
+        latents = _content(path)["latents"].float()
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
+            SafetensorError) as error:  # fmt: skip
+        raise ValueError(
+            f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else error!r})"
+        ) from error
+    if latents.ndim not in (3, 4):
+        raise ValueError(f"{path}: latents are [c, h, w] or [B, c, h, w], not {list(latents.shape)}")
+    return latents
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The `latents` of a file, and what else it says."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            content: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+        named = [name for name in content if name == "latents" or re.fullmatch(r"latents_\d+x\d+", name)]
+        if not named:
+            raise KeyError(f"no array 'latents' among {', '.join(content)}")
+        suffix = named[0].removeprefix("latents")  # newer files: latents_64x96, original_size_64x96
+        return {
+            "latents": torch.from_numpy(content[named[0]]),
+            "original_size": content.get(f"original_size{suffix}"),
+            "crop_ltrb": content.get(f"crop_ltrb{suffix}"),
+        }
+    if path.suffix == ".npy":
+        return {"latents": torch.from_numpy(np.load(path, allow_pickle=False))}
+    if path.suffix == ".safetensors":
+        loaded: Any = load_file(path)
+    else:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(loaded, Tensor):
+        return {"latents": loaded}
+    name = next((name for name in ("latents", "latent") if name in loaded), None)
+    if name is None or not isinstance(loaded[name], Tensor):
+        raise KeyError(f"no tensor 'latents' among {', '.join(map(str, loaded))}")
+    return {"latents": loaded[name]}

@@ -1,0 +1,106 @@
+"""The pictures of a plan, read and decoded in worker processes, batch by batch, in the order of the plan.
+
+Shapes: C channels, H W pixels, c latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentcodec.pixels import UnreadableImage
+from latentcodec.store.caches import read_cache
+from latentcodec.store.format import Settings
+from latentcodec.store.items import CACHE, Columns, EntryReader
+from latentcodec.store.picture import Pixels, read_pixels
+from latentcodec.store.plan import Plan, Planned
+
+BATCHES_AHEAD = 2  # that each worker keeps ready
+
+
+class Decoded(NamedTuple):
+    """One picture as a worker hands it over: pixels, or the latent of another program's cache, or a reason."""
+
+    planned: Planned
+    pixels: Pixels | None = None
+    latent: Tensor | None = None
+    """[c, h, w] as in the cache's file."""
+    original: tuple[int, int] = (0, 0)
+    """H, W of the picture before it was resized."""
+    crop: tuple[int, int] = (0, 0)
+    caption: str | None = None
+    label: int | None = None
+    reason: str | None = None
+    """Why it is left out; None where it is not."""
+
+
+class DecodedBatch(NamedTuple):
+    """What is encoded at once."""
+
+    shard: int
+    is_first: bool
+    is_last: bool
+    pictures: list[Decoded]
+
+
+def decoded_batches(plan: Plan, shards: list[int], workers: int) -> Iterator[DecodedBatch]:
+    """The batches of some shards, in order, decoded ahead by `workers` processes (0: by this one, when asked)."""
+    jobs = []
+    for shard in shards:
+        size, count = plan.batch(shard), plan.rows(shard)
+        jobs += [(shard, start, min(start + size, count)) for start in range(0, count, size)]
+    loader = DataLoader(
+        _Batches(plan, jobs),
+        batch_size=None,
+        num_workers=min(workers, len(jobs)),
+        prefetch_factor=BATCHES_AHEAD if workers and jobs else None,
+        collate_fn=_as_it_is,
+    )
+    for (shard, start, stop), pictures in zip(jobs, loader, strict=True):
+        yield DecodedBatch(shard, start == 0, stop == plan.rows(shard), pictures)
+
+
+class _Batches(Dataset):
+    """The batches (shard, first, last + 1) by number."""
+
+    def __init__(self, plan: Plan, jobs: list[tuple[int, int, int]]) -> None:
+        self.plan, self.jobs = plan, jobs
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, number: int) -> list[Decoded]:
+        return decode_pictures(self.plan, *self.jobs[number])
+
+
+def decode_pictures(plan: Plan, shard: int, start: int, stop: int) -> list[Decoded]:
+    """The pictures number `start` to `stop` - 1 of a shard."""
+    reader = EntryReader(Columns(**plan.part(shard).about["columns"]), plan.settings.captions is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # what is stored must not depend on a filter that makes them errors
+        return [decode(picture, reader, plan.settings) for picture in plan.pictures(shard, start, stop)]
+
+
+def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
+    """Reads one picture; one that cannot be read has a `reason`."""
+    entry = picture.entry
+    try:
+        if entry.kind == CACHE:
+            cached = read_cache(entry.path)
+            caption, label = reader.caption_and_label(entry)
+            return Decoded(
+                picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label
+            )
+        pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)
+        caption, label = reader.caption_and_label(entry)
+    except UnreadableImage as error:
+        return Decoded(picture, reason=str(error))
+    return Decoded(picture, pixels, None, pixels.original, pixels.crop, caption, label)
+
+
+def _as_it_is(pictures: list[Decoded]) -> list[Decoded]:
+    return pictures

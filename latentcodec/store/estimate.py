@@ -1,0 +1,65 @@
+"""What an encoding will take: pictures, bytes and hours, from the plan and one batch that is encoded on trial."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentcodec.codec import LatentCodec
+from latentcodec.store.decoding import decode_pictures
+from latentcodec.store.encoding import encode_batch
+from latentcodec.store.format import ITEM_BYTES, Shape
+from latentcodec.store.plan import Plan
+
+ROW_BYTES = 200  # of a row's metadata, about
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an encoding will take."""
+
+    pictures: int
+    rejected: int
+    """Pictures whose header cannot be read; others may turn out to be broken later."""
+    shards: int
+    shapes: dict[Shape, int]
+    """Pictures of each latent shape c, h, w."""
+    bytes: int
+    free_bytes: int
+    seconds: float
+    """In one process, from the second of two trial batches; without the time of decoding, which runs beside it."""
+
+
+def estimate(plan: Plan, codec: LatentCodec, out: Path) -> Estimate:
+    """Encodes one batch of the commonest shape, whose readable pictures stand for all, and adds up."""
+    settings = plan.settings
+    shapes: dict[Shape, int] = {}
+    for shard in plan.shards:
+        shapes[plan.shape(shard)] = shapes.get(plan.shape(shard), 0) + plan.rows(shard)
+    copies = (1 + (settings.posterior != "mode")) * (1 + settings.mirrored)
+    values = sum(c * h * w * count for (c, h, w), count in shapes.items()) * copies
+    folder = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.exists())
+    return Estimate(
+        pictures=plan.items,
+        rejected=len(plan.rejects()),
+        shards=len(plan.shards),
+        shapes=shapes,
+        bytes=values * ITEM_BYTES[settings.dtype] + ROW_BYTES * plan.items,
+        free_bytes=shutil.disk_usage(folder).free,
+        seconds=values * _seconds_per_value(plan, codec) if plan.items else 0.0,
+    )
+
+
+def _seconds_per_value(plan: Plan, codec: LatentCodec) -> float:
+    """Seconds that encoding takes for each number of a latent: pictures of other shapes take in proportion."""
+    shard = max(plan.shards, key=plan.rows)
+    pictures = decode_pictures(plan, shard, 0, min(plan.batch(shard), plan.rows(shard)))
+    ready = [picture for picture in pictures if picture.reason is None]
+    if not ready:
+        return 0.0
+    encode_batch(codec, ready, plan.settings)  # the first one prepares
+    begun = time.perf_counter()
+    latents = encode_batch(codec, ready, plan.settings)
+    return (time.perf_counter() - begun) / sum(z.numel() for z in latents.values())

@@ -1,0 +1,242 @@
+"""Which pictures an encoding is about, each with what is needed to read it in any process.
+
+Sources are folders, image files, glob patterns, uncompressed tars (WebDataset shards), parquet files and data sets of
+`datasets` (a folder of save_to_disk, or a name on the hub). An `Entry` is a few words and numbers, so that a plan can
+hold millions, and `EntryReader` gets a picture's bytes and caption from it. What becomes of the bytes is in
+`picture.py`.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from latentcodec.files import printable
+from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, find_images
+from latentcodec.store.caches import find_caches
+
+CACHE = "cache"  # kind of an entry that is another program's file of latents
+CAPTION_SUFFIX = ".txt"
+CAPTIONS_FROM_FILES = "txt"
+
+
+class Entry(NamedTuple):
+    """One picture and where its bytes lie."""
+
+    id: str
+    """Its path within its source, with forward slashes; for a data set `row N`."""
+    source: str
+    """The folder, tar or data set that it came from: (source, id) names a picture."""
+    kind: str
+    """`file`, `tar`, `row`, or `cache` for a file of latents."""
+    offset: int = 0
+    """Of the picture's bytes in the tar, or the row's number."""
+    length: int = 0
+    """Bytes of the picture in the tar."""
+    caption_offset: int = 0
+    caption_length: int = -1
+    """Of the caption in the tar; -1: there is none."""
+
+    @property
+    def path(self) -> str:
+        """What messages and rejects.jsonl call the picture."""
+        if self.kind in ("file", CACHE):
+            return f"{self.source}/{self.id}"
+        return f"{self.source}:{self.id}" if self.kind == "tar" else f"{self.source} {self.id}"
+
+
+class Columns(NamedTuple):
+    """Where a data set has its pictures, captions and labels."""
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+
+def list_entries(sources: Iterable[str], columns: Columns = Columns()) -> list[Entry]:  # noqa: B008 - immutable
+    """Every picture of `sources`, in their order, those of one source sorted by name.
+
+    Raises ValueError naming the source where there is nothing to read, and for a picture that is named twice.
+    """
+    entries = [entry for source in sources for entry in _entries_of(source, columns)]
+    seen: set[tuple[str, str]] = set()
+    for entry in entries:
+        if (key := (entry.source, entry.id)) in seen:
+            raise ValueError(f"{entry.path}: named twice; give each folder, file or data set once")
+        seen.add(key)
+    return entries
+
+
+def list_caches(folders: Iterable[str]) -> list[Entry]:
+    """Every file of latents below `folders`. Raises ValueError naming a folder that holds none."""
+    entries = []
+    for name in folders:
+        folder = Path(name).expanduser().resolve()
+        for file in find_caches(folder):
+            entries.append(
+                Entry(printable(file.relative_to(folder).as_posix()), printable(str(folder)), CACHE)
+            )
+    return entries
+
+
+def _entries_of(source: str, columns: Columns) -> Iterator[Entry]:
+    path = Path(source).expanduser()
+    if not path.exists() and glob.has_magic(source):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise ValueError(f"{source}: no file matches this pattern")
+        for name in found:
+            yield from _entries_of(name, columns)
+    elif path.suffix == ".tar" and path.is_file():
+        yield from _tar_entries(path.resolve())
+    elif path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        yield Entry(printable(path.name), printable(str(path.parent.resolve())), "file")
+    elif path.is_dir() and not _is_dataset(path):
+        folder = path.resolve()
+        tars = sorted(folder.rglob("*.tar"))
+        if tars:
+            for tar in tars:
+                yield from _tar_entries(tar)
+        else:
+            for file in find_images(folder):
+                yield Entry(printable(file.relative_to(folder).as_posix()), printable(str(folder)), "file")
+    elif path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{source}: no image file, tar or parquet file")
+    elif not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(f"{source}: no such file or folder")
+    else:
+        name = str(path.resolve()) if path.exists() else source
+        rows = len(_dataset(name, columns))
+        width = len(str(rows))
+        yield from (Entry(f"row {row:0{width}}", name, "row", offset=row) for row in range(rows))
+
+
+def _is_dataset(folder: Path) -> bool:
+    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+    return saved or next(folder.rglob("*.parquet"), None) is not None
+
+
+def _tar_entries(tar: Path) -> Iterator[Entry]:
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            members = {item.name: item for item in archive if item.isfile()}
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{tar}: not a whole, uncompressed tar file ({error})") from error
+    pictures = [n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
+    pictures = sorted(name for name in pictures if not PurePosixPath(name).name.startswith("."))
+    if not pictures:
+        raise ValueError(f"{tar}: holds no image")
+    for name in pictures:
+        item, caption = members[name], members.get(str(PurePosixPath(name).with_suffix(CAPTION_SUFFIX)))
+        text = (caption.offset_data, caption.size) if caption else (0, -1)
+        yield Entry(printable(name), str(tar), "tar", item.offset_data, item.size, *text)
+
+
+class EntryReader:
+    """Gets bytes, caption and label of an entry; can be sent to another process."""
+
+    def __init__(self, columns: Columns, with_captions: bool) -> None:
+        self.columns, self.with_captions = columns, with_captions
+
+    def picture(self, entry: Entry) -> str | bytes:
+        """The picture's file, or the bytes of one. Raises UnreadableImage where there are none."""
+        if entry.kind == "file":
+            return str(_file_of(entry))
+        if entry.kind == "tar":
+            return _read(entry.source, entry.offset, entry.length, entry.path)
+        from latentcodec.sources.images import encoded_cell
+
+        return encoded_cell(self._row(entry)[_image_column(entry.source, self.columns)], entry.path)
+
+    def caption_and_label(self, entry: Entry) -> tuple[str | None, int | None]:
+        """The text that belongs to the picture, stripped, and its class; None where there is none.
+
+        Raises UnreadableImage naming the picture where they are of another type, or no UTF-8.
+        """
+        label = caption = None
+        if entry.kind == "row":
+            row = self._row(entry)
+            caption = row[self.columns.caption] if self.columns.caption else None
+            label = row[self.columns.label] if self.columns.label else None
+        elif self.with_captions:
+            caption = _caption_of_file(entry)
+        if (
+            not isinstance(caption, str | None)
+            or isinstance(label, bool)
+            or not isinstance(label, int | None)
+        ):
+            raise UnreadableImage(
+                f"{entry.path}: a caption is text and a label a whole number, not {caption!r} and {label!r}"
+            )
+        return (caption.strip() if caption else None), label
+
+    def _row(self, entry: Entry) -> dict[str, Any]:
+        return _dataset(entry.source, self.columns)[entry.offset]
+
+
+def _file_of(entry: Entry) -> Path:
+    """The picture's file; a name that is no UTF-8 stands in the entry with escapes, as `printable` writes them."""
+    path = Path(entry.path)
+    if "\\udc" in entry.path and not path.exists():
+        return Path(re.sub(r"\\udc([89a-f][0-9a-f])", lambda hit: chr(0xDC00 + int(hit[1], 16)), entry.path))
+    return path
+
+
+def _caption_of_file(entry: Entry) -> str | None:
+    try:
+        if entry.kind == "tar":
+            if entry.caption_length < 0:
+                return None
+            return _read(entry.source, entry.caption_offset, entry.caption_length, entry.path).decode()
+        return _file_of(entry).with_suffix(CAPTION_SUFFIX).read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableImage(f"{entry.path}: its caption cannot be read ({error})") from error
+
+
+def _read(file: str, offset: int, length: int, name: str) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(offset)
+            content = opened.read(length)
+    except OSError as error:
+        raise UnreadableImage(f"{name}: {error.strerror}") from error
+    if len(content) < length:
+        raise UnreadableImage(f"{name}: {file} has become shorter")
+    return content
+
+
+@lru_cache(maxsize=64)
+def _dataset(name: str, columns: Columns) -> Any:
+    """The wanted columns of a data set, its pictures undecoded. Raises ValueError naming it."""
+    import datasets
+
+    from latentcodec.sources.images import Place, load_dataset
+
+    dataset = load_dataset(Place(name, columns.subset, columns.split))
+    image = _image_column_of(dataset, name, columns)
+    wanted = [column for column in (image, columns.caption, columns.label) if column]
+    for column in wanted:
+        if column not in dataset.features:
+            raise ValueError(
+                f"{name} has no column {column!r}; its columns are: {', '.join(dataset.features)}"
+            )
+    return dataset.select_columns(wanted).cast_column(image, datasets.Image(decode=False))
+
+
+def _image_column(name: str, columns: Columns) -> str:
+    return _image_column_of(_dataset(name, columns), name, columns)
+
+
+def _image_column_of(dataset: Any, name: str, columns: Columns) -> str:
+    from latentcodec.sources.images import find_image_column
+
+    return find_image_column(dataset.features, name, columns.image)

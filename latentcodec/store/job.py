@@ -1,0 +1,257 @@
+"""One encoding from beginning to end, for one process or one of many: plan, this process' shards, index.
+
+    plan = prepare(["photos"], "latents", "photo-f8c16", size=512)
+    encode("latents")
+
+Processes need no coordination: each makes the same plan or finds it made, takes every world-th shard, and whoever sees
+that all shards are there writes the index. A killed one is started again, with any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentcodec.codec import LatentCodec
+from latentcodec.machine import DTYPES, fast_dtype, physical_cores
+from latentcodec.store.encoding import Receipt, ShardEncoder
+from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
+from latentcodec.store.identity import fingerprint_of, normalisation_of
+from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
+from latentcodec.store.plan import PLAN_FOLDER, Plan
+from latentcodec.store.planning import make_plan
+from latentcodec.store.quantize import TORCH
+from latentcodec.store.ranks import rank_and_world
+from latentcodec.store.write import finish, write_durable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+BATCH_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 23}  # 8 pictures of 512 x 512, or 32
+DECODERS = 8  # worker processes at most, unless more are asked for
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `encode` did in this process."""
+
+    receipts: list[Receipt]
+    index: Index | None
+    """Of the finished store; None while other processes still have shards to do."""
+
+
+def prepare(
+    sources: Sequence[str],
+    out: str | Path,
+    codec: LatentCodec | str,
+    *,
+    size: int | None = None,
+    area: int | None = None,
+    multiple: int | None = None,
+    min_side: int = 0,
+    dtype: str = "float16",
+    posterior: str = "mode",
+    mirrored: bool = False,
+    captions: str | None = CAPTIONS_FROM_FILES,
+    columns: Columns = Columns(),  # noqa: B008 - immutable
+    shard_size: int = 1024,
+    sampled: int = 16,
+    device: str | None = None,
+    batch: int = 0,
+    threads: int | None = None,
+    precision: str | None = None,
+    imported: str | None = None,
+    keep_codec: bool = True,
+    save: bool = True,
+) -> Plan:
+    """The plan for encoding `sources` into the store `out`, saved there together with the codec.
+
+    A store that is there is gone on with: an unfinished one with the shards that are missing, a finished one with the
+    pictures that it does not have. `imported`: `raw` or `normalised`, where `sources` are folders of another program's
+    files of latents. Raises StoreError where it was begun with other settings, and ValueError for
+    settings or sources that do not fit.
+    """
+    out = Path(out).expanduser()
+    model = codec if isinstance(codec, LatentCodec) else LatentCodec.from_pretrained(codec)
+    settings = Settings(
+        codec=fingerprint_of(model), latent_channels=model.latent_channels,
+        downsampling_factor=model.downsampling_factor, image_channels=model.image_channels,
+        size=size, area=area, multiple=multiple if multiple or area is None else 8 * model.downsampling_factor,
+        min_side=min_side, dtype=dtype, posterior=posterior, mirrored=mirrored,
+        captions=columns.caption or captions, label=columns.label, imported=imported,
+    )  # fmt: skip
+    _check(settings, shard_size)
+    if precision not in (None, *DTYPES):
+        raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
+    before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
+    told = [
+        os.path.abspath(os.path.expanduser(s)) if os.path.exists(os.path.expanduser(s)) else s
+        for s in sources
+    ]
+    if before is not None:
+        if differences := before.settings.differences(settings):
+            raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
+        if missing_shards(out, before):
+            return _resumed(out, before, told)
+    machine = _machine(device, batch, threads, precision)
+    plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
+    if save:
+        if keep_codec:
+            _keep_codec(model, out)
+        if plan is not before:
+            _publish(plan, out)
+    return plan
+
+
+def encode(
+    out: str | Path,
+    codec: LatentCodec | str | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Job:
+    """Encodes this process' shards of a store that `prepare` has planned; the last one writes the index.
+
+    `rank`, `world`: this process and their number, by default from the environment of torchrun, accelerate or SLURM
+    (array jobs included). `workers`: processes that decode, by default the CPU's cores. `progress(encoded, rejected)`
+    is called after each batch.
+    """
+    out = Path(out).expanduser()
+    told_rank, told_world = rank_and_world()
+    rank, world = told_rank if rank is None else rank, told_world if world is None else world
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world}: ranks count from 0")
+    encoder = ShardEncoder(
+        out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
+    )
+    with _alone(out, rank, world):
+        receipts = list(encoder.run(encoder.plan.shards[rank::world], progress))
+    index = None if missing_shards(out, encoder.plan) else finish(out)
+    return Job(receipts, index)
+
+
+def missing_shards(out: Path, plan: Plan) -> list[int]:
+    """The numbers of the shards that are not there yet."""
+    return [shard for shard in plan.shards if not (out / plan.file(shard)).is_file()]
+
+
+def _check(settings: Settings, shard_size: int) -> None:
+    """Raises ValueError for settings that contradict each other."""
+    if settings.size is not None and settings.area is not None:
+        raise ValueError("--size and --area: give one of the two, squares of one size or buckets of one area")
+    for name in ("size", "area", "multiple"):
+        value = getattr(settings, name)
+        if value is not None and value < settings.downsampling_factor:
+            raise ValueError(f"--{name} {value}: at least {settings.downsampling_factor}, one latent cell")
+    if settings.multiple and settings.multiple % settings.downsampling_factor:
+        raise ValueError(
+            f"--multiple {settings.multiple}: a multiple of {settings.downsampling_factor} pixels"
+        )
+    if settings.multiple and settings.area is None:
+        raise ValueError("--multiple belongs to --area, the pixels of a bucket")
+    if settings.dtype not in TORCH:
+        raise ValueError(f"--dtype {settings.dtype}: latents are stored as {', '.join(TORCH)}")
+    if settings.imported not in (None, "raw", "normalised"):
+        raise ValueError(f"--latents {settings.imported}: raw or normalised")
+    if settings.posterior not in ("mode", "mean and std"):
+        raise ValueError(f"posterior {settings.posterior!r}: 'mode' or 'mean and std'")
+    if shard_size < 1:
+        raise ValueError(f"--shard-size {shard_size}: at least one picture")
+
+
+def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
+    """The plan of an unfinished store, for the same sources only; says what differs on this machine."""
+    begun = plan.parts[-1].about["sources"]
+    if begun != sources:
+        raise StoreError(
+            f"{out}: this store is not finished. Finish it first, with the sources {', '.join(begun)}; then other "
+            "pictures can be added"
+        )
+    machine = plan.parts[-1].machine
+    here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    for name, value in here.items():
+        if machine[name] != value and not (name == "device" and machine[name] == "cpu"):
+            warnings.warn(
+                f"{out} was begun with {name} {machine[name]}, here it is {value}: the last bits of the latents will "
+                "differ between its shards",
+                stacklevel=3,
+            )
+    return plan
+
+
+def _machine(device: str | None, batch: int, threads: int | None, precision: str | None) -> dict[str, Any]:
+    """How this part of the store is encoded, on this machine and wherever it is gone on with."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    dtype = fast_dtype(chosen) if precision is None else DTYPES[precision]
+    return {
+        "device": chosen,
+        "precision": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
+        "threads": threads or physical_cores(),
+        "torch": torch.__version__,
+    }
+
+
+def _publish(plan: Plan, out: Path) -> None:
+    """Saves the newest part of a plan; another process may have saved the same before."""
+    part = plan.parts[-1]
+    path = out / PLAN_FOLDER / f"{len(plan.parts) - 1:04}.arrow"
+    if write_durable(path, part.to_bytes(), exclusive=True):
+        return
+    theirs = Plan.load(out).parts[len(plan.parts) - 1]
+    if theirs.about["digest"] != part.about["digest"]:
+        raise StoreError(
+            f"{out}: another process has begun to encode other pictures, or with other settings, into this store"
+        )
+
+
+def _keep_codec(codec: LatentCodec, out: Path) -> None:
+    """A copy of the codec in the store, whole or not at all."""
+    if (out / CODEC).is_dir():
+        return
+    beside = out / f".{CODEC}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    try:
+        codec.save_pretrained(beside)
+        with suppress(OSError):  # another process was faster: its copy is the same
+            beside.rename(out / CODEC)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _alone(out: Path, rank: int, world: int) -> Iterator[None]:
+    """Refuses to encode where another process is this rank on this machine already.
+
+    Raises StoreError. Two that do not see each other's lock only do work twice: they write equal files.
+    """
+    path = out / LOCKS / f"{rank}-of-{world}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"{out}: another process is encoding into this store (rank {rank} of {world})"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # others are still at work
+                path.parent.rmdir()

@@ -1,0 +1,110 @@
+"""From the bytes of a picture to the pixels that are encoded: which size they get, and how they are resized and cut.
+
+Three ways: `--size` scales the shorter side and takes the square centre; `--area` with `--multiple` chooses the bucket
+whose aspect ratio is nearest and fills it; without either a picture keeps its size, and its right and bottom edge are
+repeated up to a multiple of f, as `LatentCodec.encode` does.
+
+Shapes: C channels, H W pixels, f downsampling factor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentcodec.pixels import UnreadableImage, decode_image, pad_to_multiple
+from latentcodec.store.format import Settings, Shape
+
+LONGEST_TO_SHORTEST = 4.0  # of a bucket: what is longer still is cut
+LARGEST_SHARE_CUT = (
+    64  # times the pixels that are kept; a picture of one line would fill the memory when scaled
+)
+
+
+class Pixels(NamedTuple):
+    """A picture that is ready for the encoder."""
+
+    x: Tensor
+    """[C, H, W] in [-1, 1], sides multiples of f."""
+    size: tuple[int, int]
+    """H, W without the repeated edge: what a decoded picture is cropped to."""
+    original: tuple[int, int]
+    """H, W of the file's picture, upright."""
+    crop: tuple[int, int]
+    """Top and left of the cut, in pixels of the resized picture."""
+
+
+def target_size(original: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """H, W in pixels that a picture of H, W = `original` is brought to."""
+    if settings.size is not None:
+        return settings.size, settings.size
+    if settings.area is not None:
+        assert settings.multiple is not None
+        return bucket(original, settings.area, settings.multiple)
+    return original
+
+
+def bucket(original: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
+    """The sides, multiples of `multiple`, of about `area` pixels, whose ratio is the nearest to the picture's."""
+    ratio = math.log(original[0] / original[1])
+    longest = math.log(LONGEST_TO_SHORTEST)
+    ratio = max(-longest, min(longest, ratio))
+    height = max(multiple, multiple * round(math.sqrt(area * math.exp(ratio)) / multiple))
+    width = max(multiple, multiple * round(area / height / multiple))
+    return height, width
+
+
+def latent_shape(size: tuple[int, int], settings: Settings) -> Shape:
+    """c, h, w of a picture of H, W = `size`."""
+    f = settings.downsampling_factor
+    return settings.latent_channels, -(-size[0] // f), -(-size[1] // f)
+
+
+def read_pixels(
+    source: str | bytes, name: str, settings: Settings, expected: tuple[int, int] | None
+) -> Pixels:
+    """Decodes, resizes and cuts a picture.
+
+    `expected`: H, W that its header gave when the shards were planned. Raises UnreadableImage where it is broken, is
+    smaller than `settings.min_side`, or has another size than `expected`.
+    """
+    x = decode_image(source, settings.image_channels, name=name)
+    original = (x.shape[-2], x.shape[-1])
+    if expected is not None and original != expected:
+        raise UnreadableImage(
+            f"{name}: {original[0]} x {original[1]} pixels, {expected[0]} x {expected[1]} when the store was planned"
+        )
+    if min(original) < settings.min_side:
+        raise UnreadableImage(
+            f"{name}: {original[0]} x {original[1]} pixels, a side below {settings.min_side} (min_side)"
+        )
+    size = target_size(original, settings)
+    if max(size[0] / original[0], size[1] / original[1]) ** 2 * x[0].numel() > LARGEST_SHARE_CUT * math.prod(
+        size
+    ):
+        raise UnreadableImage(
+            f"{name}: {original[0]} x {original[1]} pixels are too elongated to cut {size} out of"
+        )
+    x, crop = _fill(x, size)
+    return Pixels(pad_to_multiple(x, settings.downsampling_factor), size, original, crop)
+
+
+def _fill(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """[C, H, W] scaled until it covers `size`, and its centre of that size; with the cut's top and left."""
+    height, width = x.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    if scaled != (height, width):
+        x = F.interpolate(x[None], scaled, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    return x[:, top : top + size[0], left : left + size[1]].contiguous(), (top, left)
+
+
+def mirrored(pixels: Pixels, f: int) -> Tensor:
+    """[C, H, W]: the picture mirrored left to right, its edge repeated after that, as it would be encoded by itself."""
+    height, width = pixels.size
+    return pad_to_multiple(torch.flip(pixels.x[:, :height, :width], [2]), f)

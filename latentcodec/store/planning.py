@@ -1,0 +1,126 @@
+"""Making a plan: the pictures are listed, their headers read where the size decides the shard, and cut into shards.
+
+Shapes: c latent channels, h w latent cells, H W pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentcodec.pixels import UnreadableImage, image_size
+from latentcodec.store.caches import read_cache
+from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
+from latentcodec.store.items import CACHE, Columns, Entry, EntryReader, list_caches, list_entries
+from latentcodec.store.picture import latent_shape, target_size
+from latentcodec.store.plan import COLUMNS, Part, Plan, plan_digest
+
+HEADER_READERS = 8  # threads that read the headers of pictures
+
+
+def make_plan(
+    sources: Sequence[str],
+    settings: Settings,
+    machine: dict[str, Any],
+    columns: Columns = Columns(),  # noqa: B008 - immutable
+    shard_size: int = 1024,
+    sampled: int = 16,
+    normalisation: dict[str, Any] | None = None,
+    before: Plan | None = None,
+) -> Plan:
+    """A plan for the pictures of `sources` that the plan `before` does not have yet, as one more part of it.
+
+    Where it has all of them, it is `before` itself. `sampled` pictures, evenly spread, are decoded again while
+    encoding. Raises ValueError where there is nothing to read.
+    """
+    entries = list_caches(sources) if settings.imported else list_entries(sources, columns)
+    if before is not None:
+        known = before.keys()
+        entries = [entry for entry in entries if (entry.source, entry.id) not in known]
+        if not entries:
+            return before
+    sizes = _sizes(entries, settings, columns)
+    shards, order, reasons = _cut(entries, sizes, settings, shard_size)
+    accepted = sum(count for *_, count in shards)
+    samples = np.unique(np.linspace(0, accepted - 1, min(sampled, accepted)).round().astype(int)).tolist()
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": asdict(settings),
+        "normalisation": normalisation or {},
+        "sources": list(sources),
+        "columns": columns._asdict(),
+        "machine": machine,
+        "first": len(before.shards) if before else 0,
+        "shards": shards,
+        "samples": samples,
+    }
+    table = _table(entries, sizes, reasons, order)
+    about["digest"] = plan_digest(about, table)
+    return Plan([*(before.parts if before else []), Part(table, about)])
+
+
+def _sizes(entries: list[Entry], settings: Settings, columns: Columns) -> list[tuple[int, int] | str | None]:
+    """H, W of each picture from its header, or why it cannot be read; None throughout where one size is for all."""
+    if settings.size is not None:
+        return [None] * len(entries)
+    reader = EntryReader(columns, with_captions=False)
+    f = settings.downsampling_factor
+
+    def size(entry: Entry) -> tuple[int, int] | str:
+        try:
+            if entry.kind == CACHE:
+                _, h, w = read_cache(entry.path).latent.shape
+                return h * f, w * f
+            return image_size(reader.picture(entry), name=entry.path)
+        except UnreadableImage as error:
+            return str(error)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(HEADER_READERS) as pool:
+        warnings.simplefilter("default")  # the plan must not depend on a filter that makes them errors
+        return list(pool.map(size, entries))
+
+
+def _cut(
+    entries: list[Entry], sizes: list[tuple[int, int] | str | None], settings: Settings, shard_size: int
+) -> tuple[list[list[int]], list[int], list[str | None]]:
+    """The shards as [c, h, w, rows], the entries' numbers in the order of the plan, and why an entry is left out."""
+    groups: dict[Shape, list[int]] = defaultdict(list)
+    reasons: list[str | None] = [None] * len(entries)
+    left_out = []
+    for number, size in enumerate(sizes):
+        if isinstance(size, str):
+            reasons[number] = size
+            left_out.append(number)
+        else:
+            groups[latent_shape(target_size(size or (0, 0), settings), settings)].append(number)
+    shards, order = [], []
+    for shape, members in sorted(groups.items()):
+        for start in range(0, len(members), shard_size):
+            shards.append([*shape, len(members[start : start + shard_size])])
+        order += members
+    return shards, order + left_out, reasons
+
+
+def _table(
+    entries: list[Entry],
+    sizes: list[tuple[int, int] | str | None],
+    reasons: list[str | None],
+    order: list[int],
+) -> pa.Table:
+    """The rows of a part, in the order of the plan."""
+    known = [size if isinstance(size, tuple) else (-1, -1) for size in sizes]
+    values: dict[str, list[Any]] = {
+        **{name: [entries[i][k] for i in order] for k, name in enumerate(Entry._fields)},
+        "height": [known[i][0] for i in order],
+        "width": [known[i][1] for i in order],
+        "reason": [reasons[i] for i in order],
+    }
+    return pa.table({field.name: pa.array(values[field.name], field.type) for field in COLUMNS})

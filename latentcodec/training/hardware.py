@@ -1,0 +1,122 @@
+"""What a run takes of the machine: its number format, decided once when it begins, and its threads.
+
+`train.mixed_precision: auto` becomes what the machine computes fast in (`machine.py`), or what `accelerate launch` was
+told. The run's configuration keeps what it became, so that a resume on another machine goes on in the same format and
+says what is different there, before it changes a number.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from latentcodec import machine
+from latentcodec.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from latentcodec.training.config import Config
+
+LAUNCHER = (
+    "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch --mixed_precision` was told; "no" also by default
+)
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.mixed_precision
+Precision = Literal["no", "bf16", "fp16"]
+NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes with on this machine."""
+
+    precision: Precision
+    """A value of train.mixed_precision other than auto."""
+    threads: int
+    """Of each process, for torch."""
+    notes: list[str]
+    """Lines for the user, the first of which says what is computed with; then warnings and differences."""
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, since it decides about the rounding of sums."""
+        return {"threads": self.threads, "instructions": machine.instruction_sets()}
+
+
+def take_hardware(config: Config, found: Checkpoint | None, state: PartialState) -> Hardware:
+    """Decide the number format and let torch take this process's cores. `found`: the checkpoint to go on from.
+
+    All processes come to the same format: bfloat16 only where it is fast for each of them.
+    """
+    train, device = config.train, state.device
+    saved = None if found is None else found.state["config"]["train"]["mixed_precision"]
+    fast = all(gather_object([machine.fast_dtype(device) == torch.bfloat16]))
+    natural = "bf16" if fast else "no"
+    told = os.environ.get(LAUNCHER, "no").replace("no", "")  # "no" it also says when it was told nothing
+    chosen = next(name for name in (train.mixed_precision, saved, told, natural) if name in DTYPES)
+    precision = cast(Precision, chosen)
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+    threads = machine.use_cores(here, config.data.workers, None if train.threads == "auto" else train.threads)
+    hardware = Hardware(precision, threads, [_summary(precision, threads, state)])
+    hardware.notes.extend(_emulation(precision, device) if state.is_main_process else [])
+    hardware.notes.extend(_differences(hardware, found, saved, natural))
+    return hardware
+
+
+def settled(config: Config, hardware: Hardware) -> Config:
+    """The configuration with what `auto` became as its number format."""
+    return replace(config, train=replace(config.train, mixed_precision=hardware.precision))
+
+
+def _summary(precision: str, threads: int, state: PartialState) -> str:
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else machine.cpu_name()
+    flags = f" ({' '.join(machine.instruction_sets())})" if state.device.type == "cpu" else ""
+    each = f"{state.num_processes} processes of {threads}" if state.num_processes > 1 else f"{threads}"
+    cores = machine.physical_cores()
+    return f"training in {NAMES[precision]} on {device}{flags}: {each} threads, {cores} cores to be had"
+
+
+def _emulation(precision: str, device: torch.device) -> list[str]:
+    """A warning, with the measured cost, of a format that the machine has no units for."""
+    if machine.is_fast(DTYPES[precision], device):
+        return []
+    cost = machine.emulation_cost(DTYPES[precision], device)
+    return [
+        f"warning: this machine has no units for {NAMES[precision]} and emulates it: a convolution takes {cost:.1f} "
+        "times as long as in float32 (--train.mixed_precision no)"
+    ]
+
+
+def _differences(hardware: Hardware, found: Checkpoint | None, saved: str | None, natural: str) -> list[str]:
+    """What is not as it was when the checkpoint was written, and what that changes."""
+    if found is None:
+        return []
+    notes = []
+    if saved in DTYPES and saved != hardware.precision:
+        notes.append(
+            f"train.mixed_precision was {saved} up to step {found.step} and is {hardware.precision} from here on: "
+            "the numbers change"
+        )
+    elif saved == "no" and natural == "bf16":
+        notes.append(
+            "this run began in float32 and stays so; this machine has units for bfloat16 "
+            "(--train.mixed_precision bf16 would use them, and change the numbers)"
+        )
+    before, now = found.state.get("machine", {}), hardware.record()
+    changed = [
+        f"{key} {_text(before[key])}, now {_text(now[key])}"
+        for key in now
+        if before.get(key, now[key]) != now[key]
+    ]
+    if changed:
+        notes.append(
+            f"the checkpoint was written on another machine ({'; '.join(changed)}): sums are added in another order, "
+            "so numbers equal an undisturbed run's to rounding only"
+        )
+    return notes
+
+
+def _text(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)

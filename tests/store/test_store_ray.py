@@ -1,0 +1,60 @@
+"""A store encoded by Ray on two CPUs, one worker killed: the same bytes as without Ray."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from stores import SMALL, digest, tiny_codec, write_pictures
+
+from latentcodec.store import encode, prepare, verify
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_ray_with_a_killed_worker_makes_the_same_store(tmp_path):
+    import psutil
+
+    from latentcodec.store.ray import EncodeShards, encode_with_ray
+
+    photos, codec = write_pictures(tmp_path / "photos", 40), tiny_codec()
+    prepare([str(photos)], tmp_path / "peace", codec, **SMALL)
+    encode(tmp_path / "peace", codec, workers=0)
+    prepare([str(photos)], tmp_path / "store", codec, **SMALL)
+    killed = []
+
+    def kill_a_worker():
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                if "ShardEncoder" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.05)
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        killer = threading.Thread(target=kill_a_worker, daemon=True)
+        killer.start()
+        job = encode_with_ray(tmp_path / "store", actors=2)
+        killer.join(60)
+        assert killed
+        assert job.index is not None
+        assert digest(tmp_path / "store") == digest(tmp_path / "peace")
+        prepare([str(photos)], tmp_path / "data", codec, **SMALL)
+        rows = ray.data.from_items([{"shard": shard} for shard in range(10)]).map_batches(
+            EncodeShards,
+            fn_constructor_args=(str(tmp_path / "data"),),
+            batch_size=1,
+            concurrency=1,
+            num_cpus=0,
+        )
+        assert sum(row["rows"] for row in rows.take_all()) == 40
+    finally:
+        ray.shutdown()
+    encode(tmp_path / "data", codec, workers=0)
+    assert digest(tmp_path / "data") == digest(tmp_path / "peace")
+    assert verify(tmp_path / "data").ok
