@@ -12,7 +12,7 @@ from latentcodec.engine.layers import Upsample, norm_act
 from latentcodec.ops import functional
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.pointwise import NativeKernels
-from latentcodec.ops.pointwise import REFERENCE_KERNELS
+from latentcodec.ops.pointwise import Kernels
 
 KERNELS = ["eager", "native", "triton"]
 
@@ -21,7 +21,7 @@ KERNELS = ["eager", "native", "triton"]
 def device(request, monkeypatch):
     """Of the kernels that run: Triton's on a GPU, or interpreted (see conftest.py)."""
     if request.param != "triton":
-        kernels = REFERENCE_KERNELS if request.param == "eager" else NativeKernels(library())
+        kernels = Kernels() if request.param == "eager" else NativeKernels(library())
         monkeypatch.setattr(functional, "fastest_kernels", lambda _: kernels)
         return "cpu"
     triton_kernels = pytest.importorskip("latentcodec.ops.triton_pointwise", exc_type=ImportError)

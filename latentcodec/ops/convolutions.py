@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ from latentcodec.ops.pointwise import Moments
 
 WindowConvolution = Callable[..., Tensor]
 """[B, rows, W, C], moments that count the result in, and a residual [B, rows', W', C'] -> [B, rows', W', C']."""
+
+Prepared = Convolution | WinogradConvolution
 
 PROBES = 1024  # values of a weight that are looked at to see whether it has changed
 
@@ -69,7 +72,7 @@ def _window_convolution(
     weight: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    prepare: Callable[..., Convolution],
+    prepare: Callable[..., Prepared],
     workspace: Workspace | None,
 ) -> WindowConvolution:
     run = _prepared_convolution(weight, dtype, prepare, workspace)
@@ -90,11 +93,11 @@ def _window_convolution(
 
 
 def _prepared_convolution(
-    weight: Tensor, dtype: torch.dtype, prepare: Callable[..., Convolution], workspace: Workspace | None
+    weight: Tensor, dtype: torch.dtype, prepare: Callable[..., Prepared], workspace: Workspace | None
 ) -> Convolution:
     """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
     if weight.device.type != "cpu":  # where there is no packing
-        return prepare(weight.detach(), dtype)
+        return cast(Convolution, prepare(weight.detach(), dtype))
     version = 0 if weight.is_inference() else weight._version
     state = weight.data_ptr(), version, dtype, workspace is None
     known, probed, total, run = _prepared.get(weight, (None, None, None, None))
@@ -104,7 +107,9 @@ def _prepared_convolution(
             _probed(weight.detach()),
         )
         _prepared[weight] = state, probed, probed.sum().item(), run
-    return run.using(workspace) if isinstance(run, WinogradConvolution) else run
+    if workspace is not None and isinstance(run, WinogradConvolution):
+        return run.using(workspace)
+    return cast(Convolution, run)
 
 
 def _probed(weight: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def _probed(weight: Tensor) -> Tensor:
 
 def _prepare_direct(
     weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False
-) -> Convolution:
+) -> Prepared:
     direct = partial(_direct, weight, dtype, stride, columns)
     is_suited = winograd and dtype == torch.float32 and stride == columns == 1 and weight.shape[2:] == (3, 3)
     return WinogradConvolution.best(weight, False, direct) or direct() if is_suited else direct()
@@ -141,7 +146,7 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
     return convolve
 
 
-def _prepare_upsample(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Convolution:
+def _prepare_upsample(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Prepared:
     direct = partial(_direct_upsample, weight, dtype)
     is_suited = winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3)
     return WinogradConvolution.best(weight, True, direct) or direct() if is_suited else direct()

@@ -78,7 +78,8 @@ class WinogradConvolution:
         self, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, direct: Callable[[], Convolution]
     ) -> None:
         self.library, self.weight, self.scheme = library, weight, scheme
-        self.prepare_direct, self.direct = direct, None
+        self.prepare_direct = direct
+        self.direct: Convolution | None = None
         self.kept = None if weight.numel() > KEPT_VALUES else self.transformed(torch.empty(self.size))
 
     @classmethod
@@ -120,7 +121,8 @@ class _Running:
 
     def __init__(self, convolution: WinogradConvolution, workspace: Workspace) -> None:
         self.convolution, self.workspace = convolution, workspace
-        self.weight, self.memory = convolution.kept, None
+        self.weight = convolution.kept
+        self.memory: Tensor | None = None
 
     def __call__(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         prepared = self.convolution
