@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train" / "configs" / "demo.yaml"
 BUNDLED = "photo-f8c16"
 START_SECONDS, FINISH_SECONDS = 40, 15  # of a training, on two cores without bfloat16 units
+REPORTS = ("reconstruction", "throughput")  # the benches that write a page
+FINE = (0, 3)  # exit codes: done, and done with something to look at, such as images that could not be read
 NOT_FETCHED = (
     "LPIPS is not measured: the weights of its network would have to be fetched (528 MB, bench/reconstruction.py "
     "does it where it is asked to)"
@@ -69,13 +71,12 @@ def steps(options: argparse.Namespace) -> list[Step]:
     settings = {"config": CONFIG, "output_dir": out, "train.max_minutes": minutes}
     if options.images is not None:
         settings["data.path"] = options.images
-    # The launcher's own options are given so that it does not list them; the number format is the machine's.
-    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "train" / "train.py")]
     score = {
         "codec": [codec, BUNDLED],
         "images": pictures,
         "lpips_net": "none",
+        "rivals": [],
+        "no_text": [],
         "out": out / "reconstruction",
     }
     speed = {
@@ -91,7 +92,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
     about = START_SECONDS + 60 * minutes + FINISH_SECONDS
     speed_title = "Measure its speed and memory in turn with diffusers' own class"
     return [
-        Step("training", train, about, python(*launcher, **settings), shown=True),
+        Step("training", train, about, python(str(ROOT / "train" / "train.py"), **settings), shown=True),
         Step(
             "pipeline",
             "Send pictures through a diffusers pipeline with it",
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of all steps, for the reason in train/train.py
     todo = steps(options)
     print(f"The demo has {len(todo)} steps, about {clock(sum(step.seconds for step in todo))} on two cores.")
     print(f"Nothing is fetched from the network. {NOT_FETCHED}.")
@@ -142,6 +144,7 @@ def clock(seconds: float) -> str:
 
 def run(step: Step, out: Path) -> None:
     """Run a step to its end, with a line that tells the time. Ends the demo where the step fails."""
+    code: int | None
     if step.shown:
         code = subprocess.run(step.command, check=False).returncode
         where = ""
@@ -150,16 +153,22 @@ def run(step: Step, out: Path) -> None:
         with log.open("w") as file, tqdm(bar_format="      {elapsed}", leave=False) as line:
             child = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT)
             try:
-                while (running := child.poll()) is None:
+                while (code := _wait(child)) is None:
                     line.refresh()
-                    time.sleep(0.25)
             except BaseException:
                 child.terminate()
                 raise
-            code = running
-        where = "" if code == 0 else f"\n{log.read_text()}"
-    if code:
+        where = "" if code in FINE else f"\n{log.read_text()}"
+    if code not in FINE:
         raise SystemExit(f"{where}\nerror: step {step.name} of the demo ended with code {code}")
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, or None after a moment: a second on a screen, longer in a log, where each line stays."""
+    try:
+        return child.wait(1 if sys.stderr.isatty() else 4)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def last_line(out: Path, name: str) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def print_summary(out: Path) -> None:
     page = (out / "demo.html").resolve()
     print(f"\nThe trained codec         {out / 'codec'}")
     print(f"Its progress in pictures  {out / 'samples'}")
-    for name in ("reconstruction", "throughput"):
+    for name in REPORTS:
         print(f"Report, {name:<17} {last_line(out, name)['files']['html']}")
     print(f"\nOpen this page in a browser: {page.as_uri()}")
 
@@ -191,20 +200,19 @@ LEFT_BEHIND = {
     "codec/": "the trained codec, a plain diffusers AutoencoderKL",
     "samples/": "its progress: originals, reconstructions, four times the difference",
     "metrics.jsonl": "every loss of every step",
-    "reconstruction/": "the report on quality, image by image",
-    "throughput/": "the report on speed and memory",
 }
 
 
 def write_page(options: argparse.Namespace) -> None:
     """FOLDER/demo.html: what was trained, pictures through both codecs, and what the numbers mean."""
-    from latentcodec.report import page as report
+    from latentcodec.report.page import Page
+    from latentcodec.report.results import machine_facts
 
     result = json.loads((options.out / "result.json").read_text())
     scores = last_line(options.out, "reconstruction")
     machine, (trained, bundled) = scores["hardware"], scores["codecs"]
     minutes = f"{result['minutes']:.2g} minutes"
-    page = report.Page(
+    page = Page(
         f"{minutes} of training",
         f"A codec of {trained['parameters'] / 1e6:.1f} M parameters, trained for {minutes} ({result['step']:,} steps) "
         f"on {options.images or 'drawn pictures'}, on {machine['cpu']} with {machine['threads']} threads. "
@@ -222,7 +230,9 @@ def write_page(options: argparse.Namespace) -> None:
     page.section("The pictures", READING)
     add_pictures(page, options.out, minutes)
     page.section("More", "What else the demo left in this folder, and the machine it ran on.")
-    page.facts(LEFT_BEHIND | report.machine_facts(machine))
+    page.facts(LEFT_BEHIND | machine_facts(machine))
+    reports = {f"report: {name}": last_line(options.out, name)["files"]["html"] for name in REPORTS}
+    page.links({name: Path(html).relative_to(options.out).as_posix() for name, html in reports.items()})
     (options.out / "demo.html").write_text(page.render(), encoding="utf-8")
     print(json.dumps({"page": str(options.out / "demo.html")}))
 

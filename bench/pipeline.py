@@ -27,7 +27,7 @@ from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
 from latentcodec.sources.synthetic import SyntheticSource
-from latentcodec.training.data.stream import centre_crop
+from latentcodec.training.data.crops import centre_crop
 
 PICTURES = 6
 SIDE = 256  # pixels

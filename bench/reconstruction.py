@@ -1,26 +1,22 @@
-"""How much of an image survives a codec: PSNR, SSIM and LPIPS beside the linear KLT of the same latent size.
+"""How much of an image survives a codec: PSNR, SSIM, LPIPS, text, colours, round trips, beside KLT, JPEG, WebP, AVIF.
 
     python bench/reconstruction.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER
 
 CODEC is whatever `LatentCodec.from_pretrained` takes: a folder, a hub id, a bundled name. Prints a table,
-writes a JSON file and an HTML page with plots and the worst images, and ends stdout with one line of JSON:
-the same numbers without those of single images. The protocol is that of `latentcodec.quality.metrics.evaluate`.
+writes a JSON file and an HTML page with plots and crops that are seen through every codec, and ends stdout with one
+line of JSON: the same numbers without those of single images. The protocol is that of
+`latentcodec.quality.metrics.evaluate`.
 
 Shapes: C channels, H W pixels, f downsampling factor, c latent channels.
 """
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,18 +24,32 @@ from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
 from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.quality import image_codecs, text
+from latentcodec.quality.fidelity import colour_shift, interval, round_trips
 from latentcodec.quality.klt import KLT
-from latentcodec.quality.metrics import SSIM_WINDOW, Evaluation, Metric, evaluate, lpips_metric, reconstruct
+from latentcodec.quality.metrics import (
+    SSIM_WINDOW,
+    Evaluation,
+    Metric,
+    evaluate,
+    lpips_metric,
+    psnr,
+    reconstruct,
+)
 from latentcodec.quality.perceptual import SMALLEST_SIDE
-from latentcodec.report import page as report
+from latentcodec.report import results as report
+from latentcodec.report.build import write_result
+from latentcodec.report.crops import compared_crops
+from latentcodec.report.inspection import fingerprint
+from latentcodec.report.pages.reconstruction import table
 
 PROTOCOL = (
     "posterior mode, whole images, clamped and rounded to 8 bits; PSNR over all channels of an image; "
     "SSIM with a gaussian window of 11 taps and sigma 1.5 for each channel, windows inside the image; "
     "LPIPS on the same 8-bit images; a mean is a mean over images"
 )
-WORST_IMAGES = 3  # shown of each codec
-WINDOW = 256  # pixels a side of what is shown of them
+BITS = 8  # of each latent value, for the rate
+TRIPS_IMAGES = 4  # that make ten round trips
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Inputs:
     """Everything a command line can have wrong, opened before anything is measured."""
 
     codecs: dict[str, LatentCodec]
-    """By source, in the order given."""
+    """By short name, in the order given."""
     images: list[Path]
     skipped: list[dict[str, str]]
     """file and reason."""
@@ -56,17 +66,24 @@ class Inputs:
     klt_note: str
     lpips: Metric | None
     lpips_note: str
+    reader: text.Reader | None
+    text_note: str
 
 
 @dataclass(frozen=True)
 class Result:
     """A codec and its KLT on the same images."""
 
-    source: str
+    name: str
+    """Of the codec, short."""
     codec: LatentCodec
     klt: KLT
     scores: Evaluation
     klt_scores: Evaluation
+    rivals: dict[str, list[dict[str, float]]]
+    """By image format: psnr and bytes of each image."""
+    latent_bytes: list[int]
+    """Of each image, at 8 bits a number."""
 
     @property
     def latent(self) -> str:
@@ -85,6 +102,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--klt_images", type=Path, help="photographs the KLT is fitted on; default: those of --images")
     add("--lpips_net", choices=("none", *SMALLEST_SIDE), default="vgg", help="network of LPIPS (%(default)s)")
     add("--lpips_weights", type=Path, help="its weights as safetensors; default: torchvision's own")
+    add("--rivals", nargs="*", choices=image_codecs.available(), default=image_codecs.available(),
+        help="image formats at equal bits; none: --rivals alone (%(default)s)")  # fmt: skip
+    add("--text", action="store_true", help="read drawn text by RapidOCR (pip install latentcodec[ocr])")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
@@ -103,15 +123,25 @@ def run(options: argparse.Namespace) -> None:
     report.print_threads(use_cores())
     inputs = open_inputs(options)
     report.require_folder(options.out)
-    results = [measure(source, codec, inputs) for source, codec in inputs.codecs.items()]
+    results = [measure(name, codec, inputs, options.rivals) for name, codec in inputs.codecs.items()]
     data = summary(results, inputs, options)
     report.print_table(*table(data["codecs"]))
-    print(f"\n{len(inputs.images)} images; {inputs.lpips_note}; KLT fitted on {inputs.klt_note}")
+    print(
+        f"\n{len(inputs.images)} images; {inputs.lpips_note}; {inputs.text_note}; KLT fitted on {inputs.klt_note}"
+    )
     for entry in inputs.skipped:
         print(printable(f"skipped {entry['reason']}"))
-    single = {result.source: image_scores(result, inputs.images) for result in results}
+    single = {result.name: image_scores(result, inputs.images) for result in results}
+    shown = compared_crops(
+        {r.name: r.codec for r in results},
+        {f"KLT {r.latent}": r.klt for r in results},
+        inputs.images,
+        [r.scores.values("psnr") for r in results],
+        options.rivals,
+        results[0].latent_bytes,
+    )
     name = report.stem(options.codec, data["hardware"], "reconstruction")
-    files = report.write(build_page(results, inputs, data), data | {"images": single}, options.out, name)
+    files = write_result(data | {"images": single} | shown, options.out, name)
     print("\n".join(files.values()))
     report.print_last_line(data | {"files": files})
 
@@ -125,8 +155,8 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     lpips, lpips_note = open_lpips(options.lpips_net, options.lpips_weights)
     dtype = getattr(torch, options.dtype)
     codecs = {
-        source: LatentCodec.from_pretrained(source, device=options.device, dtype=dtype)
-        for source in options.codec
+        name: LatentCodec.from_pretrained(source, device=options.device, dtype=dtype)
+        for name, source in zip(report.short_names(options.codec), options.codec, strict=True)
     }
     several = {codec.image_channels for codec in codecs.values()}
     if len(several) > 1:
@@ -139,11 +169,12 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
         klt_note = "the evaluated images themselves, which it knows and the codec need not"
     else:
         klt_images, _ = readable(find_images(options.klt_images), channels, smallest=1)
-        klt_note = f"{len(klt_images)} images of {options.klt_images}"
+        klt_note = f"{len(klt_images)} images of {report.short_path(str(options.klt_images))}"
     klts = {}
     for f, c in {(codec.downsampling_factor, codec.latent_channels) for codec in codecs.values()}:
         klts[f, c] = KLT.fit(load_all(klt_images, channels, f"fitting the KLT f{f}c{c}"), f, c)
-    return Inputs(codecs, images, skipped, klts, klt_note, lpips, lpips_note)
+    reader, text_note = open_text(options.text, channels)
+    return Inputs(codecs, images, skipped, klts, klt_note, lpips, lpips_note, reader, text_note)
 
 
 def open_lpips(net: str, weights: Path | None) -> tuple[Metric | None, str]:
@@ -151,11 +182,21 @@ def open_lpips(net: str, weights: Path | None) -> tuple[Metric | None, str]:
     if net == "none":
         return None, "LPIPS not measured: --lpips_net none"
     try:
-        return lpips_metric(net, weights), f"LPIPS with {net}, weights: {weights or 'torchvision'}"
+        place = report.short_path(str(weights)) if weights else "torchvision"
+        return lpips_metric(net, weights), f"LPIPS with {net}, weights: {place}"
     except ValueError as error:
         if weights is not None:
             raise
         return None, f"LPIPS not measured: {error}"
+
+
+def open_text(wanted: bool, channels: int) -> tuple[text.Reader | None, str]:
+    """The reader of text where it is wanted, and what to say of it. Raises `ValueError` where it is not installed."""
+    if not wanted:
+        return None, "text not read: no --text"
+    if channels not in (1, 3):
+        raise ValueError(f"--text: it is drawn in 1 or 3 channels, not {channels}")
+    return text.open_reader(), "text read by RapidOCR"
 
 
 def readable(paths: Sequence[Path], channels: int, smallest: int) -> tuple[list[Path], list[dict[str, str]]]:
@@ -182,11 +223,22 @@ def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor
         yield load_image(path, channels)[0]
 
 
-def measure(source: str, codec: LatentCodec, inputs: Inputs) -> Result:
+def measure(name: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
     klt = inputs.klts[codec.downsampling_factor, codec.latent_channels]
-    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, source), inputs.lpips)
+    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips)
     klt_scores = evaluate(klt, load_all(inputs.images, codec.image_channels, "its KLT"))
-    return Result(source, codec, klt, scores, klt_scores)
+    f, c = codec.downsampling_factor, codec.latent_channels
+    rivals: dict[str, list[dict[str, float]]] = {
+        form: [] for form in formats if codec.image_channels in (1, 3)
+    }
+    sizes = []
+    for image in load_all(inputs.images, codec.image_channels, "image formats at equal bits"):
+        height, width = image.shape[-2:]
+        sizes.append(-(-height // f) * -(-width // f) * c * BITS // 8)
+        for form, entries in rivals.items():
+            coded = image_codecs.code(image[None], form, sizes[-1])
+            entries.append({"psnr": psnr(image[None], coded.image).item(), "bytes": coded.size})
+    return Result(name, codec, klt, scores, klt_scores, rivals, sizes)
 
 
 # --- the numbers
@@ -195,185 +247,70 @@ def measure(source: str, codec: LatentCodec, inputs: Inputs) -> Result:
 def summary(results: Sequence[Result], inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "bench": "reconstruction",
-        "date": date.today().isoformat(),
-        "hardware": report.hardware(torch.device(options.device)),
+        **report.provenance(torch.device(options.device)),
         "dtype": options.dtype,
         "protocol": PROTOCOL,
-        "folder": str(options.images),
+        "folder": report.short_path(str(options.images)),
         "evaluated": len(inputs.images),
         "skipped": inputs.skipped,
         "klt_fitted_on": inputs.klt_note,
         "lpips": inputs.lpips_note,
-        "codecs": [codec_summary(result) for result in results],
+        "text": inputs.text_note,
+        "codecs": [codec_summary(result, inputs) for result in results],
     }
 
 
-def codec_summary(result: Result) -> dict[str, Any]:
+def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
     own, klt = result.scores, result.klt_scores
+    over = [a - b for a, b in zip(own.values("psnr"), klt.values("psnr"), strict=True)]
+    f, c = result.klt.downsampling_factor, result.klt.latent_channels
+    first = [load_image(path, result.codec.image_channels) for path in inputs.images[:TRIPS_IMAGES]]
+    trips = torch.tensor([round_trips(result.codec, x) for x in first]).mean(0).tolist()
+    shifts = [colour_shift(x, reconstruct(result.codec, x)) for x in first]
+    legible = None
+    if inputs.reader is not None:
+        legible = asdict(
+            text.legibility(
+                lambda x: reconstruct(result.codec, x), result.codec.image_channels, inputs.reader
+            )
+        )
     return {
-        "codec": result.source,
+        "codec": result.name,
+        "fingerprint": fingerprint(result.codec),
         "latent": result.latent,
-        "floats_per_pixel": result.klt.latent_channels / result.klt.downsampling_factor**2,
+        "floats_per_pixel": c / f**2,
+        "bits_per_pixel": BITS * c / f**2,
         "parameters": sum(parameter.numel() for parameter in result.codec.vae.parameters()),
-        "psnr": {"mean": own.mean("psnr"), "min": min(own.values("psnr"))},
-        "ssim": {"mean": own.mean("ssim"), "min": min(own.values("ssim"))},
-        "lpips": {"mean": own.mean("lpips"), "max": max(own.values("lpips"))},
+        "psnr": _spread(own, "psnr", "min"),
+        "ssim": _spread(own, "ssim", "min"),
+        "lpips": _spread(own, "lpips", "max"),
         "klt_psnr": {"mean": klt.mean("psnr"), "min": min(klt.values("psnr"))},
         "klt_ssim": {"mean": klt.mean("ssim"), "min": min(klt.values("ssim"))},
         "psnr_over_klt": own.mean("psnr") - klt.mean("psnr"),
-    }
+        "psnr_over_klt_interval": interval(over),
+        "rivals": {form: _rival(entries, result.latent_bytes) for form, entries in result.rivals.items()},
+        "round_trips_psnr": trips,
+        "colour_shift_levels": torch.tensor(shifts).mean(0).tolist(),
+        "legibility": legible,
+    }  # fmt: skip
+
+
+def _spread(scores: Evaluation, metric: Literal["psnr", "ssim", "lpips"], worst: str) -> dict[str, Any]:
+    """Mean, the worst image, and the interval of the mean."""
+    values = scores.values(metric)
+    extreme = min(values) if worst == "min" else max(values)
+    return {"mean": scores.mean(metric), worst: extreme, "interval": interval(values)}
+
+
+def _rival(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -> dict[str, float]:
+    """Mean PSNR of a format, and how many images it could not make as small."""
+    too_large = sum(entry["bytes"] > size for entry, size in zip(entries, sizes, strict=True))
+    return {"psnr": sum(entry["psnr"] for entry in entries) / len(entries), "too_large": too_large}
 
 
 def image_scores(result: Result, paths: Sequence[Path]) -> list[dict[str, Any]]:
     pairs = zip(paths, result.scores.images, result.klt_scores.images, strict=True)
-    return [{"file": str(path), **asdict(own), "klt_psnr": klt.psnr} for path, own, klt in pairs]
-
-
-def table(codecs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["codec", "latent", "floats/px", "params M", "PSNR dB", "min", "SSIM", "min", "LPIPS", "max"]
-    rows = []
-    for entry in codecs:
-        cells = [entry["codec"], entry["latent"], report.number(entry["floats_per_pixel"], 4)]
-        cells += [report.number(entry["parameters"] / 1e6, 2)]
-        cells += [report.number(value, 2) for value in entry["psnr"].values()]
-        cells += [report.number(value, 4) for metric in ("ssim", "lpips") for value in entry[metric].values()]
-        rows.append([*cells, report.number(entry["klt_psnr"]["mean"], 2), f"{entry['psnr_over_klt']:+.2f}"])
-    return [*header, "KLT dB", "vs KLT"], rows
-
-
-# --- the page
-
-
-def build_page(results: Sequence[Result], inputs: Inputs, data: dict[str, Any]) -> report.Page:
-    page = report.Page(
-        "Reconstruction quality",
-        f"{', '.join(inputs.codecs)} on {len(inputs.images)} images of {data['folder']}. Beside each codec "
-        "stands the KLT: the best that a linear transform of single blocks does with as many latent values, "
-        f"fitted on {data['klt_fitted_on']}.",
-    )
-    page.headline(headline(data["codecs"]))
-    page.table(
-        *table(data["codecs"]),
-        caption="PSNR: signal over error in decibels, more is better, 6 dB halve the error. SSIM: 1 is "
-        "equal. LPIPS: distance in the features of a network trained on photographs, 0 is equal. KLT: PSNR "
-        "of the linear transform of f x f blocks with the same c numbers for each. floats/px: latent values "
-        "per pixel, c / f^2. min and max: the worst image.",
-    )
-    page.section("Image by image", "A mean hides which images a codec is good at. These two plots do not.")
-    page.plot(
-        plot_scores(results),
-        "Left: the images sorted by PSNR, worst first, each curve by itself; solid is the codec, dashed the "
-        "KLT of its latent size. Right: every image once; above the diagonal the codec beats the KLT. "
-        "Images that came back unchanged have infinite PSNR and are not drawn.",
-    )
-    for result in results:
-        add_worst(page, result, inputs.images)
-    page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
-    page.facts(facts(data))
-    add_image_tables(page, results, inputs)
-    return page
-
-
-def headline(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """PSNR of each codec; of a single one also the other numbers."""
-    if len(codecs) > 1:
-        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB against the KLT"
-        return [(f"{entry['psnr']['mean']:.2f} dB", what.format(**entry)) for entry in codecs]
-    (entry,) = codecs
-    numbers = [
-        (f"{entry['psnr']['mean']:.2f} dB", f"mean PSNR; the worst image has {entry['psnr']['min']:.2f}"),
-        (
-            f"{entry['psnr_over_klt']:+.2f} dB",
-            f"against the linear KLT of the same latent size, {entry['latent']}",
-        ),
-        (f"{entry['ssim']['mean']:.4f}", "mean SSIM; 1 is equal"),
-    ]
-    lpips = entry["lpips"]["mean"]
-    return numbers if math.isnan(lpips) else [*numbers, (f"{lpips:.4f}", "mean LPIPS; 0 is equal")]
-
-
-def plot_scores(results: Sequence[Result]) -> Figure:
-    with report.plot_style():
-        figure = Figure(figsize=(9.6, 4), layout=ConstrainedLayoutEngine(wspace=0.08))
-        ranked, against = figure.subplots(1, 2)
-        for i, result in enumerate(results):
-            colour = report.SERIES[i % len(report.SERIES)]
-            own, klt = result.scores.values("psnr"), result.klt_scores.values("psnr")
-            places = range(1, len(own) + 1)
-            ranked.plot(places, sorted(own), color=colour, marker=".", label=result.source)
-            ranked.plot(places, sorted(klt), color=colour, linestyle="--", label=f"KLT {result.latent}")
-            against.scatter(klt, own, color=colour, s=16, alpha=0.8)
-        ranked.set(xlabel="images, worst first", ylabel="PSNR, dB", title="Sorted")
-        ranked.legend()
-        low, high = against.get_xlim()
-        against.plot([low, high], [low, high], color=report.NEUTRAL, linewidth=1)
-        against.set(xlabel="PSNR of the KLT, dB", ylabel="PSNR of the codec, dB", title="Against the KLT")
-    return figure
-
-
-def add_worst(page: report.Page, result: Result, paths: Sequence[Path]) -> None:
-    """The images of lowest PSNR: what went in, what came out, what the KLT makes of it, and the error."""
-    page.section(
-        f"Where {result.source} is worst",
-        f"The {min(WORST_IMAGES, len(paths))} images of lowest PSNR, of each the {WINDOW} x {WINDOW} pixels "
-        "with the largest error, not resized. In the last picture grey is no error; structure is detail "
-        "that the codec lost, an even tint is a shift of colour.",
-    )
-    psnrs, klt_psnrs = result.scores.values("psnr"), result.klt_scores.values("psnr")
-    for i in sorted(range(len(paths)), key=psnrs.__getitem__)[:WORST_IMAGES]:
-        x = load_image(paths[i], result.codec.image_channels)
-        y, linear = reconstruct(result.codec, x), reconstruct(result.klt, x)
-        rows, columns = worst_window((y - x).square().mean(1)[0])
-        labels = [
-            "input",
-            f"codec, {psnrs[i]:.2f} dB",
-            f"KLT, {klt_psnrs[i]:.2f} dB",
-            "codec - input, times 8",
-        ]
-        shown = [image[0, :3, rows, columns] for image in (x, y, linear, 8 * (y - x))]
-        place = f"{paths[i].name}, from row {rows.start} and column {columns.start}; dB of the whole image."
-        page.pictures(list(zip(shown, labels, strict=True)), place)
-
-
-def worst_window(error: Tensor) -> tuple[slice, slice]:
-    """[H, W] squared error -> rows and columns of the window of largest mean; a small image as a whole."""
-    height, width = (min(WINDOW, side) for side in error.shape)
-    means = F.avg_pool2d(error[None, None], (height, width), stride=8)[0, 0]
-    row, column = divmod(int(means.argmax()), means.shape[1])
-    return slice(8 * row, 8 * row + height), slice(8 * column, 8 * column + width)
-
-
-def facts(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "protocol": data["protocol"],
-        "images": f"{data['evaluated']} of {data['folder']}; {len(data['skipped'])} skipped",
-        "KLT fitted on": data["klt_fitted_on"],
-        "LPIPS": data["lpips"],
-        "dtype of the codec": data["dtype"],
-        **report.machine_facts(data["hardware"]),
-        "date": data["date"],
-    }
-
-
-def add_image_tables(page: report.Page, results: Sequence[Result], inputs: Inputs) -> None:
-    columns = {"psnr": 2, "ssim": 4, "lpips": 4, "klt_psnr": 2}  # digits
-    for result in results:
-        entries = image_scores(result, inputs.images)
-        page.table(
-            ["image", "PSNR dB", "SSIM", "LPIPS", "KLT dB"],
-            [
-                [Path(e["file"]).name, *(report.number(e[key], n) for key, n in columns.items())]
-                for e in entries
-            ],
-            caption="Every evaluated image, in the order of the file names.",
-            fold=f"All {len(entries)} images of {result.source}",
-        )
-    if inputs.skipped:
-        page.table(
-            ["skipped file", "reason"],
-            [[Path(entry["file"]).name, entry["reason"]] for entry in inputs.skipped],
-            caption="These files are in the folder and in none of the numbers.",
-        )
+    return [{"file": path.name, **asdict(own), "klt_psnr": klt.psnr} for path, own, klt in pairs]
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ Shapes: C channels, H W pixels, h w latent cells, f downsampling factor, c laten
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,13 +26,16 @@ from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
 from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.quality.decoder_measures import int8, int8_in_blocks
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import Codec, evaluate, reconstruct
-from latentcodec.report import page as report
+from latentcodec.report import results as report
+from latentcodec.report.build import write_result
+from latentcodec.report.inspection import fingerprint
+from latentcodec.report.pages.robustness import table
+from latentcodec.report.pictures import crop_around, webp
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
-STEPS = 255  # between the 256 levels of 8 bits
-BLOCK = 16  # latent cells a side, that share their 256 levels in `int8_in_blocks`
 SHOWN = 2  # images on the page
 WINDOW = 256  # pixels a side of what is shown of them
 
@@ -70,19 +71,6 @@ class Halved:
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[1, c, h, w] -> [1, C, H, W]."""
         return self.codec.decode(z, size)
-
-
-def int8(z: Tensor) -> Tensor:
-    """z [B, c, h, w] rounded to 256 levels, from the smallest to the largest value of each channel of an image."""
-    low, high = z.amin((2, 3), keepdim=True), z.amax((2, 3), keepdim=True)
-    step = ((high - low) / STEPS).clamp(min=torch.finfo(z.dtype).tiny)
-    return low + ((z - low) / step).round() * step
-
-
-def int8_in_blocks(z: Tensor) -> Tensor:
-    """The same for each block of 16 x 16 cells: two float16 numbers a block, 1.6 % more than the 8 bits themselves."""
-    rows = [torch.cat([int8(block) for block in row.split(BLOCK, 3)], 3) for row in z.split(BLOCK, 2)]
-    return torch.cat(rows, 2)
 
 
 def noisy(z: Tensor, deviation: float) -> Tensor:
@@ -157,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, linear = measure(codec, images, f, options.codec), measure(klt, images, f, "its KLT")
     data: dict[str, Any] = {
         "bench": "robustness",
-        "date": date.today().isoformat(),
-        "hardware": report.hardware(torch.device("cpu")),
-        "codec": options.codec,
+        **report.provenance(torch.device("cpu")),
+        "codec": report.short_path(options.codec),
+        "fingerprint": fingerprint(codec),
         "latent": f"f{f}c{c}",
-        "folder": str(options.images),
+        "folder": report.short_path(str(options.images)),
         "images": len(images),
         "skipped": skipped,
         "psnr": own,
@@ -170,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.print_table(*table(data))
     print(f"\n{len(images)} images; KLT fitted on them")
     name = report.stem([options.codec], data["hardware"], "robustness")
-    files = report.write(build_page(data, codec, images), data, options.out, name)
+    strips = [pictures(codec, even_cells(image, f)[None]) for image in images[:SHOWN]]
+    files = write_result(data | {"strips": strips}, options.out, name)
     print("\n".join(files.values()))
     report.print_last_line(data | {"files": files})
 
@@ -185,69 +174,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# --- the page
+# --- the pictures of the page
 
 
-def table(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    own, linear = data["psnr"], data["klt_psnr"]
-    rows = []
-    for name in own:
-        reference = "half-size image" if name.startswith("half") else "none"
-        losses = [f"{scores[name] - scores[reference]:+.3f}" for scores in (own, linear)]
-        rows.append([name, report.number(own[name], 2), losses[0], report.number(linear[name], 2), losses[1]])
-    return ["latents", "PSNR dB", "change", "KLT dB", "change"], rows
-
-
-def build_page(data: dict[str, Any], codec: LatentCodec, images: Sequence[Tensor]) -> report.Page:
-    own = data["psnr"]
-    page = report.Page(
-        "What the latents bear",
-        f"{data['codec']}, {data['latent']}, on {data['images']} images of {data['folder']}: its latents are "
-        "rounded to 8 bits, given noise, or scaled to half their size, and then decoded.",
-    )
-    page.headline(
-        [
-            (f"{own['int8'] - own['none']:+.3f} dB", "from rounding the latents to 8 bits"),
-            (f"{own['noise 0.1'] - own['none']:+.2f} dB", "from noise of a tenth of their deviation"),
-            (f"{own['half-size latents']:.2f} dB", "of latents scaled to half, against the halved image"),
-        ]
-    )
-    page.table(
-        *table(data),
-        caption="Noise is gaussian, its deviation in units of the latents' own, which is 1. int8: 256 levels "
-        "from the smallest to the largest value of each channel of an image, or of each block of 16 x 16 cells of it. "
-        "Half-size latents are decoded and "
-        "compared with the halved image; half-size image is what the codec makes of the halved image itself. "
-        "Changes are against the first row, or against half-size image. The KLT, a linear transform of single "
-        "blocks, is the reference.",
-    )
-    page.plot(plot_noise(data), "The steeper the curve, the more a generator's errors are seen.")
-    page.section("In pictures", f"The middle {WINDOW} x {WINDOW} pixels of the first images, not resized.")
-    for image in images[:SHOWN]:
-        page.pictures(pictures(codec, even_cells(image, codec.downsampling_factor)[None]), "")
-    page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
-    skipped = f"{data['images']} of {data['folder']}; {data['skipped']} skipped"
-    page.facts({"images": skipped, **report.machine_facts(data["hardware"]), "date": data["date"]})
-    return page
-
-
-def plot_noise(data: dict[str, Any]) -> Figure:
-    with report.plot_style():
-        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-        axes = figure.subplots()
-        for key, label, colour in (
-            ("psnr", data["codec"], report.OURS),
-            ("klt_psnr", "its KLT", report.SECOND),
-        ):
-            values = [data[key]["none"], *(data[key][f"noise {deviation}"] for deviation in NOISES)]
-            axes.plot([0, *NOISES], values, marker="o", color=colour, label=label)
-        axes.set(xlabel="deviation of the noise", ylabel="PSNR, dB")
-        axes.legend()
-    return figure
-
-
-def pictures(codec: LatentCodec, x: Tensor) -> list[tuple[Tensor, str]]:
-    """x [1, C, H, W] -> [C, 256, 256] or smaller, each with its label."""
+def pictures(codec: LatentCodec, x: Tensor) -> list[list[str]]:
+    """x [1, C, H, W] -> data URLs of its middle 256 x 256 pixels or fewer, each with its label."""
     disturbed = Disturbed(codec, lambda z: noisy(z, NOISES[1]))
     shown = [
         (x, "input"),
@@ -255,13 +186,7 @@ def pictures(codec: LatentCodec, x: Tensor) -> list[tuple[Tensor, str]]:
         (reconstruct(disturbed, x), f"noise {NOISES[1]}"),
         (reconstruct(Halved(codec, x), half(x)), "half-size latents"),
     ]
-    return [(middle(picture)[0, :3], label) for picture, label in shown]
-
-
-def middle(x: Tensor) -> Tensor:
-    """The middle of [B, C, H, W], at most 256 pixels a side."""
-    top, left = (max(side - WINDOW, 0) // 2 for side in x.shape[-2:])
-    return x[..., top : top + WINDOW, left : left + WINDOW]
+    return [[webp(crop_around(picture, WINDOW)[0, :3]), label] for picture, label in shown]
 
 
 if __name__ == "__main__":

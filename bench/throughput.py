@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,8 +39,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -49,7 +46,10 @@ from tqdm import tqdm
 from latentcodec.adopt import build, optimize_vae
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import emulation_cost, is_fast, use_cores
-from latentcodec.report import page as report
+from latentcodec.report import results as report
+from latentcodec.report.build import write_result
+from latentcodec.report.inspection import fingerprint
+from latentcodec.report.pages.throughput import DIRECTIONS, table
 from latentcodec.vae.networks import downsampling_factor
 
 SIDES = {
@@ -60,8 +60,6 @@ SIDES = {
     "diffusers tiled": "channels_last and enable_tiling(): blended tiles, which give another image",
 }
 USUAL = ["ours", "diffusers", "diffusers channels_last"]
-COLOURS = dict(zip(SIDES, report.SERIES, strict=False))
-DIRECTIONS = ("encode", "decode")
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate
 CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -185,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure_memory(setup, results, deadline)
     data = summary(codec, results, peaks, options)
     report.print_table(*table(data["results"]))
-    files = report.write(
-        build_page(data), data, options.out, report.stem([options.codec], data["hardware"], "throughput")
-    )
+    files = write_result(data, options.out, report.stem([options.codec], data["hardware"], "throughput"))
     print("\n".join(["", *files.values()]))
     short = [{key: value for key, value in r.items() if key != "rounds_ms"} for r in data["results"]]
     report.print_last_line(data | {"results": short, "files": files})
@@ -435,9 +431,9 @@ def summary(
         records += [record(case, side, measured, floor) for side in measured]
     return {
         "bench": "throughput",
-        "date": date.today().isoformat(),
-        "hardware": report.hardware(torch.device(options.device)),
-        "codec": options.codec,
+        **report.provenance(torch.device(options.device)),
+        "fingerprint": None if options.codec.endswith(".json") else fingerprint(codec),
+        "codec": report.short_path(options.codec),
         "weights": "random" if options.codec.endswith(".json") else "the codec's",
         "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",
         "parameters": sum(parameter.numel() for parameter in codec.vae.parameters()),
@@ -468,154 +464,6 @@ def record(case: Case, side: str, measured: dict[str, Measurement], floor: float
         "floor_megapixels_per_s": case.megapixels / floor,
         "rounds_ms": [1e3 * value for value in own.seconds],
     }
-
-
-def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["", "dtype", "pixels", "side", "ms", "img/s", "Mpx/s"]
-    header += ["of peak", "peak MiB", "rms error", "max error", "ours is"]
-    rows, previous = [], None
-    for r in records:
-        case = [r["direction"], r["dtype"], f"{r['batch']} x {r['size']}\u00b2"]
-        cells = case if case != previous else ["", "", ""]  # said once for all sides
-        cells = [*cells, r["side"], report.number(r["ms"], 1), report.number(r["images_per_s"], 2)]
-        cells += [
-            report.number(r["megapixels_per_s"], 3),
-            report.number(100 * r["floor_ms"] / r["ms"], 0) + " %",
-        ]
-        cells += [report.number(r["peak_mib"], 1), f"{r['rms_error']:.1e}", f"{r['max_error']:.1e}"]
-        ratio = report.number(r["time_over_ours"], 2)
-        cells += [ratio if ratio == "-" else ratio + "x"]
-        rows.append(cells)
-        previous = case
-    return header, rows
-
-
-# --- the page
-
-
-def build_page(data: dict[str, Any]) -> report.Page:
-    page = report.Page(
-        "Speed and memory of encode and decode",
-        f"{data['codec']} ({data['latent']}, {data['parameters'] / 1e6:.1f} M parameters, {data['weights']} "
-        f"weights) on {data['hardware']['device']}: {', '.join(data['sides'])} with the same weights, the same "
-        "input and the same calls, timed in turn.",
-    )
-    page.headline(headline(data["results"]))
-    page.section("Speed", "Megapixels a second compare images of all sizes; longer is faster.")
-    page.plot(
-        plot_bars(data, "megapixels_per_s", "megapixels / s"),
-        "Bars are medians over the rounds. The dashed line across a group is the ceiling: the machine's best "
-        "rate in a matrix product, if nothing but convolutions and matrix products took time.",
-    )
-    page.section("Memory", "What a call needs beside the weights; shorter is better.")
-    page.plot(
-        plot_bars(data, "peak_mib", "MiB above the loaded model"),
-        "Each side in a fresh process: the peak of the process' resident memory, on a GPU of the "
-        "allocated memory, less what was in use after the model was loaded and run on a small image; freed "
-        "memory goes back to the system at once, so the peak is what was needed together. No bar: "
-        "not measured, because the system does not tell, or because the side is compiled and the compiler's "
-        "memory could not be told from its own.",
-    )
-    page.section(
-        "Round by round", "Why the sides take turns: a shared machine is not equally fast all the time."
-    )
-    page.plot(
-        plot_rounds(data),
-        "Every round of the largest case. Where the curves move together the machine changed its pace; the "
-        "ratio within a round does not see it.",
-    )
-    page.section("All cases", "One row for each side of each case; a time is the median over the rounds.")
-    page.table(
-        *table(data["results"]),
-        caption="ours is: the time of that row over ours, the median of the ratios within the rounds; above "
-        "1 ours is faster. of peak: the time the model's convolutions and matrix products would take at the "
-        "best rate a matrix product of that dtype reached in this run, over the time taken. rms error and "
-        "max error: root mean square and largest of the differences to diffusers in float32 with the same weights, "
-        "over all values of the output. peak MiB: memory above the loaded model.",
-    )
-    page.section("How it was measured", "The configuration of both sides and of the machine.")
-    rates = ", ".join(f"{rate:.3g} in {dtype}" for dtype, rate in data["peak_tflops"].items())
-    rounds = f"{data['rounds']}, after one warm-up of every side"
-    facts = {"rounds": rounds, "peak rate, TFLOP/s": rates, **report.machine_facts(data["hardware"])}
-    page.facts(data["sides"] | facts | {"date": data["date"]})
-    return page
-
-
-def headline(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Ours against the fastest other side and the default, in the largest case of the smallest batch.
-
-    Where there is no such ratio, the pace of the fastest side.
-    """
-    cards = []
-    for direction, dtype in dict.fromkeys((r["direction"], r["dtype"]) for r in records):
-        group = [r for r in records if (r["direction"], r["dtype"]) == (direction, dtype)]
-        size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: (s[0], -s[1]))
-        group = [r for r in group if (r["size"], r["batch"]) == (size, batch)]
-        ratios = {r["side"]: r["time_over_ours"] for r in group if r["side"] != "ours"}
-        ratios = {side: ratio for side, ratio in ratios.items() if not math.isnan(ratio)}
-        case = f"{direction}, {dtype}, {batch} x {size}\u00b2"
-        if ratios:
-            best = min(ratios, key=ratios.__getitem__)
-            meaning = f"{case}: speed of ours over {best}"
-            if best != "diffusers" and "diffusers" in ratios:
-                meaning += f"; {ratios['diffusers']:.2f}x over diffusers as it comes"
-            cards.append((f"{ratios[best]:.2f}x", meaning))
-        else:
-            fastest = min(group, key=lambda r: (math.isnan(r["ms"]), r["ms"]))
-            pace = report.number(fastest["megapixels_per_s"], 3)
-            cards.append((pace, f"{case}: megapixels a second, {fastest['side']}"))
-    return cards
-
-
-def plot_bars(data: dict[str, Any], key: str, label: str) -> Figure:
-    """A panel for each dtype and direction; a group for each size and batch, a bar for each side."""
-    dtypes, sides = list(data["peak_tflops"]), list(data["sides"])
-    shapes = sorted({(r["size"], r["batch"]) for r in data["results"]}, reverse=True)
-    step = len(sides) + 1  # bars of a group and a gap
-    with report.plot_style():
-        figure = Figure(
-            figsize=(9.6, 0.4 + (0.7 + 0.19 * len(shapes) * step) * len(dtypes)), layout="constrained"
-        )
-        panels = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True)
-        for r in data["results"]:
-            panel = panels[dtypes.index(r["dtype"])][DIRECTIONS.index(r["direction"])]
-            bottom = shapes.index((r["size"], r["batch"])) * step
-            place = bottom + len(sides) - 1 - sides.index(r["side"])
-            panel.barh(place, r[key], height=0.86, color=COLOURS[r["side"]])
-            if key == "megapixels_per_s":
-                ends = place - 0.5, place + 0.5
-                panel.vlines(
-                    r["floor_megapixels_per_s"], *ends, color=report.INK, linestyle="--", linewidth=1
-                )
-        middles = [group * step + (len(sides) - 1) / 2 for group in range(len(shapes))]
-        panels[0][0].set_yticks(middles, [f"{batch} x {size}\u00b2" for size, batch in shapes])
-        for dtype, row in zip(dtypes, panels, strict=True):
-            for direction, panel in zip(DIRECTIONS, row, strict=True):
-                panel.set(title=f"{direction}, {dtype}", xlabel=label)
-                panel.grid(visible=False, axis="y")
-        handles = [Patch(color=COLOURS[side], label=side) for side in sides]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-    return figure
-
-
-def plot_rounds(data: dict[str, Any]) -> Figure:
-    """Milliseconds of every round in the case of most pixels, in the last dtype."""
-    dtype = list(data["peak_tflops"])[-1]
-    with report.plot_style():
-        figure = Figure(figsize=(9.6, 3), layout="constrained")
-        for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
-            group = [r for r in data["results"] if (r["direction"], r["dtype"]) == (direction, dtype)]
-            if not group:  # the time was over
-                continue
-            size, batch = max(((r["size"], r["batch"]) for r in group), key=lambda s: s[0] ** 2 * s[1])
-            for r in (r for r in group if (r["size"], r["batch"]) == (size, batch)):
-                rounds = range(1, len(r["rounds_ms"]) + 1)
-                panel.plot(rounds, r["rounds_ms"], color=COLOURS[r["side"]], marker="o", label=r["side"])
-            panel.set(title=f"{direction}, {dtype}, {batch} x {size}\u00b2", xlabel="round", ylabel="ms")
-            panel.set_ylim(bottom=0)
-            panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend()
-    return figure
 
 
 if __name__ == "__main__":

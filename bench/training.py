@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,32 +23,21 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentcodec.report.page import (
-    NEUTRAL,
-    OURS,
-    SECOND,
-    SERIES,
-    Page,
-    hardware,
-    machine_facts,
-    number,
-    plot_style,
-    print_last_line,
-    print_table,
-    require_folder,
-    stem,
-    write,
-)
+from latentcodec.report import results as report
+from latentcodec.report.build import write_result
+from latentcodec.report.inspection import training_curves
+from latentcodec.report.pages.training import table
+from latentcodec.report.pictures import data_url
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by train.mixed_precision
 # Of the square matrices whose fastest product is the peak; on a busy machine only small ones are left in peace.
 PEAK_SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 PEAK_SECONDS = 1.0  # for each
 CURVE_POINTS = 200  # of a run's images/s, each the median of its share of the steps
-SHARES = {"computing": OURS, "waiting for data": SECOND, "everything else": NEUTRAL}
+LARGEST_SAMPLES = 900  # pixels a side of the sample grid that goes into the result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,25 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
         runs = [read(folder, options.dtype) for folder in options.runs]
-        require_folder(options.out)
+        report.require_folder(options.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"training.py: {error}") from error
     peaks = {dtype: peak_rate(dtype, options.device) for dtype in {run["dtype"] for run in runs}}
     data = summary(runs, peaks, torch.device(options.device))
-    print_table(*table(data["runs"]))
+    report.print_table(*table(data["runs"]))
     if any(run["share_of_peak"] > 1 for run in data["runs"]):
         print(
-            "\nmore than 100 % of the peak: the machine is busier, or another one, than when the run was made"
+            "\nmore than 100 % of the peak: the machine is busier, or another one, than when the run was made; "
+            "the run's own rate is the ceiling"
         )
-    files = write(
-        build_page(data),
-        data,
-        options.out,
-        stem([str(folder) for folder in options.runs], data["hardware"], "training"),
-    )
+    name = report.stem([str(folder) for folder in options.runs], data["hardware"], "training")
+    files = write_result(data, options.out, name)
     print("\n".join(["", *files.values()]))
-    short = [{key: value for key, value in run.items() if "curve" not in key} for run in data["runs"]]
-    print_last_line(data | {"runs": short, "files": files})
+    large = ("curve", "samples")
+    short = [{k: v for k, v in run.items() if not any(word in k for word in large)} for run in data["runs"]]
+    report.print_last_line(data | {"runs": short, "files": files})
 
 
 # --- a run
@@ -112,7 +98,7 @@ def read(folder: Path, dtype: str | None) -> dict[str, Any]:
     waiting = sum(step["waited_seconds"] for step in steps)
     computing = sum(step["step_seconds"] for step in steps) - waiting
     return {
-        "run": str(folder),
+        "run": report.short_path(str(folder)),
         "steps": steps[-1]["step"],
         "images_per_step": images,
         "processes": images // (train["batch_size"] * train["accumulation"]),
@@ -132,7 +118,20 @@ def read(folder: Path, dtype: str | None) -> dict[str, Any]:
         "operations_per_image": operations(architecture, data["resolution"], config["model"]["part"]),
         "psnr_curve": [[line["minutes"], line["psnr"]] for line in scores],
         "speed_curve": speed_curve(steps),
+        "loss_curves": (training_curves(folder) or {}).get("curves", {}),
+        "samples": last_samples(folder),
     }
+
+
+def last_samples(folder: Path) -> str | None:
+    """The last sample grid of a run, its left part if it is wide, as a data URL; None where there is none."""
+    grids = sorted((folder / "samples").glob("step-*.png"))
+    if not grids:
+        return None
+    with Image.open(grids[-1]) as image:
+        return data_url(
+            image.crop((0, 0, min(image.width, LARGEST_SAMPLES), min(image.height, LARGEST_SAMPLES)))
+        )
 
 
 def operations(architecture: dict[str, Any], resolution: int, part: str) -> int:
@@ -183,123 +182,10 @@ def summary(runs: list[dict[str, Any]], peaks: dict[str, float], device: torch.d
         run["share_of_peak"] = run["images_per_s"] / run["ceiling_images_per_s"]
     return {
         "bench": "training",
-        "date": date.today().isoformat(),
-        "hardware": hardware(device),
+        **report.provenance(device),
         "peak_tflops": {dtype: peak / 1e12 for dtype, peak in peaks.items()},
         "runs": runs,
     }
-
-
-def table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["run", "dtype", "crops", "steps", "minutes", "img/s", "overall", "ceiling", "of peak"]
-    header += ["waiting", "else", "GFLOP/img", "PSNR", "SSIM"]
-    return header, [
-        [
-            run["run"],
-            run["dtype"],
-            f"{run['images_per_step']} x {run['resolution']}\u00b2",
-            str(run["steps"]),
-            number(run["minutes"], 1),
-            number(run["images_per_s"], 2),
-            number(run["images_per_s_overall"], 2),
-            number(run["ceiling_images_per_s"], 2),
-            percent(run["share_of_peak"]),
-            percent(run["shares"]["waiting for data"]),
-            percent(run["shares"]["everything else"]),
-            number(run["operations_per_image"] / 1e9, 1),
-            number(run["psnr"], 2),
-            number(run["ssim"], 4),
-        ]
-        for run in runs
-    ]
-
-
-def percent(share: float) -> str:
-    return number(100 * share, 1) + " %"
-
-
-# --- the page
-
-
-def build_page(data: dict[str, Any]) -> Page:
-    runs = data["runs"]
-    first, names = runs[0], ", ".join(run["run"] for run in runs)
-    page = Page(
-        "A training, measured",
-        f"{names} on {data['hardware']['device']}: how fast it trained, where its time went and what the held-out "
-        "images gained by it.",
-    )
-    page.headline(
-        [
-            (number(first["images_per_s"], 1), f"images a second, {first['run']}"),
-            (percent(first["share_of_peak"]), f"of the machine's {first['dtype']} peak"),
-            (percent(first["shares"]["waiting for data"]), "of the time waiting for data"),
-            (f"{number(first['psnr'], 2)} dB", f"on {first['held_out_images']} held-out images"),
-        ]
-    )
-    page.section("Quality", "What a minute of training is worth.")
-    page.plot(
-        plot_curves(runs, "psnr_curve", "PSNR, dB"),
-        "PSNR of the averaged weights on the run's own held-out images (posterior mode, whole images, 8 bits) against "
-        "the minutes of training, validations and checkpoints included.",
-    )
-    page.section("Speed", "Whether it is as fast in the end as in the beginning.")
-    page.plot(
-        plot_curves(runs, "speed_curve", "images / s"),
-        f"Images a second of the steps alone; a point is the median of its part of the run, at most {CURVE_POINTS} "
-        "points.",
-    )
-    page.section("Time", "Where it went; the longer the blue, the better.")
-    page.plot(
-        plot_shares(runs),
-        "Waiting for data: the step had to wait for the data workers. Everything else: validations, sample grids, "
-        "checkpoints, the measuring of latents for codec/.",
-    )
-    page.section("All runs", "One row for each.")
-    page.table(
-        *table(runs),
-        caption="img/s: median over the steps. overall: all images over all minutes. ceiling: images a second if the "
-        "autoencoder's convolutions and matrix products, forward and backward (GFLOP/img), ran at the peak and nothing "
-        "else took time. of peak: img/s over the ceiling. waiting, else: shares of the minutes.",
-    )
-    page.section("How it was measured", "The machine, and the peak that it reached while this page was made.")
-    rates = ", ".join(f"{rate:.3g} in {dtype}" for dtype, rate in data["peak_tflops"].items())
-    page.facts({"peak rate, TFLOP/s": rates, **machine_facts(data["hardware"]), "date": data["date"]})
-    return page
-
-
-def plot_curves(runs: Sequence[dict[str, Any]], key: str, label: str) -> Figure:
-    """A line for each run against its minutes."""
-    with plot_style():
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-        panel = figure.subplots()
-        for index, run in enumerate(runs):
-            minutes, values = zip(*run[key], strict=True) if run[key] else ((), ())
-            style = "o-" if len(minutes) < 30 else "-"
-            panel.plot(minutes, values, style, color=SERIES[index % len(SERIES)], label=run["run"])
-        panel.set(xlabel="minutes of training", ylabel=label)
-        panel.set_xlim(left=0)
-        if key == "speed_curve":
-            panel.set_ylim(bottom=0)
-        panel.legend()
-    return figure
-
-
-def plot_shares(runs: Sequence[dict[str, Any]]) -> Figure:
-    """A bar for each run, of the shares of its time."""
-    with plot_style():
-        figure = Figure(figsize=(9.6, 1.1 + 0.45 * len(runs)), layout="constrained")
-        panel = figure.subplots()
-        left = [0.0] * len(runs)
-        for name, colour in SHARES.items():
-            widths = [100 * run["shares"][name] for run in runs]
-            panel.barh([run["run"] for run in runs], widths, left=left, height=0.6, color=colour, label=name)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        panel.set(xlabel="% of the time", xlim=(0, 100))
-        panel.invert_yaxis()
-        panel.grid(visible=False, axis="y")
-        figure.legend(loc="outside upper left", ncols=len(SHARES))
-    return figure
 
 
 if __name__ == "__main__":

@@ -16,13 +16,29 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import nn
 
 from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
-from latentcodec.vae.layers import ACTIVATIONS
+from latentcodec.vae.layers import ACTIVATIONS, Attention
 from latentcodec.vae.networks import downsampling_factor
+
+EQUAL_PROCESSORS: tuple[type, ...] = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+"""diffusers' processors that compute softmax(q k^T / sqrt(C)) v, each by other means: our layer gives their numbers."""
 
 
 def build(config: Mapping[str, Any]) -> AutoencoderKL:
@@ -164,8 +180,9 @@ def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
 def _share_processors(new: nn.Module, old: nn.Module) -> None:
     """`attn_processors` of the VAE lists the same objects, under the same names, as before."""
     for name, module in new.named_modules():
-        if hasattr(module, "processor"):
-            module.processor = old.get_submodule(name).processor
+        if isinstance(module, Attention):
+            module.equal_processors = EQUAL_PROCESSORS
+            module.set_processor(old.get_submodule(name).processor)
 
 
 def _check(config: Mapping[str, Any]) -> None:

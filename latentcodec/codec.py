@@ -8,20 +8,22 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latentcodec.adopt import adopt
-from latentcodec.files import make_durable
+from latentcodec.files import write_files
+from latentcodec.finite import require_finite
 from latentcodec.loading import CONFIG, load_vae
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.networks import downsampling_factor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls them
 
 
 class LatentCodec:
@@ -161,22 +163,26 @@ class LatentCodec:
         """Write a plain AutoencoderKL folder, config.json and safetensors, with a model card README.md.
 
         `card` is the card's text (Markdown); without it, one that states the shapes and how to load the folder.
-        All files are written in full before any takes its name, so a save that fails or is killed while writing
-        leaves what was there. Other files in `folder` stay. Raises OSError where the disk refuses.
+        All files are written in full before any takes its name, config.json last, so a save that fails or is killed
+        while writing leaves what was there; of several processes that save at once, the files of one remain. Other
+        files in `folder` stay, but the index of a codec in several files, which would be loaded in place of this one.
+        Raises OSError where the disk refuses, and ValueError for weights that are not finite, or not here (offloaded).
         """
         folder = Path(folder)
-        incomplete = folder / ".incomplete"
-        shutil.rmtree(incomplete, ignore_errors=True)  # of a save that was killed
-        incomplete.mkdir(parents=True)
+        if away := [name for name, value in self.vae.state_dict().items() if value.device.type == "meta"]:
+            raise ValueError(f"{folder}: not saved, for {away[0]} is offloaded; save before offloading")
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.vae.state_dict().items()}
+        require_finite(weights, f"{folder}: not saved")
+        contents = {
+            WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
+            "README.md": (self.model_card() if card is None else card).encode(),
+            CONFIG: self.vae.to_json_string().encode(),
+        }
         try:
-            self.vae.save_pretrained(incomplete)
-            text = self.model_card() if card is None else card
-            (incomplete / "README.md").write_text(text, encoding="utf-8")
-            _move_files(incomplete, folder)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"{folder}: the weights cannot be written ({error})") from error
-        finally:
-            shutil.rmtree(incomplete, ignore_errors=True)
+            write_files(folder, contents, last=CONFIG)
+            (folder / f"{WEIGHTS}.index.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"{folder}: the codec cannot be written ({error.strerror})") from error
 
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
@@ -231,14 +237,3 @@ def _moved(vae: AutoencoderKL, device: str | torch.device | None, dtype: torch.d
             vae, dtype
         )  # diffusers' own `to` warns of a cast, even if there is nothing that it would hurt
     return vae
-
-
-def _move_files(incomplete: Path, folder: Path) -> None:
-    """Make the files durable, and only then rename them; config.json last, without which a folder is no model."""
-    files = sorted(incomplete.iterdir(), key=lambda file: file.name == CONFIG)
-    for file in files:
-        shutil.copymode(incomplete / CONFIG, file)  # safetensors' own mode ignores the umask
-        make_durable(file)
-    for file in files:
-        file.replace(folder / file.name)
-    make_durable(folder)

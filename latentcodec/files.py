@@ -1,39 +1,297 @@
-"""Files that appear whole or not at all and survive a power cut, and names that every file and terminal can take.
+"""Files that appear whole or not at all and survive a power cut, on file systems with habits too.
 
-What is in the files is the affair of others.
+Network shares, buckets that are mounted as folders, containers' shared folders and Windows refuse some of what a disk
+of Linux does: to flush a folder, to change permissions, to rename a file or a folder, to lock. What they refuse is
+known here and nowhere else: the work is done in another way, and once in a process a warning says what is weaker. An
+error that is none of theirs, such as a full disk, stays an error. What is in the files is the affair of others.
 """
 
+from __future__ import annotations
+
+import errno
 import os
+import platform
+import re
 import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+# What file systems and Windows answer where they do not do something, as distinct from failing at it.
+NOT_DONE_HERE = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EBADF,
+        errno.EISDIR,
+        errno.ENOTTY,
+    }
+)
+NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
+NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
+# All controls but tab and line feed; separators of lines and paragraphs; overrides of the direction of writing.
+CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
+STAGED = ".incomplete-"  # then the process and its machine: where files wait for their names
+_said: set[str] = set()
 
 
-def write_whole(path: Path, content: bytes) -> None:
+class FileSystemWarning(UserWarning):
+    """A file system does not do what a promise rests on; the message says which promise is weaker."""
+
+
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
     """Writes beside `path`, then renames: nobody sees half a file, and one that was there stays until then.
 
-    Missing folders are made; permissions follow the umask. A killed process leaves at worst a hidden `.tmp` beside
-    it, an error nothing. Raises `OSError` naming `path` where the disk refuses.
+    Missing folders are made; permissions follow the umask. If `durable`, which costs some milliseconds, a power cut
+    after the return takes nothing back. A killed process leaves at worst a hidden `.tmp` beside it, an error nothing.
+    Raises `OSError` naming `path` where the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(beside, content, durable)
+        move_file(beside, path)
     except OSError as error:  # of a full disk it names nothing, else the file beside
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)  # an interrupt leaves no litter either
+        with suppress(OSError):  # an interrupt leaves no litter either, unless nothing can be removed
+            beside.unlink(missing_ok=True)
+    if durable:
+        make_durable(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Writes as `write_whole` does, durably, but a file that is there already stays, and the answer is False.
+
+    Where there are no hard links the name is taken first and filled then: half a file can be seen, and is read back.
+    """
+    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(beside, content)
+        try:
+            os.link(beside, path)
+        except OSError as error:
+            if error.errno not in NO_LINK_HERE or os.path.lexists(path):
+                raise
+            _warn(
+                path,
+                f"has no hard links ({error.strerror}): a file that is being written can be seen half done",
+            )
+            with path.open("xb"):
+                pass
+            _copy_over(beside, path, None)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    make_durable(path.parent)
+    return True
+
+
+def write_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file under its own name, and flush it to the disk. Raises `OSError` where the disk refuses."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if not durable:
+            return
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            _warn_unless_failed(
+                error, path, "does not flush files: a power cut may undo what was written last"
+            )
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a file the name of another in one step; where no file is renamed, by a copy that is read back."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in NO_RENAME_HERE or target.is_dir():
+            raise
+        _copy_over(source, target, error)
+
+
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Give a folder a new name, which nothing has, in one step.
+
+    Where no folder is renamed, its files are moved one by one, `last` at the end: a folder without that file is not
+    finished. Raises `OSError` where the disk refuses.
+    """
+    try:
+        os.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno not in NO_RENAME_HERE or not source.is_dir() or os.path.lexists(target):
+            raise
+        _warn(target, f"renames no folder ({error.strerror}): they are filled file by file, {last} last")
+    target.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda file: file.name == last):
+        move_file(file, target / file.name)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def make_durable(path: Path) -> None:
-    """Flushes a file's content, or a folder's names, to the disk, so that a power cut does not undo them."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a folder's names to the disk, so that a power cut does not undo them; a no-op where that is not done."""
+    if os.name == "nt":  # which opens no folder, and keeps names by its journal
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        _warn_unless_failed(error, path, "flushes no folder: a power cut may undo the last renames")
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        _warn_unless_failed(error, path, "flushes no folder: a power cut may undo the last renames")
     finally:
         os.close(descriptor)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes that ask for it in this way; nobody where folders cannot be locked."""
+    try:
+        import fcntl  # Windows has none
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], last: str) -> None:
+    """Put files into `folder`, each whole or not at all; none takes its name before all are written and flushed.
+
+    `last` takes its name at the end. Of several processes that write at once, one after the other does, so that all
+    files are of one of them. Other files stay. Raises `OSError` where the disk refuses; what was there is untouched
+    then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_litter(folder)
+    staged = folder / f"{STAGED}{os.getpid()}-{platform.node()}"
+    staged.mkdir(exist_ok=True)
+    try:
+        for name, content in contents.items():
+            write_file(staged / name, content)
+        with alone_in(folder):
+            for name in sorted(contents, key=lambda name: name == last):
+                move_file(staged / name, folder / name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    make_durable(folder)
+
+
+def _remove_litter(folder: Path) -> None:
+    """What `write_files` left in `folder` when its process was killed on this machine."""
+    for litter in folder.glob(f"{STAGED}*"):
+        process, _, node = litter.name.removeprefix(STAGED).partition("-")
+        if node == platform.node() and process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(litter, ignore_errors=True)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, but no FIFO, device or socket, which may have no end or keep one waiting.
+
+    Raises `OSError` with the reason.
+    """
+    waiting = getattr(os, "O_NONBLOCK", 0) | getattr(
+        os, "O_BINARY", 0
+    )  # opening a FIFO would wait for a writer
+    descriptor = os.open(path, os.O_RDONLY | waiting)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"a {_kind(mode)}, not a file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file; raises `OSError` as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_start(path: str | Path, count: int = 64) -> bytes:
+    """The first bytes of a file; none where it is no file, or cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
 def printable(text: str) -> str:
-    """`text` as UTF-8 can hold it: the bytes of a file name that is not UTF-8 become backslash escapes."""
-    return text.encode(errors="backslashreplace").decode()
+    """`text` as UTF-8 and a terminal can take it; line breaks and tabs stay.
+
+    Bytes of a file name that are not UTF-8, and characters that move a terminal's cursor, clear its screen or turn
+    the direction of writing, become backslash escapes.
+    """
+    utf8 = text.encode(errors="backslashreplace").decode()
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), utf8)
+
+
+def one_line(text: str) -> str:
+    """`printable` text without line breaks: what a message or a list with a line for each file can hold."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _copy_over(source: Path, target: Path, refusal: OSError | None) -> None:
+    """Replace `target` by the content of `source`, and read it back."""
+    if refusal is not None:
+        _warn(
+            target, f"renames no file ({refusal.strerror}): one that is being written can be seen half done"
+        )
+    content = source.read_bytes()
+    with suppress(FileNotFoundError):
+        target.unlink()  # some let files be written once only
+    write_file(target, content)
+    if target.read_bytes() != content:
+        raise OSError(errno.EIO, "what was written is not what is read back", str(target))
+    source.unlink(missing_ok=True)
+
+
+def _warn_unless_failed(error: OSError, path: Path, habit: str) -> None:
+    if error.errno not in NOT_DONE_HERE:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    _warn(path, habit)
+
+
+def _warn(path: Path, habit: str) -> None:
+    """Say once in a process what the file system of `path` does not do."""
+    key = habit.partition("(")[0]
+    if key not in _said:
+        _said.add(key)
+        warnings.warn(f"{path}: this file system {habit}", FileSystemWarning, stacklevel=4)
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "FIFO"
+    return "socket" if stat.S_ISSOCK(mode) else "device"

@@ -25,10 +25,10 @@ class Purpose(IntEnum):
     """Crop, flip and scale of a sample."""
     POSTERIOR = 2
     """The noise with which a sample's latent is drawn."""
-    LATENT_NOISE = 3
-    """The noise mixed into a sample's latent for the decoder."""
+    INTERPOLATIVE_NOISE = 3
+    """The noise that replaces a part of a sample's latent for the decoder."""
     LATENT_NOISE_LEVEL = 4
-    """How much of that noise a sample gets."""
+    """How much of either noise a sample's latent gets."""
     EQUIVARIANCE = 5
     """The rotation and scale of an optimizer step."""
     DOWNSCALE = 6
@@ -37,6 +37,10 @@ class Purpose(IntEnum):
     """The frequencies masked in an optimizer step."""
     INITIALIZATION = 8
     """The weights of a new network."""
+    ADDITIVE_NOISE = 9
+    """The noise that is added to a sample's latent for the decoder."""
+    TEXT = 10
+    """The text over a sample."""
 
 
 def keyed_generator(*keys: int) -> torch.Generator:
@@ -53,7 +57,7 @@ def keyed_normal(
 ) -> Tensor:
     """[B, *shape] float32, CPU: standard normal, sample i a function of (seed, purpose, positions[i])."""
     return _stack(
-        _numpy_generator(seed, purpose, int(position)).standard_normal(shape, dtype=np.float32)
+        numpy_generator(seed, purpose, int(position)).standard_normal(shape, dtype=np.float32)
         for position in positions
     )
 
@@ -63,13 +67,16 @@ def keyed_uniform(
 ) -> Tensor:
     """[B, *shape] float32, CPU: uniform on [0, 1), sample i a function of (seed, purpose, positions[i])."""
     return _stack(
-        _numpy_generator(seed, purpose, int(position)).random(shape, dtype=np.float32)
+        numpy_generator(seed, purpose, int(position)).random(shape, dtype=np.float32)
         for position in positions
     )
 
 
-def _numpy_generator(*keys: int) -> np.random.Generator:
-    """Philox takes a key of 128 bits and needs no warm-up: Salmon et al., "Parallel random numbers", 2011."""
+def numpy_generator(*keys: int) -> np.random.Generator:
+    """numpy's generator for these keys: integers below 2^127, in this order.
+
+    Philox takes a key of 128 bits and needs no warm-up: Salmon et al., "Parallel random numbers", 2011.
+    """
     return np.random.Generator(np.random.Philox(key=_hash(keys)))
 
 

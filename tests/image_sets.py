@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from latentcodec.pixels import to_uint8
-from latentcodec.training.data.stream import DataConfig, open_images, training_batches
+from latentcodec.training.data.images import DataConfig, open_images
+from latentcodec.training.data.stream import training_batches
 
 # The library's cache goes to a folder that ends with the tests; its progress bars and its sleeps go nowhere.
 _cache = tempfile.TemporaryDirectory()
@@ -149,4 +150,4 @@ def assert_same_stream(ours, expected):
     for one, other in zip(ours, expected, strict=True):
         assert torch.equal(one["position"], other["position"])
         assert torch.equal(one["pixels"], other["pixels"])
-        assert one["rejected"] == other["rejected"]
+        assert one["rejects"] == other["rejects"]

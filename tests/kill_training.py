@@ -38,7 +38,7 @@ from typing import Any
 
 from watched_training import AIM, FOLDER, FORK, REPORT, Start
 
-import latentcodec.training.trainer  # noqa: F401 - whatever is forked has it then
+import latentcodec.training.loop  # noqa: F401 - whatever is forked has it then
 from latentcodec.training.checkpoint import newest
 
 SMALL = (

@@ -1,11 +1,13 @@
 """Runs so small that a test can afford several: a codec of 45,000 parameters on crops of 32 pixels.
 
-`train` is the loop of train/train.py inside this process, so that a test can look into it, spoil a batch or stop it.
+`train` is the project's own loop inside this process, watched: a test can spoil a batch, stop it or kill it.
 """
 
 import json
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,9 +15,9 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from latentcodec.training import survey
+from latentcodec.training import loop
 from latentcodec.training.config import Config
-from latentcodec.training.data.stream import DataConfig
+from latentcodec.training.data.images import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig
@@ -78,6 +80,7 @@ def everything(config: Config) -> Config:
             interpolative_noise=0.5,
             additive_noise=0.5,
             scale_equivariance_weight=0.1,
+            round_trip_weight=0.1,
         ),
         discriminator=DiscriminatorConfig(weight=0.5, start_step=1, channels=8, layers=1, lr=1e-3),
     )
@@ -103,41 +106,44 @@ def start(config: Config) -> Trainer:
 
 
 class Stop(StopRequest):
-    """A request to stop that no signal made."""
+    """A request to stop that no signal made, at a step of a trainer; None: never."""
 
-    number = 0
+    def __init__(self, trainer: Trainer | None = None, at: int | None = None) -> None:
+        super().__init__()
+        self.trainer, self.at = trainer, at
 
     @property
     def received(self) -> int:
-        return self.number
+        return 0 if self.at is None or self.trainer.state.step < self.at - 1 else signal.SIGTERM
 
 
-def train(trainer: Trainer, stop_at: int | None = None, kill_at: int | None = None, spoil=None) -> None:
-    """The loop of train/train.py.
+class Killed(Exception):
+    """Stands for a kill: nothing that would come after it is done."""
+
+
+def train(trainer: Trainer, stop_at: int | None = None, kill_at: int | None = None, spoil=None) -> int | None:
+    """The loop, whose exit code it returns; None where the training was killed.
 
     `stop_at`: the step at which it is asked to stop. `kill_at`: the step after whose line in metrics.jsonl it is
     left as it is. `spoil` is called with the trainer and each step's micro-batches.
     """
-    stop, every = Stop(), trainer.config.train
-    for micro_batches in trainer.steps(stop):
-        if stop_at is not None and trainer.step >= stop_at - 1:
-            stop.number = 15
+    step, log = trainer.train_step, trainer.journal.log
+
+    def spoiled_step(micro_batches):
         if spoil is not None:
             spoil(trainer, micro_batches)
-        report = trainer.train_step(micro_batches)
-        if report is None:
-            continue
-        trainer.journal.log(trainer.step, trainer.progress, report)
-        if trainer.step == kill_at:
-            return
-        if trainer.due(every.validate_every):
-            trainer.validate()
-        if trainer.due(every.checkpoint_every):
-            trainer.save_codec()
-            trainer.checkpoint()
-    trainer.checkpoint()
-    if not trainer.stopped_by:
-        trainer.finish()
+        return step(micro_batches)
+
+    def log_and_die(number, *rest):
+        log(number, *rest)
+        if number == kill_at:
+            raise Killed
+
+    with patch.object(trainer, "train_step", spoiled_step), patch.object(trainer.journal, "log", log_and_die):
+        try:
+            return loop.train(trainer, Stop(trainer, stop_at))
+        except Killed:
+            return None
 
 
 def metrics(output: Path) -> list[dict]:
@@ -147,19 +153,21 @@ def metrics(output: Path) -> list[dict]:
 
 
 def state(trainer: Trainer) -> State:
-    """A copy of everything that training moves: weights, averages, both optimizers, the rate control, the step."""
-    tensors = {f"model/{key}": value for key, value in trainer.codec.state_dict().items()}
-    tensors |= {f"ema/{key}": value for key, value in trainer.ema.state_dict().items()}
-    tensors |= _averages("optimizer", trainer.optimizer)
-    rate, adversary = trainer.objective.rate, trainer.adversary
-    tensors |= {"rate": torch.tensor(rate.weight, dtype=torch.float64), "reference": rate.reference}
-    tensors["step"] = torch.tensor(trainer.step)
-    if adversary is not None:
-        tensors |= {f"discriminator/{key}": value for key, value in adversary.state_dict().items()}
-        tensors |= _averages("discriminator_optimizer", adversary.optimizer)
-        numbers = [adversary.adaptive, *vars(adversary.health).values()]
-        tensors["adversary"] = torch.tensor(numbers, dtype=torch.float64)
-    return {key: value.detach().clone() for key, value in tensors.items()}
+    """A copy of everything that training moves, as flat tensors: what TrainState says that it is, without clocks."""
+    flat = dict(_tensors("", trainer.state.state_dict()))
+    clocks = {"numbers/seconds", "numbers/draw", "numbers/bad_steps"}
+    clocks |= {key for key in flat if key.startswith("numbers/scaler") or "param_groups" in key}
+    return {key: value.detach().clone() for key, value in flat.items() if key not in clocks}
+
+
+def _tensors(name: str, value):
+    """Leaves of nested dictionaries and lists, by path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _tensors(f"{name}/{key}".removeprefix("/"), inner)
+    elif value is not None and not isinstance(value, str):
+        yield name, torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
 
 
 def differing(one: State, other: State) -> list[str]:
@@ -173,33 +181,25 @@ def differing(one: State, other: State) -> list[str]:
 def recorded(config: Config) -> dict[str, torch.Tensor]:
     """What must be the same for any number of processes, of a run to its end: vectors by name, float64."""
     trainer = start(config)
-    record = {"begin": _flat(trainer.parameters)}
-    step = trainer.optimizer.step
+    parameters, optimizer = trainer.gradients.parameters, trainer.state.optimizer
+    record = {"begin": _flat(parameters)}
+    step = optimizer.step
 
     def record_gradient_and_step() -> None:
-        record[f"gradient {trainer.step}"] = _flat(p.grad for p in trainer.parameters)
+        record[f"gradient {trainer.state.step}"] = _flat(p.grad for p in parameters)
         step()
 
-    trainer.optimizer.step = record_gradient_and_step
+    optimizer.step = record_gradient_and_step
     train(trainer)
-    record |= {"end": _flat(trainer.parameters), "averages": _flat(trainer.ema.parameters())}
-    record["discriminator"] = _flat(trainer.adversary.plain.parameters())
-    moments = survey.moments(trainer)
-    record["latents"] = torch.cat([moments.mean, moments.covariance.flatten()])
+    record |= {"end": _flat(parameters), "averages": _flat(trainer.state.ema.parameters())}
+    record["discriminator"] = _flat(trainer.state.adversary.plain.parameters())
+    statistics = trainer.exporter.latent_statistics()
+    record["latents"] = torch.cat([statistics.mean, statistics.covariance.flatten()])
     return record
 
 
 def _flat(tensors) -> torch.Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-
-
-def _averages(name: str, optimizer: torch.optim.Optimizer) -> State:
-    entries = optimizer.state_dict()["state"].items()
-    return {
-        f"{name}/{index}/{key}": torch.as_tensor(value)
-        for index, entry in entries
-        for key, value in entry.items()
-    }
 
 
 def _is_clock(key: str) -> bool:

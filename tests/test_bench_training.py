@@ -172,7 +172,7 @@ def test_a_run_of_the_trainer_becomes_a_table_a_page_and_a_line_of_json(training
     other = write_run(tmp_path / "other", [(1.0, 0.0, 0.1)], mixed_precision="bf16")
     training.main(["--runs", str(trained), str(other), "--out", str(tmp_path / "out"), "--device", "cpu"])
     *said, last = capsys.readouterr().out.strip().splitlines()
-    assert said[0].split()[:2] == ["run", "dtype"]
+    assert said[0].split()[:2] == ["run", "PSNR"]
     data = json.loads(last, parse_constant=lambda name: pytest.fail(name))
     run, bare = data["runs"]
     scores = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -184,6 +184,9 @@ def test_a_run_of_the_trainer_becomes_a_table_a_page_and_a_line_of_json(training
     )
     assert math.isclose(sum(run["shares"].values()), 1)
     assert bare["psnr"] is None
+    curves = json.loads(Path(data["files"]["json"]).read_text())["runs"][0]["loss_curves"]
+    assert {"nll", "kl", "lr", "total", "psnr"} <= curves.keys()
+    assert [point[0] for point in curves["kl"]] == [1, 2, 3, 4, 5, 6]
     page = Path(data["files"]["html"]).read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", page)
     assert "http" not in page

@@ -7,7 +7,6 @@ import random
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from latentcodec import files
 from latentcodec.pixels import (
     UnreadableImage,
     crop,
@@ -619,16 +619,15 @@ def test_an_interrupted_save_leaves_the_earlier_file_and_no_litter(error, where,
     path = tmp_path / "picture.png"
     save_image(torch.zeros(3, 8, 8), path)
     before = path.read_bytes()
-    write = Path.write_bytes
 
-    def half(self, content):
-        write(self, content[: len(content) // 2])
+    def half(path, content, durable):
+        path.write_bytes(content[: len(content) // 2])
         raise error
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(*((Path, "write_bytes", half) if where == "write" else (os, "replace", fail)))
+    monkeypatch.setattr(*((files, "write_file", half) if where == "write" else (os, "replace", fail)))
     with pytest.raises(type(error)) as caught:
         save_image(torch.ones(3, 8, 8), path)
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]

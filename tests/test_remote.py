@@ -5,7 +5,8 @@ import torch
 from image_sets import config_of, numbers_in, plain, read, table, write_set, write_shards
 
 from latentcodec.training.data import crops
-from latentcodec.training.data.stream import held_out, open_images, training_batches
+from latentcodec.training.data.images import held_out, open_images
+from latentcodec.training.data.stream import training_batches
 
 # The tests ask for more workers than a small machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -39,14 +40,14 @@ def test_a_stream_resumes_exactly_with_the_same_ranks_and_workers(tmp_path, work
         for one, other in zip(rest, whole[3 * start :], strict=True):
             assert torch.equal(one["pixels"], other["pixels"])
             assert torch.equal(one["position"], other["position"])
-    names = {line.split(": ")[0] for batch in whole for line in batch["rejected"]}
+    names = {reject.path for batch in whole for reject in batch["rejects"]}
     assert names <= {f"{path} [train] image {number}.png" for number in (3, 8, 9)}
 
 
 def test_bad_images_of_a_stream_are_listed_and_stop_nothing(tmp_path):
     path = write_shards(tmp_path / "shards", 20, 2, bad=(3, 8))
     batches = read(config_of(path, streaming=True), steps=10, batch_size=4)
-    names = {line.split(": ")[0] for batch in batches for line in batch["rejected"]}
+    names = {reject.path for batch in batches for reject in batch["rejects"]}
     assert names == {f"{path} [train] image {number}.png" for number in (3, 8)}
     assert {number for batch in batches for number in numbers_in(batch)} == set(range(20)) - {3, 8}
 

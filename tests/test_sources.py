@@ -22,7 +22,8 @@ from PIL import Image
 from latentcodec.pixels import UnreadableImage, decode_image
 from latentcodec.sources.images import DatasetSource, Place
 from latentcodec.sources.images import open_source as open_place
-from latentcodec.training.data.stream import held_out, open_images, training_batches
+from latentcodec.training.data.images import held_out, open_images
+from latentcodec.training.data.stream import training_batches
 
 
 def open_source(path, split="train", column=None, channels=3):
@@ -44,7 +45,7 @@ def test_corrupt_rows_of_a_data_set_are_listed_and_stop_nothing(tmp_path, kind):
     cells[4], cells[9] = {"bytes": b"broken", "path": "9.png"}, None
     path = write_set(tmp_path, kind, range(12), cells)
     batches = read(config_of(path), steps=3)
-    lines = sorted({line for batch in batches for line in batch["rejected"]})
+    lines = sorted({f"{path}: {reason}" for batch in batches for path, reason in batch["rejects"]})
     assert [line.split(": ")[0] for line in lines] == [f"{path} [train] row {row}" for row in (4, 9)]
     assert {number for batch in batches for number in numbers_in(batch)} == set(range(12)) - {4, 9}
 
@@ -110,7 +111,7 @@ def test_grey_colour_transparent_and_16_bit_files_share_a_stream(tmp_path, chann
     images = open_images(config_of(tmp_path), channels, 0)
     (batch,) = training_batches(images, 8, steps=1)
     assert batch["pixels"].shape == (8, channels, 16, 16)
-    assert batch["rejected"] == []
+    assert batch["rejects"] == []
     (grey16,) = (index for index in range(8) if "grey16" in images.source.name(index))
     assert len(images.source.read(grey16)[0].unique()) == 1600, "16 bits are not cut to 8"
 

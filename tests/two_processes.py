@@ -1,4 +1,4 @@
-"""What two processes do, for test_train.py: started by torchrun with the folders of the images and of the results.
+"""What two processes do, for test_loop.py: started by torchrun with the folders of the images and of the results.
 
 Each process writes what it has found to a file of its own; the test compares and judges. Then both train until a
 signal ends them.
@@ -27,7 +27,7 @@ def resume(images: Path, out: Path) -> dict:
     config = everything(small(out / "resumed", images, batch_size=2))
     trainer = start(config)
     train(trainer, stop_at=3 if trainer.accelerator.process_index == 1 else None)
-    return {"step": trainer.step, "signal": trainer.stopped_by, "record": recorded(config)}
+    return {"step": trainer.state.step, "signal": trainer.stopped_by, "record": recorded(config)}
 
 
 def bad_numbers(images: Path, out: Path) -> dict:
@@ -35,12 +35,12 @@ def bad_numbers(images: Path, out: Path) -> dict:
     states, trainer = {}, start(everything(small(out / "bad", images, batch_size=2)))
 
     def spoil(trainer, micro_batches) -> None:
-        states[trainer.draw] = state(trainer)
-        if trainer.draw in (3, 4, 5) and trainer.accelerator.process_index == 1:
+        states[trainer.state.draw] = state(trainer)
+        if trainer.state.draw in (3, 4, 5) and trainer.accelerator.process_index == 1:
             micro_batches[0]["pixels"][0, 0, 0, 0] = torch.nan
 
     train(trainer, spoil=spoil)
-    return {"states": states, "step": trainer.step, "draw": trainer.draw}
+    return {"states": states, "step": trainer.state.step, "draw": trainer.state.draw}
 
 
 def peace(images: Path, out: Path) -> None:

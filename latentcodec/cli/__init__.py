@@ -59,7 +59,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(arguments, prog_name="latentcodec", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _failed(error, WRONG)
     except OSError as error:
         is_wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)

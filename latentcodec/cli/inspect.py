@@ -1,4 +1,4 @@
-"""`latentcodec inspect`: the facts about a codec, or about a store."""
+"""`latentcodec inspect`: the facts about a codec or a store, and with images what a codec's latents are fit for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentcodec.cli.output import DONE, Json, say_json
+from latentcodec.cli.output import DONE, LOOK, Json, counting, say_json, warn
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
@@ -18,16 +18,31 @@ def inspect(
     subject: Annotated[
         str, typer.Argument(metavar="CODEC_OR_STORE", help="A codec, or the folder of a store.")
     ],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images: judge the codec's latents on them. Subfolders are labels."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the page and the JSON it is made from.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images to look at; default: as many as two minutes allow.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Say what a codec is, or what a store holds.
+    """Say what a codec is, or what a store holds; with --images, what the codec's latents are fit for.
 
-    latentcodec inspect photo-f8c16
+    latentcodec inspect photo-f8c16 --images photos --out inspected
 
     latentcodec inspect latents
     """
     from latentcodec.store.format import INDEX
 
+    if images is not None:
+        return look(subject, images, out, count, device, as_json)
+    if out is not None:
+        raise ValueError(f"--out {out}: a page needs --images, the folder to judge the codec on")
     if Path(subject, INDEX).is_file() or Path(subject, "plan").is_dir():
         from latentcodec.store import LatentStore
 
@@ -39,6 +54,51 @@ def inspect(
     _print(facts)
     say_json(as_json, facts)
     return DONE
+
+
+def look(
+    source: str, images: Path, out: Path | None, count: int | None, device: str | None, as_json: bool
+) -> int:
+    """Measure the codec's latents on `images`, print the verdicts, and write page and result where `out` is given."""
+    from latentcodec.codec import LatentCodec
+    from latentcodec.machine import use_cores
+    from latentcodec.report import inspection
+    from latentcodec.report.build import write_result
+    from latentcodec.report.results import finite, print_threads, require_folder, stem
+
+    print_threads(use_cores())
+    codec = LatentCodec.from_pretrained(source, device=device)
+    if out is not None:
+        require_folder(out)
+    looked = inspection.open_images(images, codec.image_channels, codec.downsampling_factor, count)
+    for reason in looked.left_out:
+        warn(f"left out: {reason}")
+    with counting(inspection.total_passes(looked, codec), "image passes") as advance:
+        data = inspection.inspect_codec(codec, source, images, looked, lambda done: advance(done, 0))
+    print("\n".join(verdict_lines(data)))
+    if out is not None:
+        files = write_result(data, out, stem([source], data["hardware"], "inspect"))
+        print(f"page: {files['html']}\nresult: {files['json']}")
+    say_json(as_json, finite({key: data[key] for key in ("verdicts", "measures", "channels")}))
+    return LOOK if looked.left_out else DONE
+
+
+def verdict_lines(data: dict[str, Any]) -> list[str]:
+    """The three headlines, each with its reasons and what would change them."""
+    from latentcodec.report.page import LEVELS
+    from latentcodec.report.pages.inspection import TITLES
+
+    lines = []
+    for key, verdict in data["verdicts"].items():
+        word, icon = LEVELS[verdict["level"]]
+        lines.append(f"{icon} {TITLES[key]}: {word.upper()}")
+        for reason in verdict["reasons"]:
+            lines += [
+                f"    {LEVELS[reason['level']][1]} {reason['text']}",
+                f"      to change it: {reason['cure']}",
+            ]
+        lines += [f"    {LEVELS['note'][1]} {note['text']}" for note in verdict["notes"]]
+    return lines
 
 
 def codec_facts(codec: LatentCodec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import has_hooks, is_plain_convolution
+from latentcodec.engine.checks import has_hooks, has_plain_parameters, is_plain_convolution
 from latentcodec.ops.functional import applies_to, norm_silu, upsample_conv
 from latentcodec.vae import layers
 from latentcodec.vae.layers import LayerTypes
@@ -25,7 +25,7 @@ def norm_act(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
 
 
 def _is_fusible(norm: nn.GroupNorm, activation: nn.Module) -> bool:
-    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU:
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or not has_plain_parameters(norm):
         return False
     return not (has_hooks(norm) or has_hooks(activation))
 
@@ -33,20 +33,27 @@ def _is_fusible(norm: nn.GroupNorm, activation: nn.Module) -> bool:
 class ResnetBlock2D(layers.ResnetBlock2D):
     """The residual block, with each norm and its activation as one function."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(norm_act(x, self.norm1, self.nonlinearity))
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(norm_act(input_tensor, self.norm1, self.nonlinearity))
+        if temb is not None:
+            h = h + temb
         h = self.conv2(norm_act(h, self.norm2, self.nonlinearity))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
 
 
 class Upsample(layers.Upsample):
     """Nearest neighbour times two and the convolution after it, as one transposed convolution."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if applies_to(x) and type(conv) is nn.Conv2d and is_plain_convolution(conv) and not has_hooks(conv):
-            return upsample_conv(x, conv.weight, conv.bias)
-        return super().forward(x)
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        if output_size is None and applies_to(hidden_states) and _is_plain_conv2d(self.conv):
+            return upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
+        return super().forward(hidden_states, output_size)
+
+
+def _is_plain_conv2d(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d or has_hooks(layer):
+        return False
+    return is_plain_convolution(layer) and has_plain_parameters(layer)
 
 
 FAST_LAYERS = LayerTypes(resnet=ResnetBlock2D, upsample=Upsample)

@@ -24,10 +24,10 @@ class EngineEncoder(Encoder):
         super().__init__(config, FAST_LAYERS)
         self.engine = Engine()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.engine.applies(self, x):
-            return self.engine.encode(self, x)
-        return super().forward(x)
+    def forward(self, sample: Tensor) -> Tensor:
+        if self.engine.applies(self, sample):
+            return self.engine.encode(self, sample)
+        return super().forward(sample)
 
     def norm_out(self, x: Tensor) -> Tensor:
         return norm_act(x, self.conv_norm_out, self.conv_act)
@@ -40,10 +40,10 @@ class EngineDecoder(Decoder):
         super().__init__(config, FAST_LAYERS)
         self.engine = Engine()
 
-    def forward(self, z: Tensor) -> Tensor:
-        if self.engine.applies(self, z):
-            return self.engine.decode(self, z)
-        return super().forward(z)
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        if latent_embeds is None and self.engine.applies(self, sample):
+            return self.engine.decode(self, sample)
+        return super().forward(sample, latent_embeds)
 
     def norm_out(self, x: Tensor) -> Tensor:
         return norm_act(x, self.conv_norm_out, self.conv_act)

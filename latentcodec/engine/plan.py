@@ -14,12 +14,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import has_hooks, is_plain, modules_within
+from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
-from latentcodec.ops.functional import fastest_kernels
+from latentcodec.ops.functional import fastest_kernels, is_ordinary
 from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
@@ -54,15 +54,15 @@ class Engine:
     def applies(self, network: nn.Module, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
 
-        Gradients, autocast, tracing, hooks on inner layers, and adapters get the plain modules.
+        Gradients, autocast, whatever is not ordinary, hooks on inner layers, and adapters get the plain modules.
         """
         return (
-            not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            is_ordinary(x)
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
             and x.dtype != torch.float64  # strips add up in float32
+            and not torch_layers_are_replaced()
             and not has_hooks(network)
             and all(
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
@@ -123,8 +123,9 @@ class Engine:
 
 
 def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Strips [B, r, W, C] -> [B, C, H, W], which is fit for autograd wherever the caller is."""
-    return torch.cat([strip.to(dtype) for strip in strips], 1).permute(0, 3, 1, 2)
+    """Strips [B, r, W, C] -> [B, C, H, W] contiguous, and fit for autograd wherever the caller is."""
+    rows = [strip.to(dtype).permute(0, 3, 1, 2) for strip in strips]
+    return torch.cat(rows, 2).contiguous(memory_format=torch.contiguous_format)
 
 
 def _channels_at_once(stage: Stage, keeps: bool) -> int:

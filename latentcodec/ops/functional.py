@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._triton import has_triton
@@ -28,16 +29,30 @@ from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 log = logging.getLogger(__name__)
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether x is a plain tensor, and nothing but autograd follows what is done with it.
+
+    Compilers and tracers would record our operations in place of the layers'; vmap, jvp, forward-mode derivatives and
+    dispatch modes (make_fx, fake tensors) have no rule for them; subclasses of tensors bring operations of their own.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_mode._current_level < 0
+    )
+
+
 def applies_to(x: Tensor) -> bool:
     """Whether the functions of this file are for x, a map that gradients may be asked for.
 
-    It is in channels_last, not in float64, and no compiler, tracer or functorch transform is at work.
+    It is in channels_last and not in float64.
     """
     return (
         torch.is_grad_enabled()  # else there are the strips
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and is_ordinary(x)
         and x.device.type in ("cpu", "cuda")
         and x.dtype != torch.float64  # sums are in float32
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -125,7 +125,12 @@ def posterior_health(
     labels: Sequence[int] | None = None,
     masks: Tensor | None = None,
 ) -> Health:
-    """What the posterior alone says: mean, std [N, c, h, w] of it, f pixels a cell. Decodes nothing."""
+    """What the posterior alone says: mean, std [N, c, h, w] of it, f pixels a cell. Decodes nothing.
+
+    Raises ValueError where the posterior is not finite.
+    """
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise ValueError("the codec's latents of these images are not finite")
     moments = latents.channel_moments(mean, std)
     draws = latents.standardised_draws(mean, std, moments)
     tails = latents.tails(draws)

@@ -16,16 +16,10 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from latentcodec.pixels import decode_image
+from latentcodec.pixels import LeftOut, decode_image
 from latentcodec.randomness import Purpose, keyed_generator
-from latentcodec.sources.images import (
-    EncodedSource,
-    Place,
-    encoded_cell,
-    find_image_column,
-    load_dataset,
-    one_line,
-)
+from latentcodec.sources.encoded import EncodedSource
+from latentcodec.sources.hub import Place, encoded_cell, find_image_column, load_dataset, one_line, undecoded
 
 Cell = dict[str, Any] | None  # an undecoded image: {"bytes": ..., "path": ...}
 
@@ -41,8 +35,8 @@ class RemoteSource:
         if dataset.features is None:
             raise ValueError(f"{self.label} declares no columns; it cannot be read with data.streaming")
         self.column = find_image_column(dataset.features, self.label, column)
-        undecoded = datasets.Image(decode=False)
-        self.dataset = dataset.select_columns([self.column]).cast_column(self.column, undecoded)
+        self.dataset = undecoded(dataset.select_columns([self.column]), self.column, self.label)
+        self.left_out: list[LeftOut] = []
         self._excluded: set[str] = set()
 
     def first(self, count: int) -> "CellSource":
@@ -95,6 +89,7 @@ class CellSource(EncodedSource):
 
     def __init__(self, remote: RemoteSource, cells: list[Cell]) -> None:
         self.remote, self.cells, self.channels = remote, cells, remote.channels
+        self.left_out: list[LeftOut] = []
 
     def __len__(self) -> int:
         return len(self.cells)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from latentcodec.pixels import LeftOut
+
 Picture = NDArray[np.float32]  # [S, S, 3], 0 to 255, not yet clipped
 
 SIDE = 256
@@ -34,6 +36,7 @@ class SyntheticSource:
 
     def __init__(self, channels: int, length: int = 4096, seed: int = 0) -> None:
         self.channels, self.length, self.seed = channels, length, seed
+        self.left_out: list[LeftOut] = []
 
     def __len__(self) -> int:
         return self.length

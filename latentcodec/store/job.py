@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from latentcodec.codec import LatentCodec
+from latentcodec.files import move_folder
+from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, physical_cores
 from latentcodec.store.encoding import Receipt, ShardEncoder
 from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
@@ -225,8 +227,10 @@ def _keep_codec(codec: LatentCodec, out: Path) -> None:
     beside = out / f".{CODEC}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         codec.save_pretrained(beside)
-        with suppress(OSError):  # another process was faster: its copy is the same
-            beside.rename(out / CODEC)
+        move_folder(beside, out / CODEC, CONFIG)
+    except OSError:
+        if not (out / CODEC / CONFIG).is_file():  # else another process was faster: its copy is the same
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -9,8 +9,6 @@ Shapes: n rows, c latent channels, h w latent cells.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentcodec.files import make_durable
+from latentcodec.files import write_new, write_whole
 from latentcodec.store.format import (
     CHECKSUM,
     DROPPED,
@@ -52,24 +50,9 @@ def write_durable(path: Path, content: bytes | pa.Buffer, exclusive: bool = Fals
 
     With `exclusive` a file that is there already stays, and the answer is no. Raises OSError naming `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            os.link(beside, path)
-        else:
-            os.replace(beside, path)
-        make_durable(path.parent)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    if exclusive:
+        return write_new(path, content)
+    write_whole(path, content)
     return True
 
 

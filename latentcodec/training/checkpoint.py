@@ -19,6 +19,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentcodec.files import make_durable
+from latentcodec.files import make_durable, move_folder, read_regular, write_file
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -68,6 +69,10 @@ class Checkpoint:
     def step(self) -> int:
         """The step it was saved at."""
         return int(self.state["step"])
+
+    def has(self, name: str) -> bool:
+        """Whether something was saved under `name`."""
+        return any((self.path / f"{name}.{suffix}").exists() for suffix in ("safetensors", "pt"))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The group of tensors saved under `name`, contiguous, on the CPU."""
@@ -187,7 +192,9 @@ def _commit(folder: Path, step: int, contents: Mapping[str, Callable[[], bytes]]
         manifest = {name: _write(unfinished / name, serialise()) for name, serialise in contents.items()}
         _write(unfinished / MANIFEST, _json_bytes(manifest))
         make_durable(unfinished)
-        os.rename(unfinished, path)  # the commit: before it there is no checkpoint, after it a whole one
+        move_folder(
+            unfinished, path, MANIFEST
+        )  # the commit: before it there is no checkpoint, after it a whole one
         make_durable(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # after the rename there is nothing under this name
@@ -207,12 +214,9 @@ def _hidden(path: Path) -> Path:
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Write a new file, durably and with the permissions that the umask allows; returns its manifest entry.
 
-    The digest is that of the bytes in memory, so it also convicts a disk that stored something else.
+    The digest is that of the bytes in memory, so it also detects a disk that stored something else.
     """
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(path, data)
     return _manifest_entry(data)
 
 
@@ -260,7 +264,9 @@ def _remove(path: Path) -> None:
     """Delete a folder; one that cannot be deleted stays, with a warning, and stops no training."""
     try:
         if COMMITTED.fullmatch(path.name):  # a kill must leave no half checkpoint under the name of a whole
-            path = path.rename(_hidden(path))
+            (path / MANIFEST).unlink(missing_ok=True)
+            with suppress(OSError):  # some file systems rename no folder
+                path = path.rename(_hidden(path))
         shutil.rmtree(path)
     except OSError as error:
         warnings.warn(f"{path} is not needed any more but stays: {error}", CheckpointWarning, stacklevel=3)
@@ -305,6 +311,8 @@ def _verify(path: Path) -> None:
     if not isinstance(manifest, dict) or STATE not in manifest:
         raise DamagedCheckpoint(path, MANIFEST, "it is not the manifest of a checkpoint")
     for name, expected in manifest.items():
+        if Path(name).name != name:
+            raise DamagedCheckpoint(path, MANIFEST, f"it names {name!r}, which is no file in this folder")
         found = _manifest_entry(_read(path, name))
         if found != expected:
             raise DamagedCheckpoint(path, name, f"it is {found}, the manifest says {expected}")
@@ -312,7 +320,7 @@ def _verify(path: Path) -> None:
 
 def _read(path: Path, name: str) -> bytes:
     try:
-        return (path / name).read_bytes()
+        return read_regular(path / name)
     except OSError as error:
         raise DamagedCheckpoint(path, name, str(error.strerror)) from error
 

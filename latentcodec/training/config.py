@@ -6,24 +6,27 @@ value of the wrong type ends the program with its name before any data or model 
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from io import StringIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from latentcodec.training.data.stream import DataConfig
+from latentcodec.training.data.images import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig
 from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.start.model import ModelConfig
+from latentcodec.training.yaml_file import read_settings
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Config:
     finish: FinishConfig = field(default_factory=FinishConfig)
 
     def __post_init__(self) -> None:
+        for key, value in settings_of(self):
+            _require_sound(key, value)
         if self.finish.whiten and self.model.keeps_latents:
             raise ValueError(
                 "finish.whiten would change the latents that model.teacher, or model.part decoder, keeps"
@@ -52,22 +57,42 @@ class Config:
             )
 
 
+def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its key, such as "train.lr"; those of a list one by one."""
+    for entry in fields(section):
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from settings_of(value, f"{key}.")
+        elif isinstance(value, list | tuple):
+            yield from ((key, item) for item in value)
+        else:
+            yield key, value
+
+
+def _require_sound(key: str, value: Any) -> None:
+    """Refuse what no setting can be: numbers that are not finite or have no place in 64 bits, texts that are empty."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, not {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{key} must be below 2^63, not a number of {len(str(value))} digits")
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError(f"{key} must not be empty, or hold a zero byte; leave it out for its default")
+
+
 class ConfigFile(ActionConfigFile):
     """A YAML file of keys. What keeps it from being read is said with its name, which the library leaves out."""
 
     def __call__(self, parser: Any, settings: Any, path: Any, option: Any = None) -> None:
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")  # once: it may be a pipe
-            if not isinstance(yaml.safe_load(StringIO(text)), dict):  # of a string, errors would quote parts
-                raise ValueError("it holds no keys, such as output_dir: runs/a")
-            super().__call__(parser, settings, text, option)
+            settings_file = read_settings(Path(path).expanduser())
+            super().__call__(parser, settings, json.dumps(settings_file), option)
         except OSError as error:
             raise ValueError(f"--config {path}: {error.strerror}") from error
         except (TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"--config {path}: {error}") from error
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py") -> Config:
     """The configuration of a command line such as `--config photos.yaml --output_dir runs/a --train.lr 1e-3`.
 
     Where a key is unknown, has a wrong value or contradicts another, ends the program with code 2 and one line that
@@ -77,7 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         docstring_parse_attribute_docstrings=True
     )  # the strings under the fields, for --help
     parser = ArgumentParser(
-        prog="train/train.py", description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
+        prog=program, description="Train a latent codec.", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
@@ -85,10 +110,32 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         settings: Namespace = parser.parse_args(arguments)
         settings.pop("config")
         _require_sections(settings, parser.get_defaults())
-        return Config(**parser.instantiate(settings))
+        config: Config = _plain(Config(**parser.instantiate(settings)))
+        return config
     except (ArgumentError, ValueError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _plain(value: Any) -> Any:
+    """With plain numbers in place of those of the range types, which have done their work and are no plain YAML."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
+
+
+def _one_line(error: str) -> str:
+    """The library's account of an error; of a number out of its range "train.lr must be > 0, not -1"."""
+    key = re.search(r'key "([^"]+)"', error)
+    limits = re.search(r"does not conform to restriction (v.*)", error)
+    value = re.search(r": (.*) does not conform", error) or re.search(r"Given value: (.*)", error)
+    if not (key and limits and value):
+        return " ".join(error.split())
+    allowed = re.sub(r"v([<>]=?)", r"\1 ", limits[1])
+    return f"{key[1]} must be {allowed}, not {value[1]}"
 
 
 def _require_sections(settings: Namespace, defaults: Namespace) -> None:

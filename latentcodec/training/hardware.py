@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -17,9 +17,7 @@ from accelerate.utils import gather_object
 
 from latentcodec import machine
 from latentcodec.training.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from latentcodec.training.config import Config
+from latentcodec.training.config import Config
 
 LAUNCHER = (
     "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch --mixed_precision` was told; "no" also by default
@@ -80,12 +78,12 @@ def _summary(precision: str, threads: int, state: PartialState) -> str:
 
 def _emulation(precision: str, device: torch.device) -> list[str]:
     """A warning, with the measured cost, of a format that the machine has no units for."""
-    if machine.is_fast(DTYPES[precision], device):
-        return []
-    cost = machine.emulation_cost(DTYPES[precision], device)
+    if precision != "bf16" or machine.is_fast(torch.bfloat16, device):
+        return []  # fp16 without a GPU is refused
+    cost = machine.emulation_cost(torch.bfloat16, device)
     return [
-        f"warning: this machine has no units for {NAMES[precision]} and emulates it: a convolution takes {cost:.1f} "
-        "times as long as in float32 (--train.mixed_precision no)"
+        f"warning: this machine has no units for bfloat16 and emulates it: a convolution takes {cost:.1f} times as "
+        "long as in float32 (--train.mixed_precision no)"
     ]
 
 

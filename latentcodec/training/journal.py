@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics.jsonl, config.yaml, sample grids, lists of what was left out.
+"""What a run writes for people: metrics.jsonl, config.yaml, sample pictures, lists of what was left out.
 
 Only the main process writes. metrics.jsonl has one JSON object a step (and one a validation, with "psnr"); after a
 resume it goes on behind the step that the run was resumed from, as if it had never stopped. Keys with "second" or
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -23,27 +23,27 @@ from tqdm.auto import tqdm
 from latentcodec.files import printable, write_whole
 from latentcodec.pixels import encode_image, image_grid, to_uint8
 from latentcodec.quality.metrics import Evaluation
-
-if TYPE_CHECKING:
-    from latentcodec.training.config import Config
-    from latentcodec.training.losses.teacher import Drift
-    from latentcodec.training.trainer import Trainer
+from latentcodec.training.config import Config
+from latentcodec.training.data.crops import Reject
+from latentcodec.training.losses.teacher import Drift
+from latentcodec.training.trackers import alert, show_pictures
 
 
 class Journal:
-    """The diary of one run in its output folder."""
+    """The records of one run, in its output folder."""
 
     def __init__(self, output: Path, accelerator: Accelerator, config: Config) -> None:
         self.output, self.accelerator, self.config = output, accelerator, config
         self.metrics, self.result = output / "metrics.jsonl", output / "result.json"
+        self.rejects = output / "rejects.jsonl"
         self.last_psnr: float | None = None
-        self.listed: set[str] = set()
+        self.listed: set[str] = set()  # the lines of rejects.jsonl
         self.bar: tqdm[Any] | None = None
 
     def begin(self, step: int, draw: int, complete: bool) -> None:
-        """Open the diary at `step` and `draw`: forget what was written after the checkpoint that the run resumes from.
+        """Open the records at `step` and `draw`: forget what was written after the checkpoint that is resumed from.
 
-        Of a `complete` run, whose finish will be done again, also what the finish wrote.
+        Of a `complete` run, whose end will be done again, also forget what that end wrote.
         """
         if not self.accelerator.is_main_process:
             return
@@ -55,8 +55,7 @@ class Journal:
         self._keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
         self._keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
-        rejected = self.output / "rejected.txt"
-        self.listed = set(rejected.read_text("utf-8").splitlines()) if rejected.exists() else set()
+        self.listed = set(self.rejects.read_text("utf-8").splitlines()) if self.rejects.exists() else set()
         if self.config.train.trackers:
             flat = {
                 f"{s}.{k}": str(v)
@@ -89,12 +88,15 @@ class Journal:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def validated(self, step: int, seconds: float, evaluation: Evaluation) -> None:
-        """The scores of the held-out images."""
-        scores = _scores(evaluation)
+    def validated(
+        self, step: int, seconds: float, evaluation: Evaluation, latents: dict[str, float] | None = None
+    ) -> None:
+        """The scores of the held-out images, and the measures of their latents."""
+        scores, latents = _scores(evaluation), latents or {}
         self.last_psnr = scores["psnr"]
-        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores}))
-        self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
+        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores, **latents}))
+        logged = {f"validation/{name}": value for name, value in scores.items()} | latents
+        self.accelerator.log(logged, step=step)
         self.say(
             f"step {step}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} on {scores['images']} images"
         )
@@ -117,22 +119,28 @@ class Journal:
             return  # no picture has two channels, or five
         path = self.output / "samples" / f"step-{step:08d}.png"
         _write(path, encode_image(grid, path))
-        shown = {"samples": to_uint8(grid).permute(1, 2, 0).numpy()[None]}  # [1, H, W, C]
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images(shown, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images(shown, step=step)
+        show_pictures(self.accelerator.trackers, to_uint8(grid).permute(1, 2, 0).numpy(), step)
 
-    def rejected(self, lines: list[str]) -> None:
-        """rejected.txt: each image that could not be read, once, with the reason."""
+    def alert(self, step: int, text: str, failure: bool) -> None:
+        """That the latents have entered a regime or left it: in the terminal, and as an alert of the trackers."""
+        self.say(f"step {step}: {text}")
+        alert(self.accelerator.trackers, text, failure, step)
+
+    def rejected(self, rejects: list[Reject]) -> None:
+        """rejects.jsonl: each image that could not be read, once, with the reason: {"path", "reason"}."""
         if not self.accelerator.is_main_process:
             return
-        for line in (printable(text.replace("\n", " ")) for text in lines):
+        for path, reason in rejects:
+            line = json.dumps({"path": printable(path), "reason": printable(reason)}, ensure_ascii=False)
             if line not in self.listed:
                 self.listed.add(line)
-                _append(self.output / "rejected.txt", line)
-                self.say(f"left out ({len(self.listed)} so far, all in rejected.txt): {line}")
+                _append(self.rejects, line)
+                self.say(f"left out ({len(self.listed)} so far, all in rejects.jsonl): {path}: {reason}")
+
+    @property
+    def has_rejects(self) -> bool:
+        """Whether any image had to be left out, in this start of the run or an earlier one."""
+        return self.rejects.exists()
 
     def skipped(self, step: int, draw: int, names: list[str]) -> None:
         """skipped.jsonl: a batch's positions in the stream, and the names of its numbers that were not finite."""
@@ -164,20 +172,19 @@ class Journal:
         finished = self.result.exists() and (self.output / "codec").exists()
         return json.loads(self.result.read_text())["step"] if finished else None
 
-    def end(self) -> None:
-        """Close the trackers and the bar."""
+    def close(self) -> None:
+        """End the progress bar, so that what is said next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
-        self.accelerator.end_training()
 
-    def card(self, trainer: Trainer, evaluation: Evaluation | None) -> str:
-        """The model card's account of the training."""
+    def card(self, step: int, seconds: float, evaluation: Evaluation | None) -> str:
+        """The model card's account of the training: Markdown."""
         data = self.config.data
         lines = [
             "## Training",
             "",
-            f"- {trainer.step} steps of {self._batch} crops of "
-            f"{data.resolution} x {data.resolution}, {trainer.seconds / 60:.0f} minutes, on: "
+            f"- {step} steps of {self._batch} crops of "
+            f"{data.resolution} x {data.resolution}, {seconds / 60:.0f} minutes, on: "
             + (data.path or "the built-in drawn pictures"),
             "- all settings: `config.yaml` beside the run's `metrics.jsonl`",
         ]

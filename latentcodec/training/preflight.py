@@ -6,12 +6,9 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 
 from __future__ import annotations
 
-import fcntl
-import os
-from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -20,13 +17,12 @@ from accelerate.utils import DynamoBackend, broadcast_object_list
 from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
+from latentcodec.training.config import Config
+from latentcodec.training.data.images import HeldOut
 from latentcodec.training.data.order import bucket_sizes
-from latentcodec.training.data.stream import HeldOut
 from latentcodec.training.export.codec_folder import recover_codec
+from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
-
-if TYPE_CHECKING:
-    from latentcodec.training.config import Config
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
 # over in silence, since the weights of the checkpoint take the place of the start, or would leave the codec with the
@@ -51,10 +47,6 @@ FIXED = (
     "model.use_quant_conv",
 )
 FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
-
-
-LOCK = ".lock"  # in output_dir: held by the main process of a run
-_held: set[Path] = set()
 
 
 def new_processes() -> PartialState:
@@ -99,7 +91,7 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
     output = Path(config.output_dir)
     if processes.is_main_process:
         checkpoints.prepare(output / "checkpoints")
-        _hold(output)
+        hold(output)
         recover_codec(output / "codec")
     processes.wait_for_everyone()
     saved = newest_checkpoint(output / "checkpoints", processes)
@@ -118,32 +110,6 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
                 "it away from there"
             )
     return None
-
-
-def _hold(output: Path) -> None:
-    """Keep other runs out of `output` as long as this process lives, however it ends. Refuses where one is there.
-
-    Disks that know no locks hold nobody.
-    """
-    path = (output / LOCK).resolve()
-    if path in _held:
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise ValueError(
-            f"output_dir {output} is that of another run, process {owner}, which is still writing there; end it "
-            "first, or choose another folder"
-        ) from error
-    except OSError:
-        pass
-    _held.add(path)  # the descriptor stays open, and with it the lock
-    with suppress(OSError):  # whose lock it is helps people; a full disk is for others to name
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
 
 
 def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> checkpoints.Checkpoint | None:

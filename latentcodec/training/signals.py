@@ -1,14 +1,14 @@
-"""A polite end for a training run: what asks it to stop, and how it leaves.
+"""How a training run is asked to stop, and how it then ends.
 
-SIGTERM, SIGINT and SIGUSR1 (SLURM's usual warning before preemption), and the death of the launcher, only
-note a request; the loop reads it once a step, saves a checkpoint and leaves with exit code 128 + signal:
+SIGTERM, SIGINT and SIGUSR1 (SLURM's usual warning before preemption), and the end of the launcher, only
+are noted as a request; the loop reads it once a step, saves a checkpoint and ends with exit code 128 + signal:
 
     SIGTERM 143 | SIGINT (Ctrl-C) 130 | SIGUSR1 138 | the launcher died 143
 
 A second Ctrl-C, later than a second after the first, ends the process at once; so does SIGKILL, and so does any of
-the three before the first step, when there is nothing to save. Nothing that was committed is lost then.
+the three before the first step, when there is nothing to save. What was committed is never lost.
 
-What launchers make of a signal that is sent to them alone, and the code that they end with themselves (torch 2.15,
+What launchers do with a signal that is sent to them alone, and the code that they end with themselves (torch 2.15,
 accelerate 1.15, all tried):
 
                                       SIGTERM         SIGINT          SIGUSR1
@@ -16,10 +16,10 @@ accelerate 1.15, all tried):
     torchrun --signals-to-handle ...  passed on, 1    passed on, 1    passed on, 1    (SIGTERM,SIGINT,SIGUSR1)
     accelerate launch, one process    dies of it      dies of it      dies of it
 
-`torchrun` kills what has not left after 30 s (`--shutdown-timeout`). `accelerate launch` with several processes is
+`torchrun` kills what has not ended after 30 s (`--shutdown-timeout`). `accelerate launch` with several processes is
 torchrun inside, and takes the option from the environment: `PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1`.
 
-Where a launcher dies, the run notices at its next step that it has been orphaned, saves and leaves. So every
+Where a launcher dies, the run notices at its next step that its parent process is gone, saves and ends. So every
 signal to every launcher ends in a checkpoint, and only the launcher's own exit code varies.
 """
 
@@ -38,9 +38,9 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # set by
 
 
 class StopRequest:
-    """Notes, while entered, that somebody asked this process to stop.
+    """Notes, while it is entered, that this process was asked to stop.
 
-    Processes hear of a signal at different steps: reduce `received` by its maximum over all of them before
+    Processes receive a signal at different steps: reduce `received` by its maximum over all of them before
     acting on it. Only the main thread can enter.
     """
 
@@ -78,7 +78,7 @@ def exit_code(received: int) -> int:
 
 
 def shield_data_worker(worker_id: int) -> None:
-    """Let a data worker outlive signals to the whole process group: a DataLoader's `worker_init_fn`.
+    """Let a data worker survive signals to the whole process group: a DataLoader's `worker_init_fn`.
 
     torchrun, SLURM and a terminal signal the workers along with the run, which needs them for the batches up
     to its checkpoint and stops them itself. SIGTERM still ends a worker that hangs, after GRACE_SECONDS.
@@ -91,8 +91,7 @@ def shield_data_worker(worker_id: int) -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold signals back, in processes that are started meanwhile too: a data worker could not bear one before it is
-    shielded."""
+    """Delay signals, in processes that are started meanwhile too: one would end a data worker before it is shielded."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -103,12 +102,13 @@ def held() -> Iterator[None]:
 def _launcher() -> int | None:
     """The process id of the launcher above this process: None without one, 0 if it has died already.
 
-    Without a launcher nobody is watched: `nohup python train.py &` is meant to outlive its shell.
+    Without a launcher no parent is watched: `nohup python train.py &` is meant to go on after its shell.
     """
     if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return None
     init = Path("/proc/1/cmdline")
-    # Orphans fall to process 1. In a container it may be the launcher itself, which is a Python program.
+    # A process whose parent has died gets process 1 as its parent. In a container that may be the launcher itself,
+    # which is a Python program.
     if os.getppid() == 1 and not (init.exists() and b"python" in init.read_bytes()):
         return 0
     return os.getppid()

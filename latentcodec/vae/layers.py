@@ -4,6 +4,9 @@ and optimizer states move both ways without renaming or sorting.
 Every layer maps [B, C, H, W] to [B, C', H', W'] and holds no state beside its parameters. It is written in plain torch;
 `engine/layers.py` has subclasses that compute the same faster. The networks are in `networks.py`.
 
+Arguments are named and ordered as diffusers has them, since code written for its blocks calls these: `temb`, a tensor
+that is added between the two convolutions of a residual block, is None in every VAE of its own.
+
 Shapes: B batch, C channels, H W rows and columns, n = H * W attention tokens.
 """
 
@@ -47,10 +50,12 @@ class ResnetBlock2D(nn.Module):
         self.nonlinearity = ACTIVATIONS[activation]()
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.nonlinearity(self.norm1(x)))
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        if temb is not None:
+            h = h + temb
         h = self.conv2(self.nonlinearity(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
 
 
 class Attention(nn.Module):
@@ -69,11 +74,24 @@ class Attention(nn.Module):
         # diffusers' object for the same formula, given by whoever adopts a VAE: pipelines look at its type
         self.processor: Any = None
 
+        self.equal_processors: tuple[type, ...] = ()
+        """Classes of diffusers' processors that compute this formula too."""
+
     def get_processor(self) -> Any:
         """What diffusers' `attn_processors` lists for this layer."""
         return self.processor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def set_processor(self, processor: Any) -> None:
+        """What diffusers' `set_attn_processor` calls. Raises ValueError for one that computes something else."""
+        if type(processor) not in self.equal_processors:
+            raise ValueError(
+                f"this attention layer cannot compute by a {type(processor).__name__}: use diffusers' own network for "
+                "it, which restore_vae(vae) puts back"
+            )
+        self.processor = processor
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = hidden_states
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, n, C]
         h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         h = self.to_out[0](h)  # [B, 1, n, C]
@@ -90,19 +108,21 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour times two, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    """Nearest neighbour times two, or to `output_size`, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        if output_size is None:
+            return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(hidden_states, size=output_size, mode="nearest"))
 
 
 @dataclass(frozen=True)
@@ -141,10 +161,10 @@ class Stage(nn.Module):
             for before, after in pairwise(widths)
         )
 
-    def refine(self, x: Tensor) -> Tensor:
+    def refine(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x)
+            x = resnet(x, temb)
             if self.attentions:
                 x = self.attentions[index](x)
         return x
@@ -157,8 +177,8 @@ class DownStage(Stage):
         super().__init__(shape)
         self.downsamplers = nn.ModuleList([Downsample(shape.out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.refine(x)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.refine(hidden_states)
         for downsampler in self.downsamplers:
             x = downsampler(x)
         return x
@@ -171,8 +191,8 @@ class UpStage(Stage):
         super().__init__(shape)
         self.upsamplers = nn.ModuleList([shape.types.upsample(shape.out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.refine(x)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.refine(hidden_states, temb)
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -195,8 +215,8 @@ class UNetMidBlock2D(nn.Module):
         self.resnets = nn.ModuleList(types.resnet(channels, channels, groups, activation) for _ in range(2))
         self.gradient_checkpointing = False  # set by diffusers; the networks recompute this block as a whole
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](hidden_states, temb)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](x, temb)

@@ -50,8 +50,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # [B, C0, H, W]
+    def forward(self, sample: Tensor) -> Tensor:
+        x = self.conv_in(sample)  # [B, C0, H, W]
         for stage in self.down_blocks:
             x = _run(self, stage, x)  # [B, Ci, H / 2^i, W / 2^i]
         x = _run(self, self.mid_block, x)
@@ -87,8 +87,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], config["out_channels"], 3, padding=1)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)  # [B, C0, h, w]
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        if latent_embeds is not None:
+            raise ValueError("latent_embeds: the decoder of an AutoencoderKL takes none")
+        x = self.conv_in(sample)  # [B, C0, h, w]
         x = _run(self, self.mid_block, x)
         for stage in self.up_blocks:
             x = _run(self, stage, x)  # [B, Ci, h * 2^(i+1), w * 2^(i+1)]

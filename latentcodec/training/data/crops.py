@@ -1,13 +1,13 @@
 """From images to batches of training crops.
 
 A crop is a pure function of (seed, position), whichever process cuts it. The streams here are what a
-`DataLoader` reads from; who starts one is in `data.py`. Shapes: B batch, C channels, H W pixels.
+`DataLoader` reads from; it is started in `stream.py`. Shapes: B batch, C channels, H W pixels.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,13 +15,26 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from latentcodec.pixels import UnreadableImage
-from latentcodec.randomness import Purpose, keyed_generator
+from latentcodec.randomness import Purpose, keyed_generator, numpy_generator
 from latentcodec.sources.images import ImageSource
 from latentcodec.sources.remote import Cell, RemoteSource
 from latentcodec.training.data.order import EpochOrder, Positions
+from latentcodec.training.data.text import draw_text
 
 PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole set is broken
-_HOPELESS = "{} images in a row cannot be read, the last of them: {}"
+_UNREADABLE_SET = "{} images in a row cannot be read, the last of them: {}"
+
+
+class Reject(NamedTuple):
+    """An image that was left out: a line of rejects.jsonl."""
+
+    path: str
+    reason: str
+
+
+def rejected(name: str, error: UnreadableImage) -> Reject:
+    """The line for an image of this name; the error's message repeats the name, the line does not."""
+    return Reject(name, str(error).removeprefix(f"{name}: "))
 
 
 class Batch(TypedDict):
@@ -29,7 +42,7 @@ class Batch(TypedDict):
 
     pixels: Tensor  # [B, C, H, W] float32 in [-1, 1], contiguous
     position: Tensor  # [B] int64
-    rejected: list[str]  # one line for each unreadable image that had to be replaced here
+    rejects: list[Reject]  # one for each unreadable image that had to be replaced here
 
 
 @dataclass(frozen=True)
@@ -39,17 +52,26 @@ class Cropping:
     seed: int
     min_scale: float
     flip: bool
+    text_share: float = 0.0
+    """Share of the crops over which text is drawn (`text.py`)."""
+    fonts: tuple[str, ...] = ()
+    """Font files to draw it with."""
 
     def batch(
-        self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejected: list[str]
+        self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejects: list[Reject]
     ) -> Batch:
         """One crop of H x W from each of the images."""
         crops = []
         for position, image in zip(positions, images, strict=True):
             generator = keyed_generator(self.seed, Purpose.AUGMENTATION, position)
             draws = torch.rand(4, generator=generator).tolist()
-            crops.append(random_crop(image, size, self.min_scale, self.flip, draws))
-        return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejected": rejected}
+            crop = random_crop(image, size, self.min_scale, self.flip, draws)
+            crops.append(self._with_text(crop, position) if self.text_share else crop)
+        return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejects": rejects}
+
+    def _with_text(self, crop: Tensor, position: int) -> Tensor:
+        random = numpy_generator(self.seed, Purpose.TEXT, position)
+        return draw_text(crop, self.fonts, random) if random.random() < self.text_share else crop
 
 
 def random_crop(
@@ -82,31 +104,32 @@ def centre_crop(image: Tensor, side: int) -> Tensor:
 class CropStream(Dataset[Batch | ValueError]):
     """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10]]` is that batch.
 
-    A hopeless set gives a `ValueError` instead of raising it: what a worker raises reaches the user wrapped
-    in the worker's traceback. The reader of the stream raises it.
+    A set of which nothing can be read gives a `ValueError` instead of raising it: what a worker raises reaches the
+    user inside the worker's traceback. The reader of the stream raises it.
     """
 
     def __init__(self, source: ImageSource, order: EpochOrder, cropping: Cropping) -> None:
         self.source, self.order, self.cropping = source, order, cropping
 
     def __getitem__(self, positions: list[int]) -> Batch | ValueError:
-        rejected: dict[str, None] = {}  # an ordered set
+        rejects: dict[Reject, None] = {}  # an ordered set
         try:
-            images = [self._read(position, rejected) for position in positions]
+            images = [self._read(position, rejects) for position in positions]
         except ValueError as error:
             return error
-        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejected))
+        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejects))
 
-    def _read(self, position: int, rejected: dict[str, None]) -> Tensor:
+    def _read(self, position: int, rejects: dict[Reject, None]) -> Tensor:
         """The image at a position, or the next of its epoch's order that can be read."""
         for tried, index in enumerate(self.order.images_from(position), start=1):
             try:
                 return self.source.read(index)
             except UnreadableImage as error:
-                rejected[str(error)] = None
+                last = error
+                rejects[rejected(self.source.name(index), error)] = None
                 if tried == PATIENCE_IMAGES:
                     break
-        raise ValueError(_HOPELESS.format(tried, list(rejected)[-1]))
+        raise ValueError(_UNREADABLE_SET.format(tried, last))
 
 
 class RemoteCropStream(IterableDataset[Batch | ValueError]):
@@ -126,28 +149,28 @@ class RemoteCropStream(IterableDataset[Batch | ValueError]):
         try:
             for positions in itertools.islice(self.positions, number, None, workers):
                 drawn = list(itertools.islice(images, len(positions)))
-                rejected = list(dict.fromkeys(line for _, lines in drawn for line in lines))
+                rejects = list(dict.fromkeys(reject for _, before in drawn for reject in before))
                 size = (self.side, self.side)
-                yield self.cropping.batch(positions, [image for image, _ in drawn], size, rejected)
+                yield self.cropping.batch(positions, [image for image, _ in drawn], size, rejects)
         except ValueError as error:
             yield error  # for the same reason as in `CropStream`
 
 
-def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tensor, list[str]]]:
+def readable(source: RemoteSource, cells: Iterator[Cell]) -> Iterator[tuple[Tensor, list[Reject]]]:
     """Decodes cell after cell; an unreadable one is replaced by the next that can be read.
 
-    Yields as many images as there are cells, each with the complaints about the cells it stands in for.
+    Yields as many images as there are cells, each with the rejected cells whose place it takes.
     """
-    complaints: list[str] = []
+    rejects: list[Reject] = []
     for cell in cells:
         try:
             image = source.decode(cell)
         except UnreadableImage as error:
-            complaints.append(str(error))
-            if len(complaints) == PATIENCE_IMAGES:
-                raise ValueError(_HOPELESS.format(PATIENCE_IMAGES, error)) from error
+            rejects.append(rejected(source.name(cell), error))
+            if len(rejects) == PATIENCE_IMAGES:
+                raise ValueError(_UNREADABLE_SET.format(PATIENCE_IMAGES, error)) from error
             continue
-        for _ in complaints:
-            yield image, complaints
+        for _ in rejects:
+            yield image, rejects
         yield image, []
-        complaints = []
+        rejects = []

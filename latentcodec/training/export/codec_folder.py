@@ -1,7 +1,7 @@
 """The finish of a run: the trained weights become a codec folder that any pipeline can use.
 
-Latents of zero mean and unit variance (`latents.py`), `force_upcast` as measured (`precision.py`), a model card, and
-a folder that is replaced whole. The training itself is over here: nothing changes what the decoder puts out.
+Latents of zero mean and unit variance (`latents.py`), `force_upcast` by the half-precision certificate
+(`quality/precision.py`), a model card, and a folder that is replaced whole. Nothing here changes what is decoded.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
+from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import make_durable
+from latentcodec.files import make_durable, move_folder, write_whole
 from latentcodec.latents import LatentStatistics, normalise, whiten, whitening
 from latentcodec.loading import CONFIG
 from latentcodec.quality.precision import certify
@@ -32,13 +32,10 @@ class FinishConfig:
     """Fold a whitening into quant_conv and post_quant_conv: latents of unit variance, uncorrelated, ordered by the
     pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
     Diffusion reads one scale, SD3 and FLUX one shift and one scale, and SDXL those of exactly four channels."""
-    certificate_images: int = 4
-    """Training crops for the half-precision certificate of a complete run (with six extreme images); 0: none, and
-    force_upcast stays on, since nothing is known."""
-
-    def __post_init__(self) -> None:
-        if self.certificate_images < 0:
-            raise ValueError(f"finish.certificate_images must not be negative, not {self.certificate_images}")
+    certificate_images: NonNegativeInt = 4
+    """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
+    the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
+    force_upcast stays on."""
 
 
 def finish(
@@ -84,15 +81,14 @@ def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:
     try:
         codec.save_pretrained(new, card)
         _forget_parent(new / CONFIG)
-        for path in (*new.iterdir(), new):
-            make_durable(path)
-    except (OSError, SafetensorError) as error:
+        if folder.exists():
+            move_folder(folder, old, CONFIG)
+        move_folder(new, folder, CONFIG)
+        make_durable(folder.parent)
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
+        recover_codec(folder)
         raise OSError(f"cannot write the codec to {folder}: {error}; what was there is untouched") from error
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    make_durable(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -101,7 +97,8 @@ def _forget_parent(config: Path) -> None:
     and the path may be of this machine alone."""
     settings = json.loads(config.read_text())
     settings.pop("_name_or_path", None)
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")  # diffusers' own layout
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # diffusers' own layout
+    write_whole(config, text.encode())
 
 
 def recover_codec(folder: Path) -> None:
@@ -110,8 +107,9 @@ def recover_codec(folder: Path) -> None:
     Linux could exchange two folders in one step, but Python has no name for that and network file systems refuse it.
     """
     _, old = _beside(folder)
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    if old.exists() and not (folder / CONFIG).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # at most a part, where folders are filled file by file
+        move_folder(old, folder, CONFIG)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

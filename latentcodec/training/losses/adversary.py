@@ -1,4 +1,4 @@
-"""The discriminator's part of a training step: its optimizer, its turn, and the weight of the generator's loss.
+"""The discriminator's part of a training step: its optimizer, its step, and the weight of the generator's loss.
 
 The losses themselves are in `discriminator.py`. Before `start_step` nothing here is called.
 """
@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentcodec.training.checkpoint import Checkpoint
 from latentcodec.training.losses.discriminator import (
     DiscriminatorConfig,
     DiscriminatorHealth,
@@ -24,7 +23,6 @@ from latentcodec.training.losses.discriminator import (
     discriminator_losses,
     generator_loss,
 )
-from latentcodec.training.optim.schedule import load_optimizer
 
 
 class Adversary:
@@ -33,7 +31,7 @@ class Adversary:
     def __init__(
         self, config: DiscriminatorConfig, image_channels: int, smallest_crop: int, accelerator: Accelerator
     ) -> None:
-        """Raises ValueError where it could not look at the smallest crop (pixels a side)."""
+        """Raises ValueError where the smallest crop (pixels a side) is too small for it."""
         self.config, self.accelerator = config, accelerator
         self.plain = PatchGAN(image_channels, config.channels, config.layers).to(accelerator.device)
         if smallest_crop < self.plain.smallest_side:
@@ -58,7 +56,7 @@ class Adversary:
         return cls(config, image_channels, smallest_crop, accelerator) if config.weight else None
 
     def active(self, step: int) -> bool:
-        """Whether it plays at all at this optimizer step."""
+        """Whether it takes part in this optimizer step."""
         return step >= self.config.start_step
 
     def generator(self, y: Tensor) -> Tensor:
@@ -69,7 +67,7 @@ class Adversary:
     def weight(
         self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, accumulation: int
     ) -> float:
-        """The factor of the generator's loss in this step; notes the gradients that give the next step's."""
+        """The factor of the generator's loss in this step; adds up the gradients that give the next step's."""
         if not self.config.adaptive:
             return self.config.weight
         scaler = self.accelerator.scaler
@@ -94,11 +92,13 @@ class Adversary:
         return torch.nn.utils.get_total_norm([p.grad for p in self.plain.parameters() if p.grad is not None])
 
     def step(self, report: dict[str, float]) -> dict[str, float]:
-        """Move the discriminator, take the next adaptive weight, and sound the alarm if the game is lost.
+        """Move the discriminator's weights, compute the next adaptive weight, and warn where training it has failed.
 
-        `report` has the step's means over all processes; returns what there is to add.
+        `report` has the step's means over all processes; returns what to add to it.
         """
-        said = {"adversarial_weight": self.config.weight * (self.adaptive if self.config.adaptive else 1.0)}
+        changes = {
+            "adversarial_weight": self.config.weight * (self.adaptive if self.config.adaptive else 1.0)
+        }
         self.optimizer.step()
         if self._gradients:
             reconstruction, adversarial = self.accelerator.reduce(self._gradients, reduction="mean")
@@ -110,24 +110,17 @@ class Adversary:
         alarm = collapse_alarm(self.config, self.health)
         if alarm and self.health.steps % self.config.alarm_after_steps == 0:
             warnings.warn(alarm, stacklevel=2)
-        return said
+        return changes
 
-    def forget(self) -> None:
-        """Drop the gradients of a step, taken or skipped."""
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step, taken or skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         self._gradients = []
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The discriminator's weights."""
-        return self.plain.state_dict()
-
     def numbers(self) -> dict[str, Any]:
-        """What else it must remember."""
+        """What a step changes beside the weights and the optimizer, as JSON has it."""
         return {"adaptive": self.adaptive, "health": asdict(self.health)}
 
-    def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint."""
-        self.plain.load_state_dict(saved.tensors("discriminator"))
-        load_optimizer(self.optimizer, saved.object("discriminator_optimizer"))
-        self.adaptive = saved.state["adversary"]["adaptive"]
-        self.health = DiscriminatorHealth(**saved.state["adversary"]["health"])
+    def load_numbers(self, saved: dict[str, Any]) -> None:
+        """Go on from what `numbers` gave."""
+        self.adaptive, self.health = saved["adaptive"], DiscriminatorHealth(**saved["health"])

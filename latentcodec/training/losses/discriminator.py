@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,39 +31,29 @@ SMALLEST_GRADIENT = 1e-4  # as in VQGAN: keeps the ratio finite
 class DiscriminatorConfig:
     """The adversarial loss; off with a weight of 0, and then no discriminator exists."""
 
-    weight: float = 0.0
+    weight: NonNegativeFloat = 0.0
     """Factor of the generator's loss, which is a mean logit; times the adaptive weight where that is on.
     Usual: 0.5 with it, 0.1 without."""
-    start_step: int = 50000
+    start_step: NonNegativeInt = 50000
     """Optimizer step of its first use; until then it takes no computation. It starts untrained: the first
     steps teach it while its weight already counts."""
     adaptive: bool = True
     """Scale the weight by the ratio of the gradient norms of reconstruction and adversarial loss at the
     decoder's last layer (VQGAN). Costs two more backward passes to that layer."""
-    channels: int = 64
+    channels: PositiveInt = 64
     """Channels of its first layer; doubled by every layer up to eightfold."""
-    layers: int = 3
+    layers: PositiveInt = 3
     """Its stride-2 layers: 3 look at patches of 70 x 70 pixels, 2 at 34 x 34, 4 at 142 x 142."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Learning rate of its AdamW."""
-    alarm_accuracy: float = 0.98
+    alarm_accuracy: ClosedUnitInterval = 0.98
     """Running accuracy at which the discriminator has won and teaches nothing any more."""
-    alarm_chance: float = 0.52
+    alarm_chance: ClosedUnitInterval = 0.52
     """Running accuracy below which it has learned nothing, as a coin has 0.5."""
-    alarm_logit: float = 30.0
+    alarm_logit: PositiveFloat = 30.0
     """Running mean magnitude of a logit at which it diverges; the hinge is content with 1."""
-    alarm_after_steps: int = 1000
+    alarm_after_steps: PositiveInt = 1000
     """Optimizer steps after start_step before the alarm may sound."""
-
-    def __post_init__(self) -> None:
-        """Raises `ValueError` for a negative weight and for a discriminator without layers or channels."""
-        if not self.weight >= 0:
-            raise ValueError(f"discriminator.weight must not be negative, not {self.weight}")
-        if self.layers < 1 or self.channels < 1:
-            raise ValueError(
-                f"discriminator.layers and discriminator.channels must be at least 1, not {self.layers} and "
-                f"{self.channels}"
-            )
 
 
 class PatchGAN(nn.Module):
@@ -186,8 +183,7 @@ class DiscriminatorHealth:
 
 
 def collapse_alarm(config: DiscriminatorConfig, health: DiscriminatorHealth) -> str | None:
-    """What is wrong with the game and what to change, in one sentence; None where all is well or it is
-    early."""
+    """What is wrong with the discriminator and what to change, one sentence; None where it is well or it is early."""
     if health.steps < config.alarm_after_steps:
         return None
     if max(abs(health.logit_real), abs(health.logit_fake)) > config.alarm_logit:

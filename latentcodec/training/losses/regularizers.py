@@ -2,7 +2,7 @@
 
 Each loss is a mean per image, [B]. What transforms image and latent alike takes its draw as an argument;
 the draws are functions of (seed, optimizer step) or (seed, sample position), the same on every process. The
-order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> losses.py. The
+order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> terms.py. The
 spectra are computed in float32: call them outside autocast.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells, f downsampling factor.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,52 +33,45 @@ MASKED_DIAGONALS = (0, 8, 10, 12)  # of the 15 of a block; Ning et al.
 class RegularizerConfig:
     """Weights and probabilities of the regularizers; all are off, and what is off costs no computation."""
 
-    equivariance_probability: float = 0.0
+    equivariance_probability: ClosedUnitInterval = 0.0
     """Share of the optimizer steps in which latent and target are rotated and scaled alike (EQ-VAE: 0.5)."""
-    low_resolution_probability: float = 0.0
+    low_resolution_probability: ClosedUnitInterval = 0.0
     """Share of the other steps in which the image is scaled down before it is encoded (EQ-VAE: 0.25)."""
-    latent_noise_share: float = 0.0
+    latent_noise_share: ClosedUnitInterval = 0.0
     """Share of the samples whose latent gets noise on its way to the decoder (l-DeTok: 1)."""
-    interpolative_noise: float = 0.0
+    interpolative_noise: ClosedUnitInterval = 0.0
     """Largest part of the latent, 0 to 1, that such a sample has replaced by noise; the part is uniform
     below it (l-DeTok: 1)."""
-    interpolative_noise_std: float = 3.0
+    interpolative_noise_std: NonNegativeFloat = 3.0
     """Standard deviation of that noise in the latent's raw units (l-DeTok: 3)."""
-    additive_noise: float = 0.0
-    """Largest standard deviation, in the latent's raw units, of the noise added to such a sample; uniform
-    below it (RAE: 0.8)."""
-    scale_equivariance_weight: float = 0.0
+    additive_noise: NonNegativeFloat = 0.0
+    """Largest standard deviation of the noise added to such a sample, in units of each channel's own deviation; uniform
+    below it (RAE: 0.8, in raw units, which an encoder escapes by larger latents)."""
+    round_trip_weight: NonNegativeFloat = 0.0
+    """Factor of the mean squared distance, in units of each channel's variance, between the latent of an image and the
+    latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
+    encoding."""
+    scale_equivariance_weight: NonNegativeFloat = 0.0
     """Factor of the reconstruction loss of the downscaled image from the downscaled latent, in nats per
     pixel-channel like the likelihood itself (Skorokhodov et al.: about 0.25). Costs a second, smaller
     decoding."""
-    spectrum_weight: float = 0.0
+    spectrum_weight: NonNegativeFloat = 0.0
     """Factor of the divergence between the spectra of image and latent, in nats (ESM: 0.01)."""
-    spectrum_flattening: float = 1.0
+    spectrum_flattening: NonNegativeFloat = 1.0
     """Power of the frequency by which the image's spectrum is flattened before it is the target (ESM: 1)."""
     spectrum_masking: bool = False
     """Mask the same high frequencies of 8 x 8 blocks in latent and target (DSM). Needs latents whose sides
     are multiples of 8 cells."""
-    variance_expansion_weight: float = 0.0
+    variance_expansion_weight: NonNegativeFloat = 0.0
     """Factor of the mean inverse posterior variance, which keeps the posterior wide in place of the KL (VE
     loss: 0.1, beside a likelihood whose reduction we do not know)."""
-    variance_expansion_floor: float = 1e-2
+    variance_expansion_floor: NonNegativeFloat = 1e-2
     """Added to the variance there, so that the loss stays below its inverse. Our value, not the source's."""
-    latent_tail_weight: float = 0.0
+    latent_tail_weight: NonNegativeFloat = 0.0
     """Factor of the mean of e^(|z| - 1), which bounds the latent where there is no KL (VE loss: 1e-6)."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for values out of range and for noise that no sample would get."""
-        for name in ("equivariance_probability", "low_resolution_probability", "latent_noise_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"regularizer.{name} is a share from 0 to 1, not {getattr(self, name)}")
-        scales = ("interpolative_noise_std", "additive_noise", "variance_expansion_floor")
-        for name in (*scales, *(name for name in vars(self) if name.endswith("_weight"))):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"regularizer.{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.interpolative_noise <= 1:
-            raise ValueError(
-                f"regularizer.interpolative_noise is a part from 0 to 1, not {self.interpolative_noise}"
-            )
+        """Raises `ValueError` for noise that no sample would get."""
         if (self.latent_noise_share > 0) != (self.interpolative_noise > 0 or self.additive_noise > 0):
             raise ValueError(
                 "regularizer.latent_noise_share says who gets noise, regularizer.interpolative_noise and "
@@ -167,11 +161,18 @@ def _shrink(t: Tensor, size: tuple[int, int]) -> Tensor:
 # ---- noise on the latent ----
 
 
-def draw_noise_levels(share: float, largest: float, seed: int, positions: Iterable[int] | Tensor) -> Tensor:
-    """[B] on the CPU: for a share of the samples uniform on [0, largest), 0 for the others; keyed by
-    position."""
-    chance, level = keyed_uniform(seed, positions, (2,), Purpose.LATENT_NOISE_LEVEL).unbind(1)
-    return torch.where(chance < share, largest * level, 0.0)
+def draw_noise_levels(
+    config: RegularizerConfig, seed: int, positions: Iterable[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The levels [B] of `interpolate_noise` and of `add_noise`, on the CPU, keyed by position.
+
+    A sample gets noise with probability `latent_noise_share`, else both levels are 0. The two levels are independent
+    and uniform, up to `interpolative_noise` and `additive_noise`.
+    """
+    chance, *levels = keyed_uniform(seed, positions, (3,), Purpose.LATENT_NOISE_LEVEL).unbind(1)
+    chosen = chance < config.latent_noise_share
+    replaced, added = (torch.where(chosen, level, 0.0) for level in levels)
+    return config.interpolative_noise * replaced, config.additive_noise * added
 
 
 def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Tensor:
@@ -180,10 +181,20 @@ def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Te
     return (1 - level) * z + level * std * noise
 
 
-def add_noise(z: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """[B, c, h, w]: z + level noise, level [B] in units of z; the decoder noise of RAE (Zheng et al.
-    2025)."""
-    return z + level.view(-1, 1, 1, 1) * noise
+def add_noise(z: Tensor, noise: Tensor, level: Tensor, deviation: Tensor) -> Tensor:
+    """[B, c, h, w]: z + level s noise, level [B], s [c] the deviation of each channel.
+
+    The decoder noise of RAE (Zheng et al. 2025), which has it in raw units.
+    """
+    return z + level.view(-1, 1, 1, 1) * deviation.view(-1, 1, 1) * noise
+
+
+def round_trip_loss(again: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """[B]: the mean squared distance of two latents [B, c, h, w] in units of each channel's deviation [c].
+
+    `again` is the posterior's mean of the reconstruction, `mean` that of the image.
+    """
+    return ((again - mean) / deviation.clamp_min(1e-6).view(-1, 1, 1)).square().mean((1, 2, 3))
 
 
 # ---- the spectrum of the latent (Ning et al., "Spectrum matching", 2026) ----

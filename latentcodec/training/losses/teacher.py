@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,11 +21,8 @@ from einops import rearrange
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.training.losses.sample import ForwardPass, Inputs
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
-
-if TYPE_CHECKING:
-    from latentcodec.training.losses.objective import Inputs
-    from latentcodec.training.start.model import ModelConfig, Pass
 
 # The spread matters less than the place, and diffusion models look at the mode; but nothing else would hold the
 # student's log-variance where its decoder sees the teacher's latents.
@@ -49,7 +46,7 @@ class Lesson:
     weights: dict[str, float]
     """The factor of each of `losses`."""
 
-    def losses(self, result: Pass) -> dict[str, Tensor]:
+    def losses(self, result: ForwardPass) -> dict[str, Tensor]:
         """anchor and anchor_deviation, [B] each, means over an image's latent elements."""
         return {
             "anchor": anchor_loss(result.mean, self.mean, self.unit),
@@ -76,14 +73,6 @@ class Teacher:
         self.weights = {"anchor": weight, "anchor_deviation": weight * DEVIATION_SHARE}
         # Never float16, in which the VAEs that one wants to distil may overflow.
         self.autocast = torch.autocast(codec.device.type, torch.bfloat16, enabled=bfloat16)
-
-    @classmethod
-    def of(cls, config: ModelConfig, device: torch.device, bfloat16: bool = False) -> Teacher | None:
-        """The teacher that the configuration names; None where it names none. Raises ValueError if not loadable."""
-        if config.teacher is None:
-            return None
-        codec = LatentCodec.from_pretrained(config.teacher, config.teacher_subfolder, device, torch.float32)
-        return cls(codec, config.teacher_weight, config.teacher_latents, bfloat16)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

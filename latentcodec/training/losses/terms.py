@@ -1,9 +1,9 @@
-"""What training minimises: likelihoods, the KL divergence and its control, and how the terms add up.
+"""What training minimises: likelihoods, the KL divergence, and how the terms add up.
 
 Likelihood and KL are sums over an image's dimensions, in nats, [B]; every other loss is a mean per image.
 With D = C H W the objective is (nll + kl_weight kl) / D + the weighted sum of the other losses, so that one
 clipping threshold fits every resolution. Computed in float32: call these functions outside autocast.
-Regularizers of the latent, the discriminator and LPIPS have their own files.
+How the weight of the KL is chosen is in `rate.py`; regularizers, the discriminator and LPIPS have their own files.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells. Pixels are in [-1, 1].
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +23,8 @@ from latentcodec.quality.perceptual import LpipsNet
 Likelihood = Literal["gaussian", "student_t", "laplace", "bernoulli"]
 
 PIXEL_STEP = 1 / 127.5  # the distance of two 8-bit levels in [-1, 1]
-KL_WEIGHT_RANGE = (1e-10, 1e4)  # beyond these a rate target is out of reach, and the weight would run away
-CONTROL_GAIN = 0.05  # octaves per step and bit of error; a codec that follows at once is led in 40 steps
-LARGEST_RATE_ERROR = 1.0  # bits: a start far from its target moves the weight by at most 3.5 % a step
 HIGH_PASS_SIGMA = 1.0  # pixels
+FLAT_SIDE = 16  # pixels: two cells of f8, smaller than most flat fields of a picture
 HIGH_PASS_RADIUS = 3  # pixels: three sigma, 99.7 % of the blur
 
 
@@ -37,52 +36,46 @@ class LossConfig:
     """Distribution of an image given the decoder's output: the squared error, its logarithm image by image
     (student_t), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student_t
     optimises. A bernoulli decoder still puts out pixels in [-1, 1]."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """Sigma of the gaussian and the student_t or b of the laplace, in pixel units of [-1, 1]; the start of a
     learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes."""
     learn_scale: bool = False
     """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian), that
     of a typical image (student_t) or the mean absolute error (laplace). The KL then counts less beside the
     likelihood: for the gaussian as if its weight were scale^2 times the one given."""
-    kl_weight: float = 1e-6
+    kl_weight: NonNegativeFloat = 1e-6
     """Factor of the KL in nats per image, against the likelihood in nats per image (both sums). 1 is the
     evidence lower bound, 1e-6 that of latent diffusion. The start value where a rate target is given."""
-    kl_warmup_steps: int = 0
+    kl_warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the KL weight rises linearly from 0. A rate target takes over after them."""
-    free_bits: float = 0.0
+    free_bits: NonNegativeFloat = 0.0
     """Bits per latent element that cost nothing: the floor under each channel's KL, averaged over the batch
     and the cells of the channel (Kingma et al. 2016, section C.8)."""
-    target_bits: float | None = None
+    target_bits: PositiveFloat | None = None
     """Rate control: the KL in bits per latent element that the KL weight is steered to."""
-    target_std: float | None = None
+    target_std: OpenUnitInterval | None = None
     """Rate control: the posterior's standard deviation, in units of the latent's own, between 0 and 1, that
     the KL weight is steered to; the geometric mean over the channels."""
-    lpips_weight: float = 0.0
+    lpips_weight: NonNegativeFloat = 0.0
     """Factor of LPIPS, a mean per image, beside the likelihood in nats per pixel-channel: 0.1 to 1."""
     lpips_net: LpipsNet = "vgg"
     """The network of LPIPS."""
     lpips_weights: str | None = None
     """A local safetensors file with the network's weights; downloaded where none is given."""
-    high_frequency_weight: float = 0.0
+    high_frequency_weight: NonNegativeFloat = 0.0
     """Factor of the mean absolute error of what a gaussian blur of one pixel takes away (LiteVAE)."""
+    low_frequency_weight: NonNegativeFloat = 0.0
+    """Factor of the mean absolute error of the means of 16 x 16 pixels. It keeps colours and flat fields true, which
+    the squared error of single pixels hardly sees."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for values out of range and for keys that contradict each other."""
-        for key in ("kl_weight", "kl_warmup_steps", "free_bits", "lpips_weight", "high_frequency_weight"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"loss.{key} must not be negative, not {getattr(self, key)}")
+        """Raises `ValueError` for keys that contradict each other."""
         if self.target_bits is not None and self.target_std is not None:
             raise ValueError(
                 "loss.target_bits and loss.target_std both steer the KL weight; give one of them"
             )
-        if self.target_bits is not None and self.target_bits <= 0:
-            raise ValueError(f"loss.target_bits must be above 0, not {self.target_bits}")
-        if self.target_std is not None and not 0 < self.target_std < 1:
-            raise ValueError(f"loss.target_std must be between 0 and 1, not {self.target_std}")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("loss.learn_scale: loss.likelihood bernoulli has no scale to learn")
-        if self.scale <= 0:
-            raise ValueError(f"loss.scale must be above 0, not {self.scale}")
 
 
 def objective(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor], dimensions: int) -> Tensor:
@@ -205,53 +198,9 @@ def kl_with_free_bits(per_channel: Tensor, reference: Tensor, cells: int, free_b
     return cells * torch.where(reference > floor, per_channel, floor).sum()
 
 
-def bits_per_element(per_channel: Tensor) -> float:
-    """`kl_per_channel` -> bits per latent element, the mean over the channels: what target_bits is held
-    against."""
-    return per_channel.mean().item() / math.log(2)
-
-
-def channel_statistics(mean: Tensor, logvar: Tensor) -> Tensor:
-    """[3, c]: per channel the batch mean of the posterior's mean, of its square, and of its variance.
-
-    Means, so that those of N processes with equal batches average to those of one.
-    """
-    return torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), logvar.exp().mean((0, 2, 3))])
-
-
-def relative_std(statistics: Tensor) -> float:
-    """`channel_statistics` -> the posterior's std over that of the latent: 1 where nothing is encoded.
-
-    Per channel sqrt(noise / (noise + signal)) with the mean variance of the posterior as noise and the
-    variance of its mean as signal; then the geometric mean over the channels, which no unused channel
-    dominates.
-    """
-    centre, square, noise = statistics.double()
-    signal = (square - centre.square()).clamp(min=0)
-    return (torch.log(noise / (noise + signal)).mean() / 2).exp().item()
-
-
-def bits_of_std(std: float) -> float:
-    """The rate in bits per element of a posterior with this relative std, -log2 std: the gaussian channel."""
-    return -math.log2(std)
-
-
-def kl_warmup(step: int, warmup_steps: int) -> float:
-    """The factor of the KL weight at an optimizer step, counted from 0: a line from 0 to 1, then 1."""
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
-
-
-def next_kl_weight(weight: float, measured: float, target: float) -> float:
-    """The KL weight of the next optimizer step; measured and target are rates in bits per latent element.
-
-    log2 weight grows by CONTROL_GAIN * (measured - target), the error limited to +-1 bit: an integral
-    controller in octaves. The optimal posterior variance of a gaussian decoder is proportional to the KL
-    weight, so one bit per element needs two octaves of weight. For a target std give `bits_of_std` of both.
-    The measured rate must be the same on all processes.
-    """
-    error = max(-LARGEST_RATE_ERROR, min(LARGEST_RATE_ERROR, measured - target))
-    low, high = KL_WEIGHT_RANGE
-    return max(low, min(high, weight * 2 ** (CONTROL_GAIN * error)))
+def low_frequency_loss(y: Tensor, x: Tensor) -> Tensor:
+    """[B], mean per image in pixel units: |P (x - y)| with P the means of blocks of 16 x 16 pixels."""
+    return F.avg_pool2d(y - x, FLAT_SIDE, ceil_mode=True).abs().mean((1, 2, 3))
 
 
 def high_frequency_loss(y: Tensor, x: Tensor) -> Tensor:

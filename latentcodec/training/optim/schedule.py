@@ -1,4 +1,4 @@
-"""How weights move: parameter groups, the learning rate as a function of progress, and the moving average.
+"""How long a run trains, and how weights move: parameter groups, learning rate by progress, moving average.
 
 Nothing here keeps a schedule's state: the learning rate of a step follows from the step.
 """
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
+
+from latentcodec.training.ranges import BelowOne
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -25,77 +28,51 @@ ORTHOGONAL_SCALE = (
 class TrainConfig:
     """How long, how fast, how often."""
 
-    max_steps: int = 1000
+    max_steps: PositiveInt = 1000
     """Optimizer steps of the run."""
-    max_minutes: float | None = None
+    max_minutes: PositiveFloat | None = None
     """End after this much training time even if max_steps is not reached; the schedule follows the nearer end. A
     run that stops by the clock cannot be repeated bit by bit."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Crops per process and micro-batch."""
-    accumulation: int = 1
+    accumulation: PositiveInt = 1
     """Micro-batches per optimizer step."""
     seed: int = 0
     """Of everything random: weights, order, crops, noise."""
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate: of AdamW, and a tenth of that of Muon, which moves the weights inside the blocks."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's averaging factors."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """Share of its convolution and projection weights that a step takes away, in learning rates of their group: ten
     times lr for Muon's weights, lr or less for the others."""
     schedule: Schedule = "cosine"
     """Course of the learning rate after the warm-up."""
-    warmup: float = 0.02
+    warmup: BelowOne = 0.02
     """Share of the run over which the learning rate rises from 0."""
-    clip_norm: float = 1.0
+    clip_norm: PositiveFloat = 1.0
     """Largest gradient norm, of the objective in nats per pixel-channel."""
-    ema_decay: float = 0.999
+    ema_decay: BelowOne = 0.999
     """Decay per step of the averaged weights, the ones that are validated and saved."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast of the network over float32 weights. auto: bf16 where the machine has units for it, else no; decided
     when the run begins and kept in its config.yaml. bf16 or fp16 told to `accelerate launch` count as said here."""
-    threads: int | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"
     """Threads that each process computes with on CPUs. auto: the physical cores that it may use, divided among the
     processes of the machine, less one for each data worker as long as that is at most every fourth. OMP_NUM_THREADS,
     which launchers set to 1, does not count."""
     channels_last: bool = True
     """Memory layout of weights and images; faster on tensor cores and CPUs with bf16 units."""
-    validate_every: int = 250
+    validate_every: NonNegativeInt = 250
     """Steps between two validations (with a sample grid); 0: only at the end."""
-    checkpoint_every: int = 250
+    checkpoint_every: PositiveInt = 250
     """Steps between two checkpoints; each also refreshes codec/."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Checkpoints to keep."""
-    statistics_images: int = 512
+    statistics_images: PositiveInt = 512
     """Crops over which mean and deviation of the latents are measured for codec/."""
     trackers: list[str] | None = None
-    """Accelerate's trackers to report to, such as tensorboard or wandb; metrics.jsonl is always written."""
-
-    def __post_init__(self) -> None:
-        """Raises `ValueError` naming a key whose value makes no sense."""
-        for key in (
-            "max_steps",
-            "batch_size",
-            "accumulation",
-            "checkpoint_every",
-            "keep_last",
-            "statistics_images",
-        ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"train.{key} must be at least 1, not {getattr(self, key)}")
-        if self.threads != "auto" and self.threads < 1:
-            raise ValueError(f"train.threads must be auto or at least 1, not {self.threads}")
-        for key in ("lr", "clip_norm", "max_minutes"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise ValueError(f"train.{key} must be above 0, not {getattr(self, key)}")
-        for key in ("weight_decay", "validate_every"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"train.{key} must not be negative, not {getattr(self, key)}")
-        for key in ("ema_decay", "warmup"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"train.{key} must be at least 0 and below 1, not {getattr(self, key)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas must be at least 0 and below 1, not {self.betas}")
+    """Accelerate's trackers to report to, such as tensorboard, trackio or wandb; metrics.jsonl is always written."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

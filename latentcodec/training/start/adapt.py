@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from latentcodec.latents import latent_statistics, whiten, whitening
@@ -33,20 +34,14 @@ BATCH = 8  # crops to encode at once
 
 @dataclass
 class AdaptConfig:
-    """The channels that a pretrained codec is changed to; the rules for the new weights are in training/adapt.py."""
+    """The channels that a pretrained codec is changed to; training/start/adapt.py states what the new weights are."""
 
-    image_channels: int | None = None
+    image_channels: PositiveInt | None = None
     """Channels of the images, in and out. None: as pretrained. Grey images (1) from or to several channels: equal
     shares. Else leading channels are kept, new ones begin unseen and are put out as the mean of the old ones."""
-    latent_channels: int | None = None
+    latent_channels: PositiveInt | None = None
     """Channels of the latents. None: as pretrained. More: new ones begin as random features that the decoder does
     not look at. Fewer: those that explain the most pixels are kept, after whitening."""
-
-    def __post_init__(self) -> None:
-        for key in ("image_channels", "latent_channels"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"model.adapt.{key} must be at least 1, not {value}")
 
 
 @torch.no_grad()

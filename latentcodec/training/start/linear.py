@@ -1,5 +1,8 @@
 """The linear start: before its first step the codec already is a linear transform codec, fitted in closed form.
 
+The Karhunen-Loeve transform (KLT) of blocks of f x f pixels takes their principal components: no other linear transform
+keeps more of the pixels in as many numbers. A new codec starts there instead of at random weights.
+
 Every residual branch starts at zero, so what remains is the linear path of convolutions and shortcuts. The encoder's
 path is set to the KLT of the training images, exactly: each down-convolution computes the principal components of
 blocks twice as large from those it is given. The decoder's path cannot be the inverse KLT (a nearest-neighbour

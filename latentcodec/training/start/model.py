@@ -1,6 +1,6 @@
 """The model that is trained: an AutoencoderKL, new or fine-tuned, and the one forward pass of training around it.
 
-What a change of channels does to pretrained weights is in `adapt.py`, what a teacher asks for in `teacher.py`.
+What a change of channels does to pretrained weights is in `adapt.py`, what a teacher is for in `losses/teacher.py`.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
+from latentcodec.training.losses.sample import ForwardPass
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import phase
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
@@ -30,15 +32,15 @@ from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 class ModelConfig:
     """The architecture, in AutoencoderKL's terms, and where its weights start."""
 
-    image_channels: int = 3
+    image_channels: PositiveInt = 3
     """Channels of the images, in and out: 1 grey, 3 RGB, 4 RGB with alpha."""
-    latent_channels: int = 16
+    latent_channels: PositiveInt = 16
     """Channels of the latents."""
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96, 128])
     """Width of each stage, from the image's resolution down; each stage after the first halves the resolution."""
-    layers_per_block: int = 1
+    layers_per_block: PositiveInt = 1
     """Residual blocks of each stage of the encoder; the decoder has one more."""
-    norm_num_groups: int = 8
+    norm_num_groups: PositiveInt = 8
     """Groups of every group norm; divides every width. The linear start needs 2 ceil(S / groups) + 2 channels a
     group: in the first width for S image channels, in the last for S latent channels."""
     mid_block_add_attention: bool = False
@@ -46,7 +48,7 @@ class ModelConfig:
     use_quant_conv: bool = False
     """The 1x1 convolutions around the latent that Stable Diffusion 1 and 2 and SDXL have."""
     init: Literal["linear", "default"] = "linear"
-    """Start as the linear codec fitted to the data (initialization.py), or with torch's default weights and residual
+    """Start as the linear codec fitted to the data (start/linear.py), or with torch's default weights and residual
     branches at zero."""
     from_pretrained: str | None = None
     """Fine-tune this codec instead: folder, hub id, .safetensors file or bundled name. Its architecture counts, the
@@ -63,7 +65,7 @@ class ModelConfig:
     that is distillation; with from_pretrained, whose name may be given here too, the latents are anchored."""
     teacher_subfolder: str | None = None
     """Subfolder of teacher, such as vae."""
-    teacher_weight: float = 1.0
+    teacher_weight: NonNegativeFloat = 1.0
     """Factor of the anchor: the mean squared distance of the latents from the teacher's, in units of their
     deviation, beside the likelihood in nats per pixel-channel. 1 distils, 0.01 to 0.1 holds gently."""
     teacher_latents: bool = False
@@ -72,16 +74,9 @@ class ModelConfig:
     """Recompute activations in the backward pass: a third more time for a fraction of the memory."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for sizes below 1 and for keys that contradict each other."""
-        for key in ("image_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be at least 1, not {getattr(self, key)}")
-        if min(self.block_out_channels, default=0) < 1:
-            raise ValueError(
-                f"model.block_out_channels needs a width of 1 or more a stage, not {self.block_out_channels}"
-            )
-        if not self.teacher_weight >= 0:
-            raise ValueError(f"model.teacher_weight must not be negative, not {self.teacher_weight}")
+        """Raises `ValueError` for keys that contradict each other."""
+        if not self.block_out_channels:
+            raise ValueError("model.block_out_channels needs a width for each stage, and has none")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -112,6 +107,14 @@ def load_parent(config: ModelConfig) -> AutoencoderKL | None:
             f"gives {vae.config.out_channels}: it cannot be trained to reconstruct"
         )
     return vae
+
+
+def load_teacher(config: ModelConfig, device: torch.device, bfloat16: bool) -> Teacher | None:
+    """The teacher that the configuration names, None without one. Raises ValueError where it cannot be loaded."""
+    if config.teacher is None:
+        return None
+    codec = LatentCodec.from_pretrained(config.teacher, config.teacher_subfolder, device, torch.float32)
+    return Teacher(codec, config.teacher_weight, config.teacher_latents, bfloat16)
 
 
 def image_channels(config: ModelConfig, parent: AutoencoderKL | None) -> int:
@@ -178,21 +181,6 @@ def _architecture(config: ModelConfig) -> dict[str, object]:
     }
 
 
-class Pass(NamedTuple):
-    """What one forward pass of training gives to the losses."""
-
-    mean: Tensor
-    """[B, c, h, w] float32 of the posterior."""
-    logvar: Tensor
-    """[B, c, h, w] float32, clamped."""
-    latent: Tensor
-    """[B, c, h, w] float32: the posterior's draw, before any transform."""
-    reconstruction: Tensor
-    """[B, C, H, W] float32: what the decoder made of the (transformed) latent."""
-    log_scale: Tensor
-    """Scalar: the logarithm of the likelihood's scale."""
-
-
 class TrainedCodec(nn.Module):
     """Encode, draw, decode in one forward: data parallelism synchronises only what runs inside `forward`.
 
@@ -206,9 +194,9 @@ class TrainedCodec(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         self.downsampling_factor = downsampling_factor(vae.config)
 
-    def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> Pass:
+    def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> ForwardPass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
         mean, logvar = mean_and_logvar(self.vae.encode(x).latent_dist.parameters)
         latent = sample_posterior(mean, logvar, noise)
         reconstruction = self.vae.decode(transform(latent)).sample.float()
-        return Pass(mean, logvar, latent, reconstruction, self.log_scale)
+        return ForwardPass(mean, logvar, latent, reconstruction, self.log_scale)

@@ -1,0 +1,238 @@
+"""The page and the table of `bench/reconstruction.py`: how much of an image survives one codec or several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from latentcodec.quality.image_codecs import HONEST
+from latentcodec.report.page import Page
+from latentcodec.report.plots import NEUTRAL, SERIES, panel, plot_style, series
+from latentcodec.report.results import number, origin_facts
+
+Entry = Mapping[str, Any]
+
+
+def build(data: Mapping[str, Any]) -> Page:
+    """The page of a result of kind "reconstruction"."""
+    codecs = data["codecs"]
+    page = Page(
+        "Reconstruction quality",
+        f"{', '.join(entry['codec'] for entry in codecs)} on {data['evaluated']} images of {data['folder']}. Beside "
+        "each codec stands the KLT: the best that a linear transform of single blocks does with as many latent values, "
+        f"fitted on {data['klt_fitted_on']}.",
+    )
+    page.headline(headline(codecs))
+    page.table(*table(codecs), caption=f"{TABLE_CAPTION} {data['lpips']}.", tones=tones(codecs))
+    if data.get("viewer"):
+        page.section(
+            "See for yourself", "The same crops through every codec: the largest error of the first one."
+        )
+        page.viewer(data["viewer"], data["pictures"], f"Worst, median and best image. {HONEST}")
+    if any(entry.get("rivals") for entry in codecs):
+        page.section("Rate", "Bits of a pixel against decibels.")
+        page.plot(_rate(codecs), HONEST, "PSNR by bits a pixel of the codecs, their KLTs and image formats")
+    if "images" in data:
+        page.section("Image by image", "A mean hides which images a codec is good at. These plots do not.")
+        page.plots(_scores(data), SCORES_CAPTION)
+    _beyond(page, codecs)
+    page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
+    images = f"{data['evaluated']} of {data['folder']}; {len(data['skipped'])} skipped"
+    keys = {
+        "protocol": "protocol",
+        "klt_fitted_on": "KLT fitted on",
+        "lpips": "LPIPS",
+        "text": "text",
+        "dtype": "dtype",
+    }
+    page.facts(
+        {
+            "images": images,
+            **{name: data[key] for key, name in keys.items() if key in data},
+            **origin_facts(data),
+        }
+    )
+    _image_tables(page, data)
+    return page
+
+
+TABLE_CAPTION = (
+    "PSNR: signal over error in decibels, more is better, 6 dB halve the error; the interval holds the mean of another "
+    "such set of images in 95 of 100 cases (bootstrap). SSIM: 1 is equal. LPIPS: distance in the features of a network "
+    "trained on photographs, 0 is equal. KLT: PSNR of the linear transform of f x f blocks with the same c numbers for "
+    "each. bits/px: 8 bits for each latent value. min and max: the worst image."
+)
+SCORES_CAPTION = (
+    "The images sorted by PSNR, worst first, each curve by itself, and every image against the KLT: above the diagonal "
+    "the codec beats it. Images that came back unchanged have infinite PSNR and are not drawn."
+)
+
+
+def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
+    """PSNR of each codec; of a single one also the other numbers."""
+    if len(codecs) > 1:
+        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB against the KLT"
+        return [(f"{e['psnr']['mean']:.2f} dB", what.format(**e), _over(e)) for e in codecs]
+    (entry,) = codecs
+    cards = [
+        (
+            f"{number(entry['psnr']['mean'], 2)} dB",
+            f"mean PSNR; the worst image has {number(entry['psnr']['min'], 2)}",
+            "",
+        ),
+        (
+            f"{entry['psnr_over_klt']:+.2f} dB",
+            f"against the linear KLT of the same size, {entry['latent']}",
+            _over(entry),
+        ),
+        (number(entry["ssim"]["mean"], 4), "mean SSIM; 1 is equal", ""),
+    ]
+    if entry["lpips"]["mean"] is not None:
+        cards.append((number(entry["lpips"]["mean"], 4), "mean LPIPS; 0 is equal", ""))
+    return cards
+
+
+def _over(entry: Entry) -> str:
+    """A codec that does not beat a linear transform has failed."""
+    return "healthy" if entry["psnr_over_klt"] > 0 else "failure"
+
+
+def table(codecs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, for the page and for the terminal."""
+    header = [
+        "codec",
+        "latent",
+        "PSNR dB",
+        "95 %",
+        "min",
+        "vs KLT",
+        "SSIM",
+        "LPIPS",
+        "max",
+        "KLT dB",
+        "bits/px",
+        "M params",
+    ]
+    rows = []
+    for e in codecs:
+        span = e["psnr"].get("interval")
+        rows.append([
+            e["codec"], e["latent"], number(e["psnr"]["mean"], 2),
+            f"{number(span[0], 2)} to {number(span[1], 2)}" if span else "-", number(e["psnr"]["min"], 2),
+            f"{e['psnr_over_klt']:+.2f}", number(e["ssim"]["mean"], 4), number(e["lpips"]["mean"], 4),
+            number(e["lpips"]["max"], 4), number(e["klt_psnr"]["mean"], 2), number(8 * e["floats_per_pixel"], 3),
+            number(e["parameters"] / 1e6, 2),
+        ])  # fmt: skip
+    return header, rows
+
+
+def tones(codecs: Sequence[Entry]) -> list[list[str]]:
+    """For each cell of `table`: whether a codec beats its KLT."""
+    return [
+        [("better" if e["psnr_over_klt"] > 0 else "worse") if i == 5 else "" for i in range(12)]
+        for e in codecs
+    ]
+
+
+def _rate(codecs: Sequence[Entry]) -> Figure:
+    with plot_style():
+        figure, axes = panel(xlabel="bits a pixel", ylabel="PSNR, dB")
+        for index, e in enumerate(codecs):
+            bits = 8 * e["floats_per_pixel"]
+            axes.plot([bits], [e["psnr"]["mean"]], label=e["codec"], **series(index) | {"markersize": 8})
+            axes.plot([bits], [e["klt_psnr"]["mean"]], color=SERIES[index % len(SERIES)], marker="_", linestyle="none",
+                      markersize=12, label=f"KLT {e['latent']}")  # fmt: skip
+            for place, (form, rival) in enumerate((e.get("rivals") or {}).items()):
+                label = form if index == 0 else None
+                axes.plot(
+                    [bits],
+                    [rival["psnr"]],
+                    color=NEUTRAL,
+                    marker="123"[place % 3],
+                    markersize=10,
+                    linestyle="none",
+                    label=label,
+                )
+        axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def _scores(data: Mapping[str, Any]) -> list[tuple[Figure, str]]:
+    with plot_style():
+        ranked, left = panel(xlabel="images, worst first", ylabel="PSNR, dB")
+        against, right = panel(xlabel="PSNR of the KLT, dB", ylabel="PSNR of the codec, dB")
+        for index, (name, entries) in enumerate(data["images"].items()):
+            own = [e["psnr"] for e in entries if e["psnr"] is not None]
+            klt = [e["klt_psnr"] for e in entries if e["klt_psnr"] is not None]
+            style = series(index)
+            left.plot(range(1, len(own) + 1), sorted(own), label=name, **style)
+            left.plot(
+                range(1, len(klt) + 1),
+                sorted(klt),
+                color=style["color"],
+                alpha=0.5,
+                linestyle=":",
+                label="its KLT",
+            )
+            pairs = [(e["klt_psnr"], e["psnr"]) for e in entries if None not in (e["klt_psnr"], e["psnr"])]
+            if pairs:
+                klts, owns = zip(*pairs, strict=True)
+                right.plot(klts, owns, label=name, **style | {"linestyle": "none"})
+        low, high = right.get_xlim()
+        right.plot([low, high], [low, high], color=NEUTRAL, linewidth=1)
+        left.legend(fontsize=8)
+        right.legend(fontsize=8)
+    return [(ranked, "PSNR of every image, sorted"), (against, "PSNR of every image against that of its KLT")]
+
+
+def _beyond(page: Page, codecs: Sequence[Entry]) -> None:
+    """Text, round trips, colours: what older results do not have."""
+    if legible := [e for e in codecs if e.get("legibility")]:
+        _text(page, legible)
+    if trips := [e for e in codecs if e.get("round_trips_psnr")]:
+        _round_trips(page, trips)
+
+
+def _text(page: Page, codecs: Sequence[Entry]) -> None:
+    page.section("Text", "How much of drawn text an OCR program still reads; PSNR hides that it is lost.")
+    original = codecs[0]["legibility"]["original"]
+    rows = [["original", *(f"{share:.0%}" for share in original.values())]]
+    rows += [[e["codec"], *(f"{share:.0%}" for share in e["legibility"]["codec"].values())] for e in codecs]
+    caption = "1 - edit distance over the length of the text, spaces ignored, by the size of the font."
+    page.table(["text of", *(f"{size} px" for size in original)], rows, caption)
+
+
+def _round_trips(page: Page, codecs: Sequence[Entry]) -> None:
+    page.section("Again and again", "Ten times through the codec, as an edited picture may go.")
+    with plot_style():
+        figure, axes = panel(xlabel="round trips", ylabel="PSNR against the original, dB")
+        for index, e in enumerate(codecs):
+            places = range(1, len(e["round_trips_psnr"]) + 1)
+            axes.plot(places, e["round_trips_psnr"], label=e["codec"], **series(index))
+        axes.legend(fontsize=8)
+    shifts, ends = [], []
+    for e in codecs:
+        shifts.append(f"{e['codec']}: {', '.join(f'{value:+.2f}' for value in e['colour_shift_levels'])}")
+        ends.append(f"{e['codec']} from {e['round_trips_psnr'][0]:.2f} to {e['round_trips_psnr'][-1]:.2f} dB")
+    page.plot(
+        figure,
+        "On the first images. Shift of the mean of each channel after one trip, in 8-bit levels: "
+        f"{'; '.join(shifts)}.",
+        f"PSNR by round trips: {'; '.join(ends)}",
+    )
+
+
+def _image_tables(page: Page, data: Mapping[str, Any]) -> None:
+    columns = {"psnr": 2, "ssim": 4, "lpips": 4, "klt_psnr": 2}  # digits
+    for name, entries in data.get("images", {}).items():
+        rows = [
+            [e["file"].split("/")[-1], *(number(e[key], n) for key, n in columns.items())] for e in entries
+        ]
+        header = ["image", "PSNR dB", "SSIM", "LPIPS", "KLT dB"]
+        caption = "Every evaluated image, in the order of the file names."
+        page.table(header, rows, caption, fold=f"All {len(entries)} images of {name}")
+    if data["skipped"]:
+        rows = [[entry["file"].split("/")[-1], entry["reason"]] for entry in data["skipped"]]
+        page.table(
+            ["skipped file", "reason"], rows, "These files are in the folder and in none of the numbers."
+        )

@@ -1,0 +1,75 @@
+"""What a source of images is, and what all sources of image files share.
+
+Shapes: C channels, H W pixels.
+"""
+
+import os
+from typing import Protocol
+
+from torch import Tensor
+
+from latentcodec.files import read_regular
+from latentcodec.pixels import LeftOut, UnreadableImage, decode_image, image_size
+
+
+class ImageSource(Protocol):
+    """Images by number. The same number is the same image in every process and in every run."""
+
+    left_out: list[LeftOut]
+    """What looks like an image of this set and is not among the numbered ones, with the reasons."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message: its file, or its data set and row."""
+
+    def read(self, index: int) -> Tensor:
+        """The whole image, [C, H, W] float32 in [-1, 1]; `UnreadableImage`, with its name, when it is
+        broken."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Its height and width in pixels, from the file's header alone; `UnreadableImage` when that is
+        broken."""
+
+
+class EncodedSource:
+    """What all sources of image files share: they differ only in where the encoded bytes lie."""
+
+    channels: int
+    left_out: list[LeftOut]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def encoded(self, index: int) -> str | bytes:
+        """The image's file name, or the bytes of its file."""
+        raise NotImplementedError
+
+    def lengths(self) -> list[int]:
+        """Bytes of every image's file, none of which is read; -1 where there is no file."""
+        raise NotImplementedError
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's file; `UnreadableImage`, with its name, where there is none."""
+        encoded = self.encoded(index)
+        try:
+            return encoded if isinstance(encoded, bytes) else read_regular(encoded)
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error.strerror}") from error
+
+    def read(self, index: int) -> Tensor:
+        return decode_image(self.encoded(index), self.channels, name=self.name(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return image_size(self.encoded(index), name=self.name(index))
+
+
+def file_length(file: str) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return os.stat(file).st_size
+    except OSError:  # such as a link to nowhere: reading the image will say so
+        return -1

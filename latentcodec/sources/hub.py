@@ -1,0 +1,173 @@
+"""Data sets of the Hugging Face `datasets` library: on its hub, in parquet files, in folders that it saved.
+
+Shapes: none.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from pyarrow import compute
+
+from latentcodec.pixels import LeftOut, UnreadableImage
+from latentcodec.sources.encoded import EncodedSource, file_length
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix of a file -> who reads it in `datasets`
+
+
+class DatasetSource(EncodedSource):
+    """One image column of a Hugging Face data set.
+
+    The library is asked for the encoded bytes only (`decode=False`) and `decode_image` does the rest: the
+    library's own decoder stops the whole run at the first corrupt image.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, label: str, column: str | None, channels: int) -> None:
+        self.column = find_image_column(dataset.features, label, column)
+        self.dataset = undecoded(dataset.select_columns([self.column]), self.column, label)
+        self.label = label
+        self.left_out: list[LeftOut] = []
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self.label} row {index}"
+
+    def encoded(self, index: int) -> str | bytes:
+        return encoded_cell(self.dataset[index][self.column], self.name(index))
+
+    def lengths(self) -> list[int]:
+        found: list[int] = []
+        for rows in self.dataset.with_format("arrow").iter(batch_size=1000):
+            inside, path = (compute.struct_field(rows[self.column], key) for key in ("bytes", "path"))
+            # Of the images inside, arrow reads the offsets only.
+            for length, file in zip(compute.binary_length(inside).to_pylist(), path.to_pylist(), strict=True):
+                found.append(length if length is not None else -1 if file is None else file_length(file))
+        return found
+
+
+def encoded_cell(cell: dict[str, Any] | None, name: str) -> str | bytes:
+    """The bytes that one undecoded cell of a `datasets.Image` column holds, or the file that it points to."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise UnreadableImage(f"{name}: the cell is empty")
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]
+
+
+def undecoded(dataset: Any, column: str, label: str) -> Any:
+    """The data set with its image column as it is stored: bytes, or the name of a file."""
+    try:
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # arrow's, of many types
+        raise ValueError(f"{label}: column {column!r} cannot be read as images: {one_line(error)}") from error
+
+
+def find_image_column(features: datasets.Features, label: str, column: str | None) -> str:
+    """The column asked for, or the only one that the data set declares to hold images.
+
+    Raises `ValueError` naming the column for one that holds something else than an image a row.
+    """
+    columns = ", ".join(features)
+    if column is not None:
+        if column not in features:
+            raise ValueError(
+                f"{label} has no column {column!r} (data.image_column); its columns are: {columns}"
+            )
+        if problem := _why_no_image(features[column]):
+            raise ValueError(f"{label}: column {column!r} (data.image_column) holds {problem}")
+        return column
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    lists = [name for name, feature in features.items() if _is_list_of_images(feature)]
+    if not found and lists:
+        raise ValueError(f"{label}: column {lists[0]!r} holds {_why_no_image(features[lists[0]])}")
+    if len(found) != 1:
+        problem = f"{len(found)} columns of images" if found else "no column declared as images"
+        raise ValueError(
+            f"{label} has {problem}; name one with data.image_column. Its columns are: {columns}"
+        )
+    return found[0]
+
+
+def _why_no_image(feature: Any) -> str | None:
+    """What a column holds instead of an image a row; None where each cell may be one: an image, bytes or a path."""
+    if _is_list_of_images(feature):
+        return "lists of images, and an image a row is needed: write a data set with one row for each image"
+    if isinstance(feature, datasets.Image):
+        return None
+    if isinstance(feature, datasets.Value) and feature.dtype in (
+        "binary",
+        "large_binary",
+        "string",
+        "large_string",
+    ):
+        return None
+    if isinstance(feature, dict) and {"bytes", "path"} == feature.keys():
+        return None
+    kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    return f"{kind}, and images, bytes of image files or their paths are needed"
+
+
+def _is_list_of_images(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    return isinstance(inner, datasets.Image) or (inner is not None and _is_list_of_images(inner))
+
+
+class Place(NamedTuple):
+    """What a user says about where images are; `subset` and `split` matter to Hugging Face data sets only."""
+
+    path: str | None
+    subset: str | None = None
+    split: str = "train"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} [{self.split}]"
+            if self.subset is None
+            else f"{self.path} [{self.subset}, {self.split}]"
+        )
+
+
+def load_dataset(place: Place, streaming: bool = False) -> Any:
+    """`datasets.load_dataset` for a path or hub id; whatever goes wrong is a `ValueError` about the place."""
+    path = Path(str(place.path)).expanduser()
+    if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(place.path)):
+        raise ValueError(f"{path}: no such file or folder (data.path)")
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(
+            f"{path}: a file must be {' or '.join(BUILDERS)} to be read as a data set (data.path)"
+        )
+    try:
+        if path.is_dir() and is_saved_to_disk(path):
+            return _pick_split(datasets.load_from_disk(str(path)), place.split)
+        if path.is_file():
+            files = {"train": str(path)}
+            return datasets.load_dataset(
+                BUILDERS[path.suffix], data_files=files, split=place.split, streaming=streaming
+            )
+        where = str(path) if path.exists() else str(place.path)
+        return datasets.load_dataset(where, place.subset, split=place.split, streaming=streaming)
+    except Exception as error:  # the library raises dozens of types, the network's and arrow's among them
+        tried = "" if path.exists() else ": it is no file or folder here, and on the hub"
+        raise ValueError(f"{place}{tried}: {one_line(error)}") from error
+
+
+def is_saved_to_disk(folder: Path) -> bool:
+    """Whether `datasets` wrote the folder by `save_to_disk`."""
+    single = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return single or (folder / "dataset_dict.json").is_file()
+
+
+def _pick_split(loaded: Any, split: str) -> datasets.Dataset:
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"its splits are: {', '.join(loaded)}")
+    return loaded[split]
+
+
+def one_line(error: Exception) -> str:
+    """What an error of somebody else's says, short enough for a message of ours."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 400 else f"{words[:400]} ..."

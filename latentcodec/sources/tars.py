@@ -1,0 +1,91 @@
+"""The images inside uncompressed tar files (WebDataset shards), read in place.
+
+Shapes: none.
+"""
+
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from latentcodec.files import open_regular
+from latentcodec.pixels import LeftOut
+from latentcodec.pixels.folders import but, is_read, not_read
+from latentcodec.sources.encoded import EncodedSource
+
+
+class _Member(NamedTuple):
+    shard: int
+    name: str
+    offset: int  # of its bytes within the shard
+    length: int
+
+
+class TarSource(EncodedSource):
+    """The images inside uncompressed tar files (WebDataset shards), read in place.
+
+    The headers are walked once, at the start; after that any image is one read away, so that tar shards are
+    shuffled and resumed as exactly as a folder. `field` picks one of several images of a sample: "jpg", or
+    "mask.png".
+    """
+
+    def __init__(self, shards: list[Path], field: str | None, channels: int) -> None:
+        self.shards = [str(shard) for shard in shards]
+        self.channels = channels
+        self.left_out: list[LeftOut] = []
+        self.members: list[_Member] = []
+        for number, shard in enumerate(self.shards):
+            self._walk(number, shard, field)
+        if not self.members:
+            wanted = f"image named *.{field}" if field else "image"
+            raise ValueError(
+                f"{self.shards[0]}: no {wanted} in {len(shards)} tar files (data.image_column){but(self.left_out)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        member = self.members[index]
+        return f"{self.shards[member.shard]}:{member.name}"
+
+    def encoded(self, index: int) -> bytes:
+        member = self.members[index]
+        with open(self.shards[member.shard], "rb") as shard:
+            shard.seek(member.offset)
+            return shard.read(member.length)
+
+    def lengths(self) -> list[int]:
+        return [member.length for member in self.members]
+
+    def _walk(self, number: int, shard: str, field: str | None) -> None:
+        """Find the images of a shard: files and hard links to files of the same shard."""
+        try:
+            with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for item in tar:
+                    path = PurePosixPath(item.name)
+                    if item.isdir() or path.name.startswith(
+                        "."
+                    ):  # macOS writes resource forks into its tar files
+                        continue
+                    reason = _why_not(item, path, field)
+                    if reason is not None:
+                        self.left_out.append(LeftOut(f"{shard}:{item.name}", reason))
+                    elif is_wanted(path, field):
+                        source = tar.getmember(item.linkname) if item.islnk() else item
+                        self.members.append(_Member(number, item.name, source.offset_data, source.size))
+        except (tarfile.TarError, OSError, KeyError) as error:
+            raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+
+
+def _why_not(item: tarfile.TarInfo, path: PurePosixPath, field: str | None) -> str | None:
+    """Why a member that looks like an image is not read; None for one that is, and for what is none."""
+    if is_wanted(path, field):
+        if item.issym() or item.ischr() or item.isblk() or item.isfifo():
+            return "a link, FIFO or device in a tar file, which is not followed"
+        return "a sparse file in a tar file, which is not read" if item.issparse() else None
+    return not_read(path.suffix.lower()) if field is None else None
+
+
+def is_wanted(path: PurePosixPath, field: str | None) -> bool:
+    """Whether a member is an image by its name, or the one of its sample that was asked for."""
+    return is_read(path.suffix.lower()) if field is None else path.name.endswith(f".{field}")

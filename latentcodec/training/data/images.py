@@ -1,0 +1,206 @@
+"""Which images a run trains on, and which are held out to validate it.
+
+Where images come from is in `sources/`, which image stands where in the stream in `order.py`, how crops are cut
+in `crops.py`. Shapes: C channels, H W pixels.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentcodec.pixels import UnreadableImage
+from latentcodec.sources.images import EncodedSource, ImageSource, Place, open_source
+from latentcodec.sources.remote import RemoteSource
+from latentcodec.training.data.crops import Reject, centre_crop, rejected
+from latentcodec.training.data.order import bucket_sizes, nearest_bucket, shuffled
+from latentcodec.training.progress import counted
+from latentcodec.training.ranges import ShareAboveZero
+
+HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
+
+
+@dataclass
+class DataConfig:
+    """Which images to train on and how crops are cut from them."""
+
+    path: str | None = None
+    """A folder of images or tar shards, or a Hugging Face data set: hub id, local folder, parquet file. None:
+    the built-in set of drawn pictures."""
+    subset: str | None = None
+    """The subset (configuration) of a Hugging Face data set that has several."""
+    split: str = "train"
+    """The split of a Hugging Face data set to train on; a slice such as train[:1000] works too."""
+    image_column: str | None = None
+    """The column of a Hugging Face data set that holds the images (in tar shards the part of the name after
+    the dot). None: the only one that is declared to hold images."""
+    resolution: PositiveInt = 128
+    """Height and width of the training crops, in pixels."""
+    min_scale: ShareAboveZero = 0.5
+    """An image is scaled down by a random factor between this and 1 before it is cropped; 1 switches this
+    off."""
+    flip: bool = True
+    """Mirror every second crop, left to right."""
+    text_share: ClosedUnitInterval = 0.0
+    """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
+    photograph behind it, half are pages of one colour."""
+    text_fonts_left_out: list[str] = field(default_factory=list)
+    """Fonts whose file names begin with one of these are not drawn with, so that a test can use them."""
+    buckets: bool = False
+    """Aspect-ratio buckets: every optimizer step has one crop shape, of about resolution^2 pixels, and images
+    whose own shape is near it. Reads the header of every image first."""
+    val_path: str | None = None
+    """Validation images, understood like path. None: val_images of the training set are held out."""
+    val_split: str | None = None
+    """The split of a Hugging Face data set to validate on. None: the same as split."""
+    val_images: NonNegativeInt = 16
+    """How many images to validate on; 0 switches validation off."""
+    val_resolution: PositiveInt = 512
+    """Validation images are whole, but centre-cropped to at most this many pixels on a side."""
+    streaming: bool = False
+    """Read a Hugging Face data set over the network while training instead of fetching it first. The order
+    then depends on the number of ranks and workers, and only with the same numbers is a resume exact."""
+    shuffle_buffer: PositiveInt = 1000
+    """With streaming: how many encoded images each worker keeps to draw the next one from."""
+    workers: NonNegativeInt = 2
+    """Processes that read and crop images; 0 reads them in the training process."""
+    prefetch: PositiveInt = 4
+    """Micro-batches that each worker prepares ahead."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for keys that contradict each other."""
+        if self.streaming and self.path is None:
+            raise ValueError("data.streaming needs a data.path; the drawn set is made on the spot")
+        if self.streaming and self.buckets:
+            raise ValueError("data.buckets needs the shapes of all images, which data.streaming cannot give")
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """An opened set: what is trained on, and which images of `val_source` it is validated on."""
+
+    config: DataConfig
+    seed: int
+    source: ImageSource | RemoteSource
+    train: NDArray[np.int64]  # indices into source; empty for a remote source, which cannot be asked by index
+    val_source: ImageSource
+    val: NDArray[np.int64]  # indices into val_source
+
+    @cached_property
+    def buckets(self) -> NDArray[np.int64]:
+        """The aspect-ratio bucket of every image of `train`; the headers are read once, not for every stream."""
+        assert not isinstance(self.source, RemoteSource)
+        sizes = bucket_sizes(self.config.resolution)
+        return np.array([_bucket(self.source, index, sizes) for index in self.train.tolist()])
+
+
+def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
+    """Opens the images and sets some aside for validation.
+
+    The seed chooses which of the training set are held out. From a `val_path` of their own they are taken
+    evenly, the same for every seed; an image that lies in both sets, under whatever name, is not trained on.
+    Raises `ValueError` naming the path and the key when there is nothing to read, or nothing left to train on.
+    """
+    if config.streaming:
+        return _open_remote(config, channels, seed)
+    source = open_source(_place(config), config.image_column, channels)
+    if config.val_images and (config.val_path or config.val_split):
+        val_source = open_source(_val_place(config), config.image_column, channels)
+        count = min(config.val_images, len(val_source))
+        val = np.linspace(0, len(val_source) - 1, count).round().astype(np.int64)
+        train = _others(source, val_source, val)
+    else:
+        val_source = source
+        order = shuffled(np.arange(len(source)), seed, HELD_OUT)
+        train, val = map(np.sort, np.split(order, [max(0, len(source) - config.val_images)]))
+    if len(train) == 0:
+        raise ValueError(
+            f"{config.path}: of {len(source)} images {len(val)} are held out for validation and none is left "
+            "to train on; lower data.val_images, or give data.val_path"
+        )
+    return TrainingImages(config, seed, source, train, val_source, val)
+
+
+def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The images of `source` that are none of the chosen ones of `val_source`: none of their files, byte by byte.
+
+    Of the training images only those are read whose files have the length of a validation image's.
+    """
+    if not (isinstance(source, EncodedSource) and isinstance(val_source, EncodedSource)):
+        names = {val_source.name(index) for index in val.tolist()}  # of the drawn set
+        return np.array([i for i in range(len(source)) if source.name(i) not in names], dtype=np.int64)
+    lengths = np.array(source.lengths())
+    held = {_digest(val_source, index) for index in val.tolist()} - {None}
+    length = np.array(val_source.lengths())[val]
+    alike = np.flatnonzero(np.isin(lengths, length[length >= 0]))
+    copies = [index for index in alike.tolist() if _digest(source, index) in held]
+    return np.setdiff1d(np.arange(len(source)), np.array(copies, dtype=np.int64))
+
+
+def _digest(source: EncodedSource, index: int) -> bytes | None:
+    """Of an image's file; None where there is none, which its turn to be read will say."""
+    try:
+        return hashlib.blake2b(source.content(index)).digest()
+    except UnreadableImage:
+        return None
+
+
+def _place(config: DataConfig) -> Place:
+    return Place(config.path, config.subset, config.split)
+
+
+def _val_place(config: DataConfig) -> Place:
+    subset = config.subset if config.val_path is None else None
+    return Place(config.val_path or config.path, subset, config.val_split or config.split)
+
+
+def _open_remote(config: DataConfig, channels: int, seed: int) -> TrainingImages:
+    column, buffer = config.image_column, config.shuffle_buffer
+    source = val_source = RemoteSource(_place(config), column, channels, buffer)
+    if config.val_path or config.val_split:
+        val_source = RemoteSource(_val_place(config), column, channels, buffer)
+    val = val_source.first(config.val_images)
+    source.exclude(val.cells)
+    return TrainingImages(config, seed, source, np.arange(0), val, np.arange(len(val)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation images that could be read, their names, and which could not."""
+
+    images: list[Tensor]  # each [C, H, W] float32 in [-1, 1]
+    names: list[str]
+    rejects: list[Reject]
+
+
+def held_out(images: TrainingImages) -> HeldOut:
+    """Reads the validation images: whole, but centre-cropped to at most `val_resolution` on a side.
+
+    Raises `ValueError` when not one of them can be read.
+    """
+    result = HeldOut([], [], [])
+    for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
+        try:
+            image = images.val_source.read(index)
+        except UnreadableImage as error:
+            result.rejects.append(rejected(images.val_source.name(index), error))
+            continue
+        result.images.append(centre_crop(image, images.config.val_resolution))
+        result.names.append(images.val_source.name(index))
+    if result.rejects and not result.images:
+        first = result.rejects[0]
+        raise ValueError(
+            f"none of the validation images can be read, the first: {first.path}: {first.reason}"
+        )
+    return result
+
+
+def _bucket(source: ImageSource, index: int, sizes: list[tuple[int, int]]) -> int:
+    try:
+        return nearest_bucket(source.size(index), sizes)
+    except UnreadableImage:
+        return 0  # it will be replaced, and listed, when its turn comes

@@ -1,0 +1,147 @@
+"""Text drawn over training crops, from the fonts of the machine: what photographs alone do not teach a small codec.
+
+Half of the drawn crops are pages of one colour, half keep the photograph behind the letters. Words are made of random
+letters, since a codec must keep strokes and not language. Everything drawn is a function of (seed, position).
+
+Shapes: C channels, H W pixels of a crop; pixels in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+FONT_FOLDERS = {
+    "linux": ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
+    "darwin": ("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"),
+    "win32": (os.path.join(os.environ.get("WINDIR", "C:/Windows"), "Fonts"),),
+}
+# Latin twice, since most text that a codec meets is Latin; then Greek, Cyrillic and Chinese.
+SCRIPTS = (
+    "etaoinshrdlucmfwypvbgkjqxzETAOINSHRDLUCMFWYPVBGKJQXZ0123456789",
+    "etaoetaoinshrdlucmfwypvbgkjqxz.,-0123456789",
+    "αβγδεζηθικλμνξοπρστυφχψωΑΒΓΔΕΖΗΘΚΛΠΣΦΩ",
+    "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфОЕАИНТСРВЛКМДПУЯ",
+    "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年",
+)
+FONT_SIZES = (7, 28)  # pixels, drawn log-uniformly
+LARGEST_ANGLE = 20.0  # degrees, of the third of the crops whose text is turned
+LEAST_CONTRAST = 60  # levels between the brightness of text and that of its page
+PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
+EMPTY_SHARE = 0.15  # of the pages: no text at all, from black to white
+
+
+def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
+    """The TrueType and OpenType files of this machine, sorted by name; those whose name begins with one of `exclude`
+    are left out.
+
+    Raises ValueError where there are none.
+    """
+    platform = "linux" if sys.platform.startswith("linux") else sys.platform
+    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS.get(platform, ())]
+    files = [
+        f for folder in folders for f in folder.rglob("*") if f.suffix.lower() in (".ttf", ".otf", ".ttc")
+    ]
+    fonts = sorted((f.name, str(f)) for f in files if not f.name.startswith(tuple(exclude)))
+    if not any(_letters_of(path) for _, path in fonts):
+        raise ValueError(
+            "data.text_share needs fonts, and there are none in "
+            + ", ".join(map(str, folders))
+            + ": install some"
+        )
+    return [path for _, path in fonts]
+
+
+def draw_text(crop: Tensor, fonts: Sequence[str], random: Generator) -> Tensor:
+    """[C, H, W] -> the same crop with text over it, or over a page of one colour in its place."""
+    channels, height, width = crop.shape
+    size = (width, height)
+    if random.random() < PLAIN_SHARE:
+        page = Image.new("RGB", size, _colour(random))
+        if random.random() < EMPTY_SHARE:
+            return _pixels(page, channels)
+    else:
+        page = Image.fromarray(_levels(crop))
+    brightness = float(np.asarray(page.convert("L"), dtype=np.float32).mean())
+    ink = _colour(random)
+    while abs(_brightness(ink) - brightness) < LEAST_CONTRAST:
+        ink = _colour(random)
+    mask = _letters(size, fonts, random)
+    return _pixels(Image.composite(Image.new("RGB", size, ink), page, mask), channels)
+
+
+def _letters(size: tuple[int, int], fonts: Sequence[str], random: Generator) -> Image.Image:
+    """Coverage of the crop by letters, 0 to 255: lines of words of one font and size, one crop in three turned."""
+    low, high = np.log(FONT_SIZES)
+    points = round(float(np.exp(random.uniform(low, high))))
+    letters: list[str] = []
+    while not letters:  # many fonts hold one script of their own and no other
+        path = fonts[int(random.integers(len(fonts)))]
+        letters = _letters_of(path)
+    font = _font(path, points)
+    side = round(1.5 * max(size))  # a turned page still covers the crop
+    mask = Image.new("L", (side, side))
+    drawing = ImageDraw.Draw(mask)
+    line = points * random.uniform(1.05, 1.6)
+    top = -random.uniform(0, line)
+    while top < side:
+        words = ["".join(random.choice(letters, int(random.integers(1, 10)))) for _ in range(side // points)]
+        drawing.text((-random.uniform(0, points), top), " ".join(words), 255, font)
+        top += line
+    if random.random() < 1 / 3:
+        mask = mask.rotate(random.uniform(-LARGEST_ANGLE, LARGEST_ANGLE), Image.Resampling.BICUBIC)
+    left, upper = (side - size[0]) // 2, (side - size[1]) // 2
+    return mask.crop((left, upper, left + size[0], upper + size[1]))
+
+
+def _colour(random: Generator) -> tuple[int, int, int]:
+    """Black, white, grey or any colour."""
+    kind = random.random()
+    if kind < 0.3:
+        return (0, 0, 0) if random.random() < 0.5 else (255, 255, 255)
+    if kind < 0.5:
+        grey = int(random.integers(256))
+        return grey, grey, grey
+    red, green, blue = (int(level) for level in random.integers(0, 256, 3))
+    return red, green, blue
+
+
+def _brightness(colour: tuple[int, int, int]) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+@cache
+def _font(path: str, points: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, points)
+
+
+@cache
+def _letters_of(path: str) -> list[str]:
+    """Letters of the scripts that a font can draw; a script that it lacks comes as equal signs for missing letters."""
+    font = _font(path, 16)
+    drawn = {script: {bytes(font.getmask(letter)) for letter in script[:4]} for script in SCRIPTS}
+    return list("".join(script for script in SCRIPTS if len(drawn[script]) == len(set(script[:4]))))
+
+
+def _levels(crop: Tensor) -> np.ndarray:
+    """[C, H, W] -> [H, W, 3] uint8."""
+    rgb = crop[:3] if crop.shape[0] >= 3 else crop[:1].expand(3, -1, -1)
+    return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _pixels(page: Image.Image, channels: int) -> Tensor:
+    """The page as [C, H, W]: grey for one channel, further channels opaque."""
+    mode = "L" if channels == 1 else "RGB"
+    levels = torch.from_numpy(np.array(page.convert(mode), dtype=np.float32)) / 127.5 - 1
+    pixels = levels[None] if mode == "L" else levels.permute(2, 0, 1)
+    opaque = torch.ones(max(0, channels - 3), *pixels.shape[1:])
+    return torch.cat([pixels, opaque])[:channels].contiguous()

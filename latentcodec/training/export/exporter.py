@@ -1,0 +1,111 @@
+"""What a run shows of itself between two steps and at its end: its score, sample pictures, and the folder codec/.
+
+All of it is of the averaged weights. What the numbers mean is in `latents.py`, `teacher.py` and `quality/metrics.py`.
+
+Shapes: B batch, C image channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentcodec.codec import LatentCodec
+from latentcodec.latents import LatentStatistics, latent_statistics
+from latentcodec.quality.metrics import Evaluation, evaluate, reconstruct
+from latentcodec.training.config import Config
+from latentcodec.training.data.images import HeldOut, TrainingImages
+from latentcodec.training.data.stream import first_crops, training_batches
+from latentcodec.training.export.codec_folder import finish, write_codec
+from latentcodec.training.export.regimes import Regimes
+from latentcodec.training.journal import Journal
+from latentcodec.training.losses.teacher import Teacher
+from latentcodec.training.progress import counted
+from latentcodec.training.state import TrainState
+
+SAMPLES = 6  # held-out images whose reconstruction is drawn at each validation
+
+
+class Exporter:
+    """Scores and saves the codec of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        teacher: Teacher | None,
+        images: TrainingImages,
+        held_out: HeldOut,
+        journal: Journal,
+        accelerator: Accelerator,
+        layout: torch.memory_format,
+    ) -> None:
+        self.config, self.state, self.teacher = config, state, teacher
+        self.images, self.held_out = images, held_out
+        self.journal, self.accelerator, self.layout = journal, accelerator, layout
+        self.regimes = Regimes()
+
+    def validate(self) -> Evaluation | None:
+        """Score the averaged weights on the held-out images and draw some of them; None without such images."""
+        state, evaluation = self.state, None
+        if self.accelerator.is_main_process and self.held_out.images:
+            codec = LatentCodec(state.ema)
+            images = [image.to(self.accelerator.device) for image in self.held_out.images]
+            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
+            latents, lines = self.regimes.look(codec, images)
+            self.journal.validated(state.step, state.seconds, evaluation, latents)
+            for text, failure in lines:
+                self.journal.alert(state.step, text, failure)
+            pairs = [(image, reconstruct(codec, image[None])[0]) for image in images[:SAMPLES]]
+            self.journal.samples(state.step, pairs)
+        self.accelerator.wait_for_everyone()
+        return evaluation
+
+    def finish(self) -> None:
+        """The end of a complete run: its score, its codec with the half-precision certificate, result.json."""
+        evaluation = self.validate()
+        self.save_codec(evaluation, self.config.finish.certificate_images)
+        self.journal.finish(self.state.step, self.state.seconds, evaluation)
+
+    def save_codec(self, evaluation: Evaluation | None = None, certificate_images: int = 0) -> None:
+        """Write codec/; the half-precision certificate is measured on so many training crops, for 0 not at all."""
+        state = self.state
+        statistics = None if self.config.model.keeps_latents else self.latent_statistics()
+        drift = None
+        if self.teacher is not None:
+            drift = self.teacher.drift(state.ema, self._crops(), self._total)
+        if self.accelerator.is_main_process:
+            vae = copy.deepcopy(state.ema)
+            crops = first_crops(self.images)[:certificate_images] if certificate_images else []
+            sections = [self.journal.card(state.step, state.seconds, evaluation)]
+            sections.append(finish(vae, self.config.finish, statistics, crops))
+            if drift is not None:
+                self.journal.drifted(state.step, drift)
+                sections.append(drift.card(str(self.config.model.teacher)))
+            codec = LatentCodec(vae)
+            card = codec.model_card("\n\n".join(filter(None, sections)))
+            write_codec(codec, Path(self.config.output_dir) / "codec", card)
+        self.accelerator.wait_for_everyone()
+
+    def latent_statistics(self) -> LatentStatistics:
+        """Of the averaged weights' latents over the training crops; all processes measure what one would."""
+        with self.accelerator.autocast():
+            return latent_statistics(self.state.ema, self._crops(), self._total)
+
+    def _crops(self) -> Iterator[Tensor]:
+        """[B, C, H, W]: this process's share of the `train.statistics_images` crops."""
+        train, accelerator = self.config.train, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        steps = -(-train.statistics_images // (train.batch_size * world))
+        batches = training_batches(self.images, train.batch_size, steps=steps, rank=rank, world_size=world)
+        for batch in counted(batches, "measuring the latents", steps, "batch"):
+            yield batch["pixels"].to(accelerator.device, memory_format=self.layout)
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """Sums of one process -> sums over all of them."""
+        return self.accelerator.reduce(sums, reduction="sum")

@@ -1,0 +1,68 @@
+"""Which regime the latents are in at a validation: collapsed, with dead channels, noisy, nearly an autoencoder.
+
+The cheap measures of `quality/health.py` on windows of the held-out images: one encoding and one decoding of each. What
+needs normalised latents is not judged here: a codec is normalised when it is saved.
+
+Shapes: N images, C channels, H W pixels, c latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor
+
+from latentcodec.codec import LatentCodec
+from latentcodec.quality.decoder_measures import Inspectable, decoded, decoder_spread, posteriors
+from latentcodec.quality.health import cut_windows, posterior_health
+from latentcodec.quality.verdicts import TABLE, Finding, findings
+
+WINDOW = 128  # pixels a side
+MOST_IMAGES = 16
+LOGGED = ("rate_bits", "signal_share", "noise", "dead_share", "decoder_spread", "sec", "kurtosis")
+WATCHED = ("posterior_collapse", "dead_channels", "nearly_autoencoder", "too_noisy")
+NAMES = {
+    "posterior_collapse": "posterior collapse",
+    "dead_channels": "dead channels",
+    "nearly_autoencoder": "nearly an autoencoder",
+    "too_noisy": "too noisy",
+}
+
+
+@dataclass
+class Regimes:
+    """Remembers which rules were broken at the last validation, so that only a change is said."""
+
+    broken: set[str] = field(default_factory=set)
+
+    def look(
+        self, codec: LatentCodec, images: Sequence[Tensor]
+    ) -> tuple[dict[str, float], list[tuple[str, bool]]]:
+        """Of `images` [C, H, W]: numbers for metrics.jsonl, and lines to say, each with whether it is a failure."""
+        seen = cast(Inspectable, codec)
+        x, _ = cut_windows(list(images[:MOST_IMAGES]), codec.downsampling_factor, WINDOW)
+        mean, std = posteriors(seen, x)
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            return {}, [("the latents of the held-out images are not finite", True)]
+        health = posterior_health(mean, std, codec.downsampling_factor)
+        if len(x) > 1:  # there is no variance over one image
+            y = decoded(seen, mean, (x.shape[-2], x.shape[-1]))
+            health.measures["decoder_spread"] = decoder_spread(x.cpu(), y)
+        found = {f.rule: f for f in findings(health.measures, health.channels) if f.rule in WATCHED}
+        lines = [_entered(finding) for rule, finding in found.items() if rule not in self.broken]
+        lines += [(f"left: {NAMES[rule]}", False) for rule in sorted(self.broken - found.keys())]
+        self.broken = set(found)
+        values = {key: health.measures.get(key) for key in LOGGED}
+        known = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        return {f"latents/{key}": value for key, value in known.items()}, lines
+
+
+def _entered(finding: Finding) -> tuple[str, bool]:
+    """What a rule that is newly broken has to say, and whether it is a failure for diffusion."""
+    diffusion, sampling, _ = TABLE[finding.rule]
+    meaning = f"for a diffusion model: {diffusion}; for sampling from N(0, I): {sampling or 'nothing'}"
+    failure = diffusion == "failure" or finding.serious
+    return f"{finding.text} ({meaning}.) To change it: {finding.cure}.", failure

@@ -1,0 +1,84 @@
+"""The loop of a training run, and how a run begins and ends: one function for every command, bench and test.
+
+`main` is all of `train/train.py` and of `latentcodec train`: it reads the configuration and trains. Its exit codes:
+
+    0    the run is complete
+    1    it failed: no disk space, weights that do not recover, a broken data source
+    2    a setting is wrong, or an input does not fit: one line names the key, the file or the folder
+    3    it is complete, but images were left out: rejects.jsonl lists them
+    128 + signal    it was asked to stop and has saved a checkpoint: 143 SIGTERM, 130 Ctrl-C, 138 SIGUSR1
+
+With several processes a complete run ends with 0 even if images were left out: a launcher takes any other code for a
+crash of that process, and stops or restarts the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+
+from latentcodec.training.config import Config, parse
+from latentcodec.training.signals import StopRequest, exit_code
+from latentcodec.training.trainer import Diverged, Trainer
+
+DONE, FAILED, WRONG, LOOK = 0, 1, 2, 3  # exit codes
+# Of a path that somebody gave and that is not there, or is not what it should be.
+WRONG_PATH = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "train/train.py") -> int:
+    """Train as the command line says; returns the exit code. `arguments`: those of the process where none are given.
+
+    What a user can mend is one line on stderr; everything else keeps its traceback.
+    """
+    config = parse(arguments, program)
+    try:
+        return run(config, StopRequest())
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG if isinstance(error, ValueError) or error.errno in WRONG_PATH else FAILED
+
+
+def run(config: Config, stop: StopRequest) -> int:
+    """Begin or resume the run in `config.output_dir` and train it to its end; returns the exit code."""
+    trainer = Trainer(config)
+    trainer.resume()
+    if trainer.finished:
+        more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
+        trainer.journal.say(f"{config.output_dir} is finished; {more}")
+        code = _code_of_complete(trainer)
+    else:
+        code = train(trainer, stop)
+    trainer.accelerator.end_training()
+    return code
+
+
+def train(trainer: Trainer, stop: StopRequest) -> int:
+    """Train a run that has begun until it is complete or `stop` has been received; returns the exit code."""
+    every = trainer.config.train
+    # Before the first step there is nothing to save, so until here a signal ends the run at once.
+    with stop, closing(trainer.journal):
+        for micro_batches in trainer.steps(stop):
+            report = trainer.train_step(micro_batches)
+            if report is None:  # a number was not finite: nothing has changed
+                continue
+            trainer.journal.log(trainer.state.step, trainer.progress, report)
+            if trainer.due(every.validate_every):
+                trainer.exporter.validate()
+            if trainer.due(every.checkpoint_every):
+                trainer.exporter.save_codec()
+                trainer.checkpoint()
+        trainer.checkpoint()
+        if not trainer.stopped_by:
+            trainer.exporter.finish()
+    return exit_code(trainer.stopped_by) if trainer.stopped_by else _code_of_complete(trainer)
+
+
+def _code_of_complete(trainer: Trainer) -> int:
+    alone = trainer.accelerator.num_processes == 1
+    return LOOK if alone and trainer.journal.has_rejects else DONE

@@ -1,0 +1,116 @@
+"""What one micro-batch is given and gives: pixels, noise and transforms in, posterior and reconstruction out.
+
+Every random draw of the objective is made here. A draw is a function of (seed, position) where each sample has its
+own, and of (seed, draw) where a whole step shares it; `draw` counts the global batches of the run.
+
+Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from latentcodec.randomness import Purpose, keyed_normal
+from latentcodec.training.losses.regularizers import (
+    RegularizerConfig,
+    add_noise,
+    draw_masked_diagonals,
+    draw_noise_levels,
+    draw_warp,
+    interpolate_noise,
+    mask_spectrum,
+    warp_image,
+    warp_latent,
+)
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is given for one micro-batch, and what its output is compared with."""
+
+    x: Tensor
+    """[B, C, H, W]: what is encoded."""
+    noise: Tensor
+    """[B, c, h, w]: standard normal, for the posterior's draw."""
+    transforms: list[Transform]
+    """Latent -> latent, in this order, before the decoder."""
+    target: Tensor
+    """[B, C, H', W']: what the reconstruction should be."""
+
+    def transform(self, z: Tensor) -> Tensor:
+        """The latent as the decoder gets it."""
+        for step in self.transforms:
+            z = step(z)
+        return z
+
+
+class ForwardPass(NamedTuple):
+    """What one forward pass of training gives to the losses."""
+
+    mean: Tensor
+    """[B, c, h, w] float32 of the posterior."""
+    logvar: Tensor
+    """[B, c, h, w] float32, clamped."""
+    latent: Tensor
+    """[B, c, h, w] float32: the posterior's draw, before any transform."""
+    reconstruction: Tensor
+    """[B, C, H, W] float32: what the decoder made of the (transformed) latent."""
+    log_scale: Tensor
+    """Scalar: the logarithm of the likelihood's scale."""
+
+
+def draw_inputs(
+    config: RegularizerConfig,
+    seed: int,
+    latent_channels: int,
+    f: int,
+    x: Tensor,
+    positions: Tensor,
+    draw: int,
+    deviation: Tensor,
+) -> Inputs:
+    """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
+
+    `deviation` [c] of the latent's channels is the unit of the additive noise.
+    """
+    warp = draw_warp(config, seed, draw)
+    if warp is not None and not warp.of_latent:
+        x = warp_image(x, warp, f)
+    cells = (latent_channels, x.shape[2] // f, x.shape[3] // f)
+    target, transforms = x, list[Transform]()
+    if config.spectrum_masking:
+        diagonals = draw_masked_diagonals(seed, draw)
+        target = mask_spectrum(target, diagonals)
+        transforms.append(lambda z: mask_spectrum(z, diagonals))
+    if warp is not None and warp.of_latent:
+        target = warp_image(target, warp, f)
+        transforms.append(lambda z: warp_latent(z, warp))
+    if config.latent_noise_share:
+        transforms.append(_latent_noise(config, seed, positions, deviation))
+    noise = keyed_normal(seed, positions, cells, Purpose.POSTERIOR).to(x.device)
+    return Inputs(x, noise, transforms, target)
+
+
+def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, deviation: Tensor) -> Transform:
+    """The noise that the decoder learns to tolerate: an amount and a tensor of its own for each sample and kind."""
+    replaced, added = draw_noise_levels(config, seed, positions)
+
+    def transform(z: Tensor) -> Tensor:
+        def noise(purpose: Purpose) -> Tensor:
+            return keyed_normal(seed, positions, tuple(z.shape[1:]), purpose).to(z)
+
+        if config.interpolative_noise:
+            z = interpolate_noise(
+                z, noise(Purpose.INTERPOLATIVE_NOISE), replaced.to(z), config.interpolative_noise_std
+            )
+        if config.additive_noise:
+            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), deviation.to(z))
+        return z
+
+    return transform

@@ -1,0 +1,23 @@
+"""The verdict of the half-precision certificate: what it needs, at its limits."""
+
+import pytest
+
+from latentcodec.quality.precision import Certificate, HalfPrecision
+
+GOOD = HalfPrecision(psnr=60.0, finite=True)
+
+
+@pytest.mark.parametrize(
+    ("largest", "float16", "safe"),
+    [
+        (8100.0, GOOD, True),  # an eighth of 65504 is 8188
+        (8300.0, GOOD, False),
+        (60000.0, GOOD, False),  # finite here, but other images may need more
+        (100.0, HalfPrecision(psnr=49.0, finite=True), False),
+        (100.0, HalfPrecision(psnr=float("nan"), finite=False), False),
+    ],
+)
+def test_float16_is_safe_with_headroom_finite_and_accurate_only(largest, float16, safe):
+    certificate = Certificate({"a": (1.0, 2.0), "b": (3.0, largest)}, float16, GOOD, crops=4)
+    assert certificate.largest == largest
+    assert certificate.float16_is_safe is safe

@@ -1,0 +1,73 @@
+"""`latentcodec inspect CODEC --images`: verdicts on the screen, one page, its result, and one line for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from latentcodec.cli import run
+from latentcodec.codec import LatentCodec
+from latentcodec.pixels import save_image
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The command takes all cores; tests run beside each other."""
+    monkeypatch.setattr("latentcodec.machine.use_cores", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("inspect")
+    for number in range(4):
+        save_image(torch.rand(1, 3, 16, 16) * 2 - 1, place / "images" / f"{number}.png")
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=2, latent_channels=3, **stages)
+    LatentCodec(vae).save_pretrained(place / "codec")
+    return place
+
+
+def test_a_codec_is_judged_on_a_folder(place, tmp_path, capsys):
+    code = run(
+        ["inspect", str(place / "codec"), "--images", str(place / "images"), "--out", str(tmp_path), "--json"]
+    )
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert summary.keys() == {"verdicts", "measures", "channels"}
+    assert len(summary["channels"]) == 3
+    assert summary["measures"]["images"] == 4
+    for title in ("For a diffusion model", "For sampling from N(0, I)", "For storage"):
+        assert title in out
+    assert "Provisional" in out
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".html", ".json"]
+    (written,) = tmp_path.glob("*.json")
+    data = json.loads(written.read_text())
+    assert {key: data[key] for key in summary} == summary
+    assert Path(written).with_suffix(".html").stat().st_size < 2 * 2**20
+
+
+def test_images_that_cannot_be_used_are_named_and_the_exit_code_is_3(place, tmp_path, capsys):
+    images = tmp_path / "images"
+    save_image(torch.zeros(1, 3, 16, 16), images / "a.png")
+    save_image(torch.ones(1, 3, 16, 16), images / "b.png")
+    (images / "c.png").write_bytes(b"no image")
+    assert run(["inspect", str(place / "codec"), "--images", str(images)]) == 3
+    assert "c.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--images", "{nowhere}"], "nowhere"),
+        (["--out", "{nowhere}"], "needs --images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(place, tmp_path, capsys, arguments, words):
+    arguments = [argument.format(nowhere=tmp_path / "nowhere") for argument in arguments]
+    assert run(["inspect", str(place / "codec"), *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert words in lines[0]

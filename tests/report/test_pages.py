@@ -1,0 +1,174 @@
+"""Pages: made from their JSON again and again, old results too; what they say, and that they need nothing outside."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from latentcodec.codec import LatentCodec
+from latentcodec.pixels import save_image
+from latentcodec.report import __main__ as command
+from latentcodec.report import inspection, results
+from latentcodec.report.build import build_page, write_result
+from latentcodec.report.pages import throughput
+from latentcodec.report.scales import lines
+
+RESULTS = sorted((Path(__file__).parents[2] / "bench/results").glob("*.json"))
+
+
+def outside(page):
+    """What a browser would fetch of a page."""
+    page = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    found = re.findall(r"""\s(?:src|href|srcset|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    found += re.findall(r"url\(\s*[\"']?([^\"')]+)", page) + re.findall(r"@import\s+(\S+)", page)
+    return [target for target in found if not target.startswith(("#", "data:"))]
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """A tiny codec of 1 x 1 latents and one of 8 x 8, looked at on drawn pictures in two folders."""
+    place = tmp_path_factory.mktemp("inspected")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        colour = torch.rand(3, 4, 4, generator=generator) * 2 - 1
+        image = torch.nn.functional.interpolate(colour[None], size=(16, 16), mode="bilinear")
+        save_image(image, place / "images" / ("cats" if number % 2 else "dogs") / f"{number}.png")
+    found = {}
+    for name, stages in (("point", 5), ("map", 2)):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8,) * stages,
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            norm_num_groups=2,
+            latent_channels=3,
+        )
+        codec = LatentCodec(vae)
+        looked = inspection.open_images(place / "images", 3, codec.downsampling_factor)
+        found[name] = inspection.inspect_codec(codec, f"/somewhere/runs/{name}", place / "images", looked)
+    return place, found
+
+
+@pytest.mark.parametrize("name", ["point", "map"])
+def test_an_inspection_is_written_and_its_page_made_again_from_the_file(inspected, tmp_path, name):
+    _, found = inspected
+    files = write_result(found[name], tmp_path, "a")
+    page = Path(files["html"]).read_text()
+    assert build_page(results.read_json(files["json"])).render() == page
+    Path(files["html"]).unlink()
+    command.main([files["json"]])
+    assert Path(files["html"]).read_text() == page
+    assert outside(page) == []
+    assert "http" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "/somewhere" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert not re.search(r"<svg(?! role=\"img\" aria-label=| viewBox=\"[^\"]*\" role=\"img\")", page)
+
+
+def test_an_inspection_says_all_that_a_reader_needs(inspected):
+    _, found = inspected
+    point, grid = found["point"], found["map"]
+    for data in (point, grid):
+        assert data["verdicts"].keys() == {"diffusion", "sampling", "storage"}
+        for key in ("commit", "versions", "hardware", "fingerprint", "command", "time"):
+            assert key in data
+        assert [sample["label"].split(":")[0] for sample in data["viewer"]] == ["worst", "median", "best"]
+        assert json.loads(json.dumps(results.finite(data))) == json.loads(
+            json.dumps(results.finite(data), allow_nan=False)
+        )
+    assert point["space"]["label_names"] == ["cats", "dogs"]
+    assert "space" not in grid
+    assert {strip["name"] for strip in grid["strips"]} == {"channels", "colours", "noise"}
+    assert 0 <= grid["measures"]["lnc"] <= 1
+    html = build_page(grid).render()
+    for word in ("For a diffusion model", "For sampling from N(0, I)", "For storage", "Provisional"):
+        assert word in html
+
+
+def test_a_run_that_was_trained_shows_its_losses(inspected, tmp_path):
+    _, found = inspected
+    run = tmp_path / "run"
+    (run / "codec").mkdir(parents=True)
+    steps = [{"step": n, "total": 9.0 - n, "nll": 8.0 - n, "kl": 1.0 + n, "lr": 1e-3} for n in range(5)]
+    lines_of_run = [json.dumps(step) for step in [*steps, {"step": 4, "psnr": 20.0, "ssim": 0.5}]]
+    (run / "metrics.jsonl").write_text("\n".join(lines_of_run) + "\n")
+    (run / "config.yaml").write_text("loss: {kl_weight: 0.5}\n")
+    curves = inspection.training_curves(run / "codec")
+    assert curves["curves"]["kl"] == [[n, 1.0 + n] for n in range(5)]
+    assert curves["curves"]["psnr"] == [[4, 20.0]]
+    html = build_page(found["map"] | {"training": curves}).render()
+    assert "loss.kl_weight 0.5" in html
+    assert "learning rate" in html
+
+
+def test_nothing_is_overwritten(inspected, tmp_path):
+    _, found = inspected
+    first, second = (write_result(found["map"], tmp_path, "a") for _ in range(2))
+    assert first["json"] != second["json"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_scale_has_its_limit_its_level_and_known_codecs():
+    reason = {"rule": "rough_spectrum", "level": "warning"}
+    found = lines(
+        {"sec": 0.7},
+        {"diffusion": {"reasons": [reason], "notes": []}, "storage": {"reasons": [], "notes": []}},
+    )
+    (line,) = found
+    assert (line["level"], line["text"]) == ("warning", "70%")
+    assert line["position"] == pytest.approx(70)
+    assert line["zones"][0] == {"start": pytest.approx(45), "width": pytest.approx(55), "level": "warning"}
+    assert "white noise" in [mark["label"] for mark in line["marks"]]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_of_earlier_versions_render(path, tmp_path):
+    command.main([str(path), "--out", str(tmp_path)])
+    page = (tmp_path / f"{path.stem}.html").read_text()
+    assert outside(page) == []
+    assert len(page) < 2 * 2**20
+
+
+def test_no_bar_passes_the_ceiling_and_nobody_is_praised_for_being_slower():
+    record = {
+        "direction": "encode",
+        "dtype": "float32",
+        "size": 64,
+        "batch": 1,
+        "images_per_s": 1.0,
+        "megapixels_per_s": 1.0,
+    }
+    record |= {
+        "floor_ms": 12.0,
+        "floor_megapixels_per_s": 0.8,
+        "peak_mib": None,
+        "rms_error": 0.0,
+        "max_error": 0.0,
+    }
+    slow = record | {"side": "ours", "ms": 20.0, "rounds_ms": [20.0], "time_over_ours": 1.0}
+    fast = record | {"side": "diffusers", "ms": 10.0, "rounds_ms": [10.0], "time_over_ours": 0.5}
+    clean = throughput.with_ceilings([slow, fast])
+    assert [r["floor_ms"] / r["ms"] for r in clean] == pytest.approx([0.5, 1.0])
+    ((shown, _, level),) = throughput.headline(clean)
+    assert (shown, level) == ("0.50x", "failure")
+    assert throughput.tones(clean)[1][4] == "worse"
+
+
+def test_a_file_that_is_no_result_is_one_line_and_code_2(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(SystemExit) as error:
+        command.main([str(tmp_path / "a.json")])
+    assert error.value.code == 2
+    assert "a.json: no result" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no page for results of kind 'x'"):
+        build_page({"bench": "x"})
+
+
+def test_images_are_spread_evenly_however_many_are_taken():
+    order = inspection._spread(100)
+    assert sorted(order) == list(range(100))
+    assert max(b - a for a, b in zip(sorted(order[:10]), sorted(order[:10])[1:], strict=False)) <= 20
