@@ -9,7 +9,7 @@ export PHOTOS # recipes read it from the environment, since a path may hold spac
 SPACE := $(subst ,, )
 DEMO := runs/demo$(if $(PHOTOS),-$(subst $(SPACE),-,$(notdir $(abspath $(PHOTOS)))))
 
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo docs test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -36,6 +36,10 @@ check: install ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## the documentation as a site in site/, which opens from disk; fails on a broken link
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 format: install ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

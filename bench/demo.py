@@ -76,7 +76,6 @@ def steps(options: argparse.Namespace) -> list[Step]:
         "images": pictures,
         "lpips_net": "none",
         "rivals": [],
-        "no_text": [],
         "out": out / "reconstruction",
     }
     speed = {

@@ -4,8 +4,8 @@
 
 CODEC is whatever `LatentCodec.from_pretrained` takes: a folder, a hub id, a bundled name. Prints a table,
 writes a JSON file and an HTML page with plots and crops that are seen through every codec, and ends stdout with one
-line of JSON: the same numbers without those of single images. The protocol is that of
-`latentcodec.quality.metrics.evaluate`.
+line of JSON: the same numbers without those of single images. Subfolders of the images, such as faces and line art,
+are also scored by themselves. The protocol is that of `latentcodec.quality.metrics.evaluate`.
 
 Shapes: C channels, H W pixels, f downsampling factor, c latent channels.
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import printable
+from latentcodec.finite import NotFinite
 from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality import image_codecs, text
@@ -40,7 +41,6 @@ from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.crops import compared_crops
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.reconstruction import table
 
 PROTOCOL = (
@@ -225,7 +225,11 @@ def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor
 
 def measure(name: str, codec: LatentCodec, inputs: Inputs, formats: Sequence[str]) -> Result:
     klt = inputs.klts[codec.downsampling_factor, codec.latent_channels]
-    scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips)
+    paths = [str(path) for path in inputs.images]
+    try:
+        scores = evaluate(codec, load_all(inputs.images, codec.image_channels, name), inputs.lpips, paths)
+    except NotFinite as error:
+        raise NotFinite(f"{name}: {error}") from error
     klt_scores = evaluate(klt, load_all(inputs.images, codec.image_channels, "its KLT"))
     f, c = codec.downsampling_factor, codec.latent_channels
     rivals: dict[str, list[dict[str, float]]] = {
@@ -276,7 +280,7 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
         )
     return {
         "codec": result.name,
-        "fingerprint": fingerprint(result.codec),
+        "fingerprint": result.codec.fingerprint,
         "latent": result.latent,
         "floats_per_pixel": c / f**2,
         "bits_per_pixel": BITS * c / f**2,
@@ -310,7 +314,10 @@ def _rival(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -> dict[st
 
 def image_scores(result: Result, paths: Sequence[Path]) -> list[dict[str, Any]]:
     pairs = zip(paths, result.scores.images, result.klt_scores.images, strict=True)
-    return [{"file": path.name, **asdict(own), "klt_psnr": klt.psnr} for path, own, klt in pairs]
+    return [
+        {"file": path.name, "group": path.parent.name, **asdict(own), "klt_psnr": klt.psnr}
+        for path, own, klt in pairs
+    ]
 
 
 if __name__ == "__main__":

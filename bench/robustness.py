@@ -31,7 +31,6 @@ from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import Codec, evaluate, reconstruct
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.robustness import table
 from latentcodec.report.pictures import crop_around, webp
 
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bench": "robustness",
         **report.provenance(torch.device("cpu")),
         "codec": report.short_path(options.codec),
-        "fingerprint": fingerprint(codec),
+        "fingerprint": codec.fingerprint,
         "latent": f"f{f}c{c}",
         "folder": report.short_path(str(options.images)),
         "images": len(images),

@@ -48,7 +48,6 @@ from latentcodec.codec import LatentCodec
 from latentcodec.machine import emulation_cost, is_fast, use_cores
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
-from latentcodec.report.inspection import fingerprint
 from latentcodec.report.pages.throughput import DIRECTIONS, table
 from latentcodec.vae.networks import downsampling_factor
 
@@ -432,7 +431,7 @@ def summary(
     return {
         "bench": "throughput",
         **report.provenance(torch.device(options.device)),
-        "fingerprint": None if options.codec.endswith(".json") else fingerprint(codec),
+        "fingerprint": None if options.codec.endswith(".json") else codec.fingerprint,
         "codec": report.short_path(options.codec),
         "weights": "random" if options.codec.endswith(".json") else "the codec's",
         "latent": f"f{codec.downsampling_factor}c{codec.latent_channels}",

@@ -81,11 +81,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read(folder: Path, dtype: str | None) -> dict[str, Any]:
     """What a run's own files say. Raises `OSError` or `ValueError` naming what is missing or wrong in them."""
+    try:
+        return _read(folder, dtype)
+    except (ArithmeticError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        if str(folder) in str(error):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        files = "config.yaml, codec/config.json or metrics.jsonl"
+        raise ValueError(f"{folder}: {files} has been edited or is damaged ({said})") from error
+
+
+def _read(folder: Path, dtype: str | None) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     codec = folder / "codec" / "config.json"
     if not codec.is_file():
         raise ValueError(f"{codec} is missing: the run writes it when it ends or is stopped")
     architecture = json.loads(codec.read_text())
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{codec} is not a JSON object")
     whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may still be half
     lines = [json.loads(line) for line in whole.splitlines()]
     steps = [line for line in lines if "images_per_second" in line]

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from latentcodec.adopt import optimize_vae, restore_vae
     from latentcodec.codec import LatentCodec
     from latentcodec.pixels import load_image, save_image
+    from latentcodec.store import LatentStore
 
-__all__ = ["LatentCodec", "load_image", "optimize_vae", "restore_vae", "save_image"]
+__all__ = ["LatentCodec", "LatentStore", "load_image", "optimize_vae", "restore_vae", "save_image"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "LatentCodec": "latentcodec.codec",
+    "LatentStore": "latentcodec.store",
     "load_image": "latentcodec.pixels",
     "optimize_vae": "latentcodec.adopt",
     "restore_vae": "latentcodec.adopt",

@@ -1,21 +1,30 @@
-"""Encoder and Decoder of the VAE, and the ways into a genuine `diffusers.AutoencoderKL` and out of it.
+"""The ways into a VAE of diffusers and out of it: its networks run on the engine (`engine/`), with the same numbers.
 
-The AutoencoderKL stays the owner: its class, its configuration, its state-dict keys and its `save_pretrained` are
-untouched, so whatever we train or speed up is loaded by people who have never heard of this package. The
-networks run on the engine (`engine/`), with the same numbers.
+The VAE stays the owner: its class, its configuration, its state-dict keys and its `save_pretrained` are untouched, so
+whatever we train or speed up is loaded by people who have never heard of this package. This is the only file that knows
+diffusers' classes; what differs between them is in `vae/families.py`.
 
-Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f = H / h downsampling factor.
+`AutoencoderKL` and `AutoencoderKLFlux2` get our Encoder and Decoder. Qwen-Image's and Wan's classes keep their modules,
+which they count and to which clips of several frames go; single images go past them.
+
+Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw latent cells.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    AutoencoderKLWan,
+)
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -23,13 +32,26 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-from torch import nn
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks
+from latentcodec.engine.images import ImageNetworks
+from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
+from latentcodec.vae.causal import ImageDecoder, ImageEncoder
+from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
 from latentcodec.vae.layers import ACTIVATIONS, Attention
-from latentcodec.vae.networks import downsampling_factor
+
+CLASSES: dict[str, Any] = {
+    KL.name: AutoencoderKL,
+    FLUX2.name: AutoencoderKLFlux2,
+    QWEN_IMAGE.name: AutoencoderKLQwenImage,
+    WAN.name: AutoencoderKLWan,
+    QWEN_IMAGE_21.name: AutoencoderKLQwenImage21,
+}
+"""By the names of `vae/families.py`."""
 
 EQUAL_PROCESSORS: tuple[type, ...] = (
     AttnProcessor,
@@ -41,82 +63,90 @@ EQUAL_PROCESSORS: tuple[type, ...] = (
 """diffusers' processors that compute softmax(q k^T / sqrt(C)) v, each by other means: our layer gives their numbers."""
 
 
-def build(config: Mapping[str, Any]) -> AutoencoderKL:
-    """A new AutoencoderKL from keyword arguments of its constructor, running on our Encoder and Decoder.
+def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
+    """A new VAE of the class of that name, from keyword arguments of its constructor, running on the engine.
 
-    Missing keys take diffusers' defaults. Raises ValueError naming a key that AutoencoderKL does not have or a
-    value that fits no AutoencoderKL.
+    Missing keys take diffusers' defaults. Raises ValueError naming a key that the class does not have, or a value that
+    fits none of its kind.
     """
-    unknown = (
-        set(config) - set(AutoencoderKL._get_init_keys(AutoencoderKL)) - {"_class_name", "_diffusers_version"}
-    )
+    kind = CLASSES[family_named(name).name]
+    unknown = set(config) - set(kind._get_init_keys(kind)) - {"_class_name", "_diffusers_version"}
     if unknown:
-        raise ValueError(f"AutoencoderKL has no configuration key {', '.join(sorted(unknown))}")
+        raise ValueError(f"{name} has no configuration key {', '.join(sorted(unknown))}")
     _check(config)
-    return adopt(AutoencoderKL.from_config(dict(config)))
+    return adopt(kind.from_config(dict(config)))
 
 
-def adopt(vae: AutoencoderKL) -> AutoencoderKL:
-    """Let our Encoder and Decoder run inside `vae`, in place; returns `vae`.
+def adopt(vae: Any) -> Any:
+    """Let `vae`, of any covered class, run on the engine, in place; returns `vae`.
 
     The parameters are the very same objects: dtype, device, gradients and optimizers that hold them stay as they
     are, and so do the state-dict keys. `enable_tiling()` and `enable_slicing()` stay callable; tiling gives the
-    exact result, because no tile is ever smaller than the image.
+    exact result, because images are not cut, whatever the tile sizes are set to.
 
-    Raises TypeError for anything but an AutoencoderKL, and ValueError for one whose encoder or decoder was
-    changed (an adapter was added, layers were replaced), since such a model is no longer the one its config
-    describes, or has hooks on its layers, which would be lost.
+    Raises TypeError, listing the covered classes, for another one, and ValueError for a VAE whose encoder or decoder
+    was changed (an adapter was added, layers were replaced), since such a model is no longer the one its config
+    describes, or has hooks on layers that would be replaced, which would be lost.
     """
-    if not isinstance(vae, AutoencoderKL):
-        raise TypeError(f"expected a diffusers.AutoencoderKL, got {type(vae).__name__}")
-    if isinstance(vae.encoder, EngineEncoder):
-        return vae
-    with torch.device("meta"):  # only the structure: the parameters come from vae
-        encoder, decoder = EngineEncoder(vae.config), EngineDecoder(vae.config)
-    _replace_networks(vae, encoder, decoder)
-    vae.tile_sample_min_size = vae.tile_latent_min_size = sys.maxsize
+    if family_of(vae).has_frames:
+        _adopt_images(vae)
+    elif not isinstance(vae.encoder, EngineEncoder):
+        with torch.device("meta"):  # only the structure: the parameters come from vae
+            encoder, decoder = EngineEncoder(vae.config), EngineDecoder(_decoder_config(vae.config))
+        _replace_networks(vae, encoder, decoder)
+        vae._tiled_encode = partial(_encode_whole, vae)
+        vae.tiled_decode = partial(_decode_whole, vae)
     return vae
 
 
-def optimize_vae(
-    vae: AutoencoderKL, max_memory: int | Literal["auto"] = "auto", check: bool = False
-) -> AutoencoderKL:
-    """Run any AutoencoderKL on our Encoder and Decoder, in place: same class, same keys, same numbers, faster.
+def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool = False) -> Any:
+    """Run a VAE of any covered class on the engine, in place: same class, same keys, same numbers, faster.
 
-    Without gradients both run in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside ("auto": half of what
-    is free): inner feature maps that do not fit are computed twice instead of kept. A pass that cannot be had within
-    the bound raises ValueError with the bytes it needs. `check` prints how far the results are from diffusers' own
-    class, on random pictures of 256 x 256.
+    Without gradients it runs in strips of rows, the pointwise work compiled: the first call in a new dtype takes
+    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside: a number, text such
+    as "6GB" or "1.5 GiB", or "auto", half of what is free. Inner feature maps that do not fit are computed twice
+    instead of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints
+    how far the results are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes
+    run so on single images and first frames; clips of several frames run on the class's own code.
 
-    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises.
+    Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises, and ValueError for a `max_memory` that
+    is no size.
     """
+    bound = parse_bytes(max_memory)
     adopt(vae)
-    bound = None if max_memory == "auto" else max_memory
-    for network in (vae.encoder, vae.decoder):
-        network.engine = Engine(max_memory=bound, compiled=True)
+    for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
+        holder.engine = Engine(max_memory=bound, compiled=True)
     if check:
         _print_differences(vae)
     return vae
 
 
-def restore_vae(vae: AutoencoderKL) -> AutoencoderKL:
+def restore_vae(vae: Any) -> Any:
     """Undo `adopt` and `optimize_vae`: diffusers' own encoder and decoder on the same parameters, and its tiling.
 
-    In place; returns `vae`. Raises TypeError for anything but an AutoencoderKL.
+    In place; returns `vae`. Raises TypeError, listing the covered classes, for another one.
     """
-    if not isinstance(vae, AutoencoderKL):
-        raise TypeError(f"expected a diffusers.AutoencoderKL, got {type(vae).__name__}")
-    if isinstance(vae.encoder, EngineEncoder):
+    family = family_of(vae)
+    if not family.has_frames and isinstance(vae.encoder, EngineEncoder):
         with torch.device("meta"):
-            stock = AutoencoderKL.from_config(vae.config)
+            stock = CLASSES[family.name].from_config(vae.config)
         _replace_networks(vae, stock.encoder, stock.decoder)
-        vae.tile_sample_min_size = stock.tile_sample_min_size
-        vae.tile_latent_min_size = stock.tile_latent_min_size
+    for name in ("_tiled_encode", "tiled_decode", "_encode", "_decode", "image_networks"):
+        vae.__dict__.pop(name, None)
     return vae
 
 
-def _replace_networks(vae: AutoencoderKL, encoder: nn.Module, decoder: nn.Module) -> None:
+# ---- networks of ours in place of the class's
+
+
+def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What builds the decoder: FLUX.2's may have widths of its own."""
+    return dict(config) | {
+        "block_out_channels": config.get("decoder_block_out_channels") or config["block_out_channels"]
+    }
+
+
+def _replace_networks(vae: Any, encoder: nn.Module, decoder: nn.Module) -> None:
     """Let `encoder` and `decoder` take over the parameters and the state of those that `vae` has.
 
     Raises ValueError where hooks are on layers that would be replaced, as offloading puts them there.
@@ -130,6 +160,7 @@ def _replace_networks(vae: AutoencoderKL, encoder: nn.Module, decoder: nn.Module
     for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
         _share_parameters(new, old)
         _share_processors(new, old)
+        _share_paddings(new, old)
         new.train(old.training)
         new.gradient_checkpointing = old.gradient_checkpointing
         if old.gradient_checkpointing:
@@ -137,15 +168,69 @@ def _replace_networks(vae: AutoencoderKL, encoder: nn.Module, decoder: nn.Module
     vae.encoder, vae.decoder = encoder, decoder
 
 
-def _print_differences(vae: AutoencoderKL) -> None:
+def _encode_whole(vae: Any, x: Tensor) -> Tensor:
+    """What diffusers would encode in tiles: [B, C, H, W] -> [B, 2s, h, w]."""
+    moments: Tensor = vae.encoder(x)
+    return moments if vae.quant_conv is None else vae.quant_conv(moments)
+
+
+def _decode_whole(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
+    """What diffusers would decode in tiles: [B, s, h, w] -> [B, C, H, W]."""
+    image = vae.decoder(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
+    return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+# ---- single images past the class's networks
+
+
+def _adopt_images(vae: Any) -> None:
+    """Send single images through the two-dimensional layers; the class's modules stay where they are."""
+    if "image_networks" in vae.__dict__:
+        return
+    with torch.device("meta"):
+        stock = CLASSES[family_of(vae).name].from_config(vae.config)
+    for part in ("encoder", "decoder"):
+        _require_parameters_of(getattr(stock, part), getattr(vae, part))
+    vae.image_networks = ImageNetworks(
+        ImageEncoder(vae.encoder),
+        ImageDecoder(vae.decoder),
+        vae.quant_conv,
+        vae.post_quant_conv,
+        family_of(vae).patch(vae.config),
+        frozenset(type(module) for module in stock.modules()),
+    )
+    vae._encode = partial(_encode_frames, vae)
+    vae._decode = partial(_decode_frames, vae)
+
+
+def _encode_frames(vae: Any, x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> the posterior's parameters [B, 2s, t, h, w]; clips by the class's own code."""
+    if x.shape[2] == 1 and (moments := vae.image_networks.encode(x[:, :, 0])) is not None:
+        return moments[:, :, None]
+    return cast(Tensor, type(vae)._encode(vae, x))
+
+
+def _decode_frames(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
+    """[B, s, t, h, w] -> [B, C, T, H, W], clamped as the class does; clips by the class's own code."""
+    if z.shape[2] != 1 or (image := vae.image_networks.decode(z[:, :, 0])) is None:
+        return type(vae)._decode(vae, z, return_dict=return_dict)
+    image = image.clamp(-1.0, 1.0)[:, :, None]
+    return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+# ---- what both need
+
+
+def _print_differences(vae: Any) -> None:
     """How far `vae`, and diffusers' own class in the same dtype, are from that class in float32."""
-    exact = AutoencoderKL.from_config(vae.config).eval()
+    family, config = family_of(vae), vae.config
+    exact = CLASSES[family.name].from_config(config).eval()
     exact.load_state_dict(vae.state_dict())
     exact.to(vae.device)
     stock = restore_vae(copy.deepcopy(vae))
-    side = 256 // downsampling_factor(vae.config)
-    x = torch.rand(1, vae.config.in_channels, 256, 256, device=vae.device) * 2 - 1
-    z = torch.randn(1, vae.config.latent_channels, side, side, device=vae.device)
+    frames, side = (1,) if family.has_frames else (), 256 // family.raw_factor(config)
+    x = torch.rand(1, family.image_channels(config), *frames, 256, 256, device=vae.device) * 2 - 1
+    z = torch.randn(1, family.raw_channels(config), *frames, side, side, device=vae.device)
     for what, value in (("encode", x), ("decode", z)):
         results = []
         for model in (exact, vae, stock):
@@ -162,6 +247,15 @@ def _print_differences(vae: AutoencoderKL) -> None:
 
 
 def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
+    """Register the parameters of `theirs` in `ours`, under the same names."""
+    _require_parameters_of(ours, theirs)
+    for name, parameter in theirs.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        ours.get_submodule(module).register_parameter(leaf, parameter)
+
+
+def _require_parameters_of(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raise ValueError where `theirs` has not the parameters that `ours` was built with from the configuration."""
     parameters = dict(theirs.named_parameters())
     expected = {name: parameter.shape for name, parameter in ours.named_parameters()}
     if {name: parameter.shape for name, parameter in parameters.items()} != expected:
@@ -172,9 +266,6 @@ def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
             f"the VAE's parameters are not those of its config, first at {differing[0]!r}: adopt it before adding "
             "adapters or replacing layers"
         )
-    for name, parameter in parameters.items():
-        module, _, leaf = name.rpartition(".")
-        ours.get_submodule(module).register_parameter(leaf, parameter)
 
 
 def _share_processors(new: nn.Module, old: nn.Module) -> None:
@@ -185,12 +276,22 @@ def _share_processors(new: nn.Module, old: nn.Module) -> None:
             module.set_processor(old.get_submodule(name).processor)
 
 
+def _share_paddings(new: nn.Module, old: nn.Module) -> None:
+    """Convolutions pad as before: people set other modes than zeros on them, for textures without seams."""
+    for name, module in old.named_modules():
+        if isinstance(module, nn.Conv2d):
+            cast(nn.Conv2d, new.get_submodule(name)).padding_mode = module.padding_mode
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """Reject, by key, what torch would reject later with a message about a layer deep inside."""
     groups = config.get("norm_num_groups", 32)
-    for width in config.get("block_out_channels", ()):
-        if width % groups:
-            raise ValueError(f"block_out_channels: {width} is not divisible by norm_num_groups ({groups})")
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        for width in config.get(key) or ():
+            if width % groups:
+                raise ValueError(f"{key}: {width} is not divisible by norm_num_groups ({groups})")
+    if config.get("attn_scales"):
+        raise ValueError("attn_scales: the class itself cannot encode with attention between its stages")
     activation = config.get("act_fn", "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"act_fn: {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")

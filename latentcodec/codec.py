@@ -1,7 +1,7 @@
 """LatentCodec: images to latents that a diffusion model can be trained on, and back.
 
-It owns a genuine `diffusers.AutoencoderKL` and adds what belongs to a codec and not to a call site: the scale and
-shift of the latents, sizes that are not multiples of f, and finding a model wherever it lies.
+It owns a genuine VAE of diffusers, of any covered class (`vae/families.py`), and adds what belongs to a codec and not
+to a call site: the normalisation of the latents, sizes that are not multiples of f, finding a model wherever it lies.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -13,38 +13,41 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentcodec.adopt import adopt
 from latentcodec.files import write_files
 from latentcodec.finite import require_finite
-from latentcodec.loading import CONFIG, load_vae
+from latentcodec.latents import LatentSpace, fingerprint
+from latentcodec.loading import load_vae
+from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
-from latentcodec.vae.networks import downsampling_factor
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls them
+from latentcodec.vae.families import KL, Family, family_of
 
 
 class LatentCodec:
     """Encodes images in [-1, 1] to latents of zero mean and unit variance, and decodes them.
 
-    `codec.vae` is the AutoencoderKL itself: pass it as `vae=` to any diffusers pipeline.
+    `codec.vae` is diffusers' own object: pass it as `vae=` to any pipeline that is made for its class.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        """Takes over `vae` in place (see `autoencoder.adopt`) and puts it into evaluation mode."""
-        self.vae: AutoencoderKL = adopt(vae).eval()
+    def __init__(self, vae: Any) -> None:
+        """Takes over `vae`, of a covered class, in place (see `adopt.adopt`) and puts it into evaluation mode."""
+        self.vae: Any = adopt(vae).eval()
+        self._stored: tuple[str, str] | None = (
+            None  # fingerprints of the weights: as computed with, as stored
+        )
+        LatentSpace.of(self.vae)  # raises for numbers that cannot be
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | AutoencoderKL,
+        source: str | Path | Any,
         subfolder: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> LatentCodec:
-        """A codec from a folder, a hub id, one .safetensors file, a bundled name or an AutoencoderKL object.
+        """A codec from a folder, a hub id, one .safetensors file, a bundled name or a VAE object of a covered class.
 
         A folder or hub id of a whole pipeline is understood; its `vae` is taken. Weights are read from safetensors
         only, as float32 unless `dtype` says otherwise. An object is taken over in place, in the `dtype` it has.
@@ -52,23 +55,36 @@ class LatentCodec:
         Raises ValueError naming `source`, what was looked for and the reason if nothing usable is found, and
         TypeError for an object of another class.
         """
-        vae = load_vae(str(source), subfolder) if isinstance(source, str | Path) else adopt(source)
-        return cls(_moved(vae, device, dtype))
+        if not isinstance(source, str | Path):
+            return cls(_moved(adopt(source), device, dtype))
+        codec = cls(load_vae(str(source), subfolder))
+        if dtype is None or torch.promote_types(dtype, codec.dtype) == dtype:
+            _moved(codec.vae, device, dtype)
+        else:  # values are rounded: those that are stored have the fingerprint
+            stored = codec.fingerprint
+            _moved(codec.vae, device, dtype)
+            codec._stored = (codec.fingerprint, stored)
+        return codec
+
+    @property
+    def family(self) -> Family:
+        """What is known of the VAE's class."""
+        return family_of(self.vae)
 
     @property
     def downsampling_factor(self) -> int:
-        """f: pixels per latent cell, along each side."""
-        return downsampling_factor(self.vae.config)
+        """f: pixels of image per latent cell, along each side."""
+        return self.family.downsampling_factor(self.vae.config)
 
     @property
     def latent_channels(self) -> int:
         """c."""
-        return int(self.vae.config.latent_channels)
+        return self.family.latent_channels(self.vae.config)
 
     @property
     def image_channels(self) -> int:
         """C, of the images that go in."""
-        return int(self.vae.config.in_channels)
+        return self.family.image_channels(self.vae.config)
 
     @property
     def device(self) -> torch.device:
@@ -82,19 +98,26 @@ class LatentCodec:
 
     @property
     def latents_mean(self) -> Tensor:
-        """[c, 1, 1] float32: what is subtracted from a raw latent; per channel if the config says so."""
-        mean = self.vae.config.latents_mean
-        if mean is None:
-            mean = [self.vae.config.shift_factor or 0.0] * self.latent_channels
-        return torch.tensor(mean, dtype=torch.float32, device=self.device)[:, None, None]
+        """[c, 1, 1] float32: what is subtracted from a raw latent, by the canonical formula of the VAE's class."""
+        return LatentSpace.of(self.vae).mean
 
     @property
     def latents_std(self) -> Tensor:
         """[c, 1, 1] float32: what the difference is then divided by."""
-        std = self.vae.config.latents_std
-        if std is None:
-            std = [1.0 / self.vae.config.scaling_factor] * self.latent_channels
-        return torch.tensor(std, dtype=torch.float32, device=self.device)[:, None, None]
+        return LatentSpace.of(self.vae).std
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hexadecimal, of the architecture, the normalisation and the weights (values as float32).
+
+        The same on every machine, on every device, after save and load. Weights that `from_pretrained` read and rounded
+        to `dtype` count as they are stored; saved in that dtype, they are another codec. Computed in full at each call,
+        so a changed weight changes it.
+        """
+        computed = fingerprint(self.vae)
+        if self._stored is not None and self._stored[0] == computed:
+            return self._stored[1]
+        return computed
 
     @torch.no_grad()
     def encode(self, x: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
@@ -103,18 +126,34 @@ class LatentCodec:
         The posterior's mode, or with `sample` a draw from it. The right and the bottom edge are repeated up to the
         next multiple of f. Raises ValueError for another shape or for integers.
         """
+        posterior = self._posterior(x)
+        raw = posterior.sample(generator=generator) if sample else posterior.mode()
+        return LatentSpace.of(self.vae).normalise(raw[:, :, 0] if self.family.has_frames else raw)
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] in [-1, 1] -> mean and standard deviation [B, c, ceil(H / f), ceil(W / f)] float32.
+
+        Both normalised as the latents of `encode`, whose mode the mean is. Raises what `encode` raises.
+        """
+        posterior, space = self._posterior(x), LatentSpace.of(self.vae)
+        mean, std = (
+            value[:, :, 0] if self.family.has_frames else value for value in (posterior.mode(), posterior.std)
+        )
+        return space.normalise(mean), space.pack(std.float()) / space.std
+
+    def _posterior(self, x: Tensor) -> Any:
+        """diffusers' distribution of the raw latents of images of any size."""
         _require(x, self.image_channels, "an image batch [B, C, H, W] in [-1, 1]")
         x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
-        posterior = self.vae.encode(x).latent_dist
-        raw = posterior.sample(generator=generator) if sample else posterior.mode()
-        return (raw.float() - self.latents_mean) / self.latents_std
+        return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
 
     @torch.no_grad()
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[B, c, h, w] from `encode` -> [B, C, h f, w f] float32, or cropped to `size` = (H, W); about [-1, 1].
 
-        Not clamped: `save_image` and the metrics do that. Raises ValueError for another shape, or for a `size` that
-        does not belong to these latents.
+        Not clamped, where the class does not: `save_image` and the metrics do that. Raises ValueError for another
+        shape, or for a `size` that does not belong to these latents.
         """
         _require(z, self.latent_channels, "a latent batch [B, c, h, w]")
         f = self.downsampling_factor
@@ -122,9 +161,22 @@ class LatentCodec:
             raise ValueError(
                 f"size {tuple(size)} does not belong to latents of {z.shape[-2]} x {z.shape[-1]}, f = {f}"
             )
-        raw = z.to(self.device).float() * self.latents_std + self.latents_mean
-        y = self.vae.decode(raw.to(self.dtype)).sample.float()
-        return y if size is None else crop(y, size)
+        raw = LatentSpace.of(self.vae).restore(z.to(self.device)).to(self.dtype)
+        if self.family.has_frames:
+            y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
+        else:
+            y = self.vae.decode(raw).sample.float()
+        return (y if size is None else crop(y, size)).contiguous()
+
+    def refresh(self) -> None:
+        """Take notice of weights that were written through `.data`, which leaves no trace that is cheap to see.
+
+        Changes by `load_state_dict`, optimizers, `copy_` and other in-place operations under `no_grad` are noticed
+        without it. Some adapters, and code that assigns to `weight.data[...]`, write past that: until `refresh` the
+        results may be those of the weights before.
+        """
+        changed = [weight for weight in self.vae.parameters() if not weight.is_inference()]
+        torch.autograd.graph.increment_version(changed)
 
     def plug_into(self, pipe: Any) -> Any:
         """Make this codec's VAE the VAE of a diffusers pipeline that already exists; returns the pipeline.
@@ -140,27 +192,33 @@ class LatentCodec:
             raise ValueError(
                 f"the VAE of this {type(pipe).__name__} is offloaded: plug in first, then offload"
             )
-        if not {"latent_channels", "block_out_channels"} <= old.config.keys():
+        family = _family_to_replace(old)
+        if family is None:
             raise ValueError(f"{type(pipe).__name__} works on the latents of a {type(old).__name__}")
+        if (family.has_frames, family.units) != (self.family.has_frames, self.family.units):
+            raise ValueError(
+                f"{type(pipe).__name__} calls its VAE as a {family.name} is called, and this codec's is a "
+                f"{self.family.name}"
+            )
         for key, ours, theirs in (
-            ("latent channels", self.latent_channels, old.config.latent_channels),
-            ("pixels a latent cell", self.downsampling_factor, downsampling_factor(old.config)),
+            ("latent channels", self.latent_channels, family.latent_channels(old.config)),
+            ("pixels a latent cell", self.downsampling_factor, family.downsampling_factor(old.config)),
         ):
             if ours != theirs:
                 raise ValueError(
                     f"this codec has {ours} {key}, the pipeline's VAE has {theirs}: its denoiser was trained on other "
                     "latents"
                 )
-        if self.image_channels != old.config.in_channels:
+        if self.image_channels != (channels := family.image_channels(old.config)):
             raise ValueError(
-                f"this codec has {self.image_channels} image channels, the pipeline's VAE has "
-                f"{old.config.in_channels}: the pipeline works on other images"
+                f"this codec has {self.image_channels} image channels, the pipeline's VAE has {channels}: the pipeline "
+                "works on other images"
             )
         pipe.register_modules(vae=_moved(self.vae, old.device, old.dtype))
         return pipe
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
-        """Write a plain AutoencoderKL folder, config.json and safetensors, with a model card README.md.
+        """Write a plain folder of the VAE's class, config.json and safetensors, with a model card README.md.
 
         `card` is the card's text (Markdown); without it, one that states the shapes and how to load the folder.
         All files are written in full before any takes its name, config.json last, so a save that fails or is killed
@@ -186,7 +244,6 @@ class LatentCodec:
 
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
-        config = self.vae.config
         parameters = sum(parameter.numel() for parameter in self.vae.parameters())
         return _CARD.format(
             f=self.downsampling_factor,
@@ -194,7 +251,8 @@ class LatentCodec:
             channels=self.image_channels,
             argument="" if self.image_channels == 3 else f", channels={self.image_channels}",
             parameters=f"{parameters:,}",
-            widths=", ".join(map(str, config.block_out_channels)),
+            widths=", ".join(map(str, self.family.widths(self.vae.config))),
+            name=self.family.name,
             details=f"{details.strip()}\n\n" if details else "",
         )
 
@@ -205,14 +263,14 @@ tags: [latentcodec, autoencoder, vae]
 ---
 # A latent codec: f{f}, {c} latent channels
 
-An `AutoencoderKL` with {parameters} parameters (widths {widths}): an image of {channels} channels and H x W pixels
+An `{name}` with {parameters} parameters (widths {widths}): an image of {channels} channels and H x W pixels
 becomes {c} latents of H/{f} x W/{f}.
 
 {details}## Use
 
 ```python
-from diffusers import AutoencoderKL                     # as any VAE of a pipeline
-vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+from diffusers import {name}                     # as any VAE of a pipeline
+vae = {name}.from_pretrained("path/to/this/folder")
 
 from latentcodec import LatentCodec, load_image, save_image   # normalised latents, any image size
 codec = LatentCodec.from_pretrained("path/to/this/folder")
@@ -223,12 +281,21 @@ save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
 """
 
 
+def _family_to_replace(vae: Any) -> Family | None:
+    """By which a pipeline calls the VAE that it has; None for a class that is neither covered nor of AutoencoderKL's
+    kind, as AutoencoderTiny is."""
+    try:
+        return family_of(vae)
+    except TypeError:
+        return KL if {"latent_channels", "block_out_channels", "in_channels"} <= vae.config.keys() else None
+
+
 def _require(x: Tensor, channels: int, what: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels or not x.numel() or not x.is_floating_point():
         raise ValueError(f"expected {what} with {channels} channels, got {x.dtype} of shape {list(x.shape)}")
 
 
-def _moved(vae: AutoencoderKL, device: str | torch.device | None, dtype: torch.dtype | None) -> AutoencoderKL:
+def _moved(vae: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> Any:
     """`vae`, in place, on `device` and in `dtype` where these are given."""
     if device is not None:
         vae.to(device)

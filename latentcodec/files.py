@@ -24,19 +24,8 @@ from typing import BinaryIO
 import psutil
 
 # What file systems and Windows answer where they do not do something, as distinct from failing at it.
-NOT_DONE_HERE = frozenset(
-    {
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.ENOTSUP,
-        errno.EOPNOTSUPP,
-        errno.EPERM,
-        errno.EACCES,
-        errno.EBADF,
-        errno.EISDIR,
-        errno.ENOTTY,
-    }
-)
+NOT_DONE_HERE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+NOT_DONE_HERE |= {errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
 NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
 NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
 # All controls but tab and line feed; separators of lines and paragraphs; overrides of the direction of writing.
@@ -115,6 +104,19 @@ def write_file(path: Path, content: bytes, durable: bool = True) -> None:
             _warn_unless_failed(
                 error, path, "does not flush files: a power cut may undo what was written last"
             )
+
+
+def append_file(path: Path, content: bytes) -> None:
+    """Add to the end of a file, which may not be there; where that is not done, the file is written anew."""
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError as error:
+        if error.errno not in NOT_DONE_HERE or path.is_dir():
+            raise
+        _warn(path, f"appends to no file ({error.strerror}): each line costs writing the whole file")
+        before = path.read_bytes() if path.exists() else b""
+        write_whole(path, before + content, durable=False)
 
 
 def move_file(source: Path, target: Path) -> None:

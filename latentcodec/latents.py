@@ -1,29 +1,105 @@
-"""What the latents are over the training data, and how that is written into the codec: numbers or a whitening.
+"""Latents of any covered class: in and out of the network, their statistics, and how these are folded into the network.
 
-Diffusion models want latents of zero mean and unit variance. `normalise` writes the measured mean and deviation
-into the configuration, which pipelines read, but not all of them completely; `whiten` folds them, and a rotation,
-into the 1x1 convolutions around the latent, where every pipeline meets them.
+Diffusion models want latents of zero mean and unit variance. A codec that is trained here has the map to such latents
+inside the 1x1 convolutions around its latent (`fold`), where every pipeline meets it, whatever numbers of the
+configuration it reads. Other codecs have numbers, which `LatentSpace` applies by the canonical formula of their class.
 
-Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor. A cell's
-block are the C f f numbers of the f x f pixels that lie over it.
+Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor; a raw latent,
+as the network gives it, is [B, s, h p, w p] with c = s p p (`vae/families.py`). A cell's block are the C f f numbers of
+the f x f pixels that lie over it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.families import family_of, units_of
 from latentcodec.vae.posterior import mean_and_logvar
 
 SMALLEST_VARIANCE = (
     1e-6  # of the largest: a direction that the encoder does not use is not blown up to unit variance
 )
+
+
+# ---- through the network
+
+
+def posterior_parameters(vae: Any, x: Tensor) -> Tensor:
+    """Images [B, C, H, W] -> mean and log-variance [B, 2s, h p, w p] of raw latents, for every covered class."""
+    frames = family_of(vae).has_frames
+    parameters: Tensor = vae.encode(x[:, :, None] if frames else x).latent_dist.parameters
+    return parameters[:, :, 0] if frames else parameters
+
+
+def decode_raw(vae: Any, raw: Tensor) -> Tensor:
+    """Raw latents [B, s, h p, w p] -> images [B, C, H, W]; of an adopted `vae` not clamped: fit for training.
+
+    Qwen-Image's and Wan's `decode` clamps to [-1, 1], where no gradient would pass.
+    """
+    if not family_of(vae).has_frames:
+        plain: Tensor = vae.decode(raw).sample
+        return plain
+    networks = vae.__dict__.get("image_networks")
+    image: Tensor | None = None if networks is None else networks.decode(raw)
+    if image is None:  # not adopted, or hooks or adapters on the layers: the class's own code, which clamps
+        image = vae.decode(raw[:, :, None]).sample[:, :, 0]
+    return image
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What lies between raw latents and those that a class's denoisers see."""
+
+    packing: int
+    """p: raw cells, along each side, that are made channels."""
+    mean: Tensor
+    """[c, 1, 1] float32: what is subtracted from a packed latent."""
+    std: Tensor
+    """[c, 1, 1] float32: what the difference is then divided by."""
+
+    @classmethod
+    def of(cls, vae: Any) -> LatentSpace:
+        """By the canonical formula of the class of `vae`, on its device.
+
+        Raises ValueError where a number is not finite, a deviation not positive, or their count not c.
+        """
+        family, units = family_of(vae), units_of(vae)
+        c = family.latent_channels(vae.config)
+        for name, values in (("mean", units.mean), ("std", units.std)):
+            if values.shape != (c,):
+                raise ValueError(f"the {name} of the latents has {values.numel()} entries for {c} channels")
+            if not values.isfinite().all() or (name == "std" and not (values > 0).all()):
+                keys = ", ".join(family.normalisation)
+                raise ValueError(
+                    f"the {name} of the latents cannot be {values.tolist()}: see {keys} of the config"
+                )
+        mean, std = (value.float().to(vae.device)[:, None, None] for value in (units.mean, units.std))
+        return cls(family.packing(vae.config), mean, std)
+
+    def pack(self, raw: Tensor) -> Tensor:
+        """[B, s, h p, w p] -> [B, c, h, w]: the pixels of a patch become channels, as FLUX.2's pipelines do it."""
+        return F.pixel_unshuffle(raw, self.packing)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """[B, s, h p, w p] -> [B, c, h, w] float32, as denoisers see it."""
+        return ((self.pack(raw.float()) - self.mean) / self.std).contiguous()
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return F.pixel_shuffle(z.float() * self.std + self.mean, self.packing)
+
+
+# ---- statistics
 
 
 @dataclass(frozen=True)
@@ -54,10 +130,11 @@ def latent_statistics(
     One pass, one matrix of sums; `total` adds it up over the processes, so N processes measure what one would. The
     sums are not centred: in float64 that keeps nine digits of a variance whose mean is a thousand deviations away.
     """
-    c, f = int(vae.config.latent_channels), downsampling_factor(vae.config)
+    family = family_of(vae)
+    c, f = family.raw_channels(vae.config), family.raw_factor(vae.config)
     sums: Tensor | None = None
     for x in batches:
-        mean, logvar = mean_and_logvar(vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(posterior_parameters(vae, x))
         cells = rearrange(torch.cat([mean, logvar], 1), "b n h w -> n (b h w)").double()
         blocks = rearrange(x, "b C (h i) (w j) -> (C i j) (b h w)", i=f, j=f).double()
         one = torch.ones_like(cells[:1])
@@ -76,27 +153,12 @@ def latent_statistics(
     )
 
 
-def normalise(vae: AutoencoderKL, statistics: LatentStatistics) -> None:
-    """Write mean and deviation into the configuration of `vae`: per channel, and as one shift and one scale.
-
-    SD3's and FLUX's pipelines take z = (raw - shift_factor) * scaling_factor, which has unit variance over all
-    channels together; Stable Diffusion's do not shift. Only SDXL's look at the numbers per channel, for exactly four,
-    and multiply by the scale as well, so there only `whiten` gives unit variance. LatentCodec takes those per channel.
-    """
-    mean, std = statistics.mean, statistics.std
-    shift = mean.mean()
-    scale = 1 / (std.square() + (mean - shift).square()).mean().sqrt()
-    vae.register_to_config(
-        latents_mean=[_short(value) for value in mean.tolist()],
-        latents_std=[_short(value) for value in std.tolist()],
-        shift_factor=_short(shift.item()),
-        scaling_factor=_short(scale.item()),
-    )
+# ---- folding
 
 
 @dataclass(frozen=True)
-class Whitening:
-    """The affine map raw -> `matrix` (raw - `mean`) to latents of zero mean, unit variance and no correlation."""
+class Normalisation:
+    """The affine map raw -> `matrix` (raw - `mean`) to latents of zero mean and unit variance."""
 
     matrix: Tensor
     """[c, c] float64."""
@@ -108,7 +170,22 @@ class Whitening:
     """[c] float64: the posterior's mean log-variance, of the raw latents."""
 
 
-def whitening(statistics: LatentStatistics) -> Whitening:
+def by_one_scale(statistics: LatentStatistics) -> Normalisation:
+    """One shift and one scale for all channels, together of zero mean and unit variance; directions stay."""
+    mean, std = statistics.mean, statistics.std
+    shift = mean.mean().expand_as(mean)
+    scale = (std.square() + (mean - shift).square()).mean().sqrt().expand_as(mean)
+    return Normalisation((1 / scale).diag(), scale.diag(), shift, statistics.logvar)
+
+
+def per_channel(statistics: LatentStatistics) -> Normalisation:
+    """Zero mean and unit variance of each channel; a dead one is scaled as if it had 1e-6 of the largest variance."""
+    variance = statistics.covariance.diagonal()
+    std = variance.clamp(min=max(1e-12, SMALLEST_VARIANCE * variance.max().item())).sqrt()
+    return Normalisation((1 / std).diag(), std.diag(), statistics.mean, statistics.logvar)
+
+
+def whitening(statistics: LatentStatistics) -> Normalisation:
     """The whitening whose channels are ordered by the pixels they explain, the first one most.
 
     White latents stay white under any rotation. This one takes the principal directions of the best linear
@@ -126,11 +203,11 @@ def whitening(statistics: LatentStatistics) -> Whitening:
     patterns = response @ turn.T
     signs = patterns.gather(0, patterns.abs().argmax(0, keepdim=True)).squeeze(0).sign()
     turn = turn * torch.where(signs == 0, 1.0, signs)[:, None]
-    return Whitening(turn @ white, (axes * std) @ turn.T, statistics.mean, statistics.logvar)
+    return Normalisation(turn @ white, (axes * std) @ turn.T, statistics.mean, statistics.logvar)
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, change: Whitening) -> None:
+def fold(vae: AutoencoderKL, change: Normalisation) -> None:
     """Fold `change` into `quant_conv` and `post_quant_conv` of `vae`, in place; where there are none, they are made.
 
     The posterior's mode is transformed and transformed back exactly, at the borders too, since 1x1 convolutions do
@@ -177,6 +254,23 @@ def _conv(vae: AutoencoderKL, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return conv.to(vae.device, vae.dtype)
 
 
-def _short(value: float) -> float:
-    """Seven digits: more than the measurement has, and what people can read in a config.json."""
-    return float(f"{value:.7g}")
+# ---- identity
+
+
+def fingerprint(vae: Any) -> str:
+    """sha256, in hexadecimal, of what makes the latents of a VAE of a covered class.
+
+    That is its class, the keys of its configuration that decide what the network computes, the numbers that normalise,
+    and every weight and statistic by name, shape and value as float32. About 0.3 s for Stable Diffusion's 84 million.
+    """
+    family, units = family_of(vae), units_of(vae)
+    architecture = {key: vae.config.get(key) for key in family.architecture}
+    numbers = {"mean": units.mean.tolist(), "std": units.std.tolist()}
+    digest = hashlib.sha256(json.dumps([family.name, architecture, numbers], sort_keys=True).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        if not value.is_floating_point():  # counters of a batch norm that never runs
+            continue
+        digest.update(f"{name} {list(value.shape)}".encode())
+        values = value.detach().to("cpu", torch.float32).contiguous()
+        digest.update(values.numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

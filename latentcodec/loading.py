@@ -6,15 +6,21 @@ What the file itself does not say of its model is read off in `single_file.py`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from latentcodec.single_file import check_config, load_single_file
+from latentcodec.adopt import CLASSES
+from latentcodec.finite import require_finite
+from latentcodec.model_folder import CONFIG, check_folder, check_numbers, variant_of
+from latentcodec.single_file import load_single_file
+from latentcodec.vae.families import KL, covered
+from latentcodec.vae_config import check_config, class_named_in
 
 BUNDLED = Path(__file__).parent / "weights"
 
@@ -22,16 +28,34 @@ BUNDLED = Path(__file__).parent / "weights"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-CONFIG = "config.json"
-
-
 def bundled_names() -> list[str]:
     """The codecs that come with the package, by the name that `LatentCodec.from_pretrained` takes."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
-def load_vae(source: str, subfolder: str | None) -> AutoencoderKL:
-    path = BUNDLED / source if source in bundled_names() else Path(source).expanduser()
+def load_vae(source: str, subfolder: str | None) -> Any:
+    """The VAE of a covered class that lies at `source`, float32.
+
+    Raises ValueError naming `source` and the reason, whatever is wrong.
+    """
+    try:
+        vae = _found(source, subfolder)
+        require_finite(vae.state_dict(), source)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source} holds no model that can be loaded: {said}") from error  # of hostile files
+    return vae
+
+
+def _found(source: str, subfolder: str | None) -> Any:
+    path = Path(source).expanduser()
+    if source in bundled_names():
+        if any((path / (subfolder or "") / name).is_file() for name in (CONFIG, "model_index.json")):
+            warnings.warn(
+                f"the folder {path.resolve()} is loaded, not the bundled codec of its name", stacklevel=4
+            )
+        else:
+            path = BUNDLED / source
     if path.is_file():
         if subfolder is not None:
             raise ValueError(f"{path} is one file: it has no subfolder {subfolder!r}")
@@ -47,23 +71,24 @@ def load_vae(source: str, subfolder: str | None) -> AutoencoderKL:
     return _from_hub(source, (None, "vae") if subfolder is None else (subfolder,))
 
 
-def _from_folder(folder: Path) -> AutoencoderKL:
+def _from_folder(folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no AutoencoderKL folder: it holds no {CONFIG}")
+        raise ValueError(f"{folder} is no folder of a VAE ({covered()}): it holds no {CONFIG}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"
         )
-    return _from_diffusers(str(folder), None)
+    check_folder(folder)
+    return _from_diffusers(str(folder), None, variant_of(folder))
 
 
-def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
-    """The AutoencoderKL in the first of `subfolders` that has a configuration."""
+def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> Any:
+    """The VAE in the first of `subfolders` that has a configuration."""
     reason = ""
     unreachable = False  # then only the cache is asked: the hub would be tried for another half minute
     for subfolder in subfolders:
         try:
-            AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=unreachable)
+            CLASSES[KL.name].load_config(name, subfolder=subfolder, local_files_only=unreachable)
         except OSError as error:
             reason = reason or str(error.__context__ or error)  # diffusers' own words blame a missing file
             unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
@@ -72,18 +97,20 @@ def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> AutoencoderKL:
     raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
 
 
-def _from_diffusers(place: str, subfolder: str | None) -> AutoencoderKL:
+def _from_diffusers(place: str, subfolder: str | None, variant: str | None = None) -> Any:
     """What diffusers loads from a folder or hub id, after the checks that it leaves out."""
     name = f"{place}/{subfolder}" if subfolder else place
     try:
-        config = AutoencoderKL.load_config(place, subfolder=subfolder)
+        config = CLASSES[KL.name].load_config(place, subfolder=subfolder)
     except OSError as error:
-        raise ValueError(f"cannot load an AutoencoderKL from {name}: {_reason(error)}") from None
+        raise ValueError(f"cannot load a VAE from {name}: {_reason(error)}") from None
+    check_numbers(config, f"{name}/{CONFIG}")
     check_config(config, f"{name}/{CONFIG}")
+    kind = CLASSES[class_named_in(config, f"{name}/{CONFIG}")]
     try:
         with _only_errors():
-            vae, report = AutoencoderKL.from_pretrained(
-                place, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+            vae, report = kind.from_pretrained(
+                place, subfolder=subfolder, variant=variant, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(

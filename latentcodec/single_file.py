@@ -1,38 +1,45 @@
-"""One .safetensors file -> AutoencoderKL. What no config.json beside the file says is read off the shapes.
+"""One .safetensors file -> a VAE of a covered class. What no config.json beside the file says is read off the shapes.
 
-Three spellings are understood: diffusers' keys, its former names of the attention layers, and the keys of the
-original latent-diffusion repositories, which diffusers' own converter renames; the last also within a whole
-checkpoint. Where neither shapes nor neighbours tell (how the latents are scaled, how many groups the norms have), the
-file is refused: a wrong guess would load and give wrong numbers. One guess is made, as diffusers makes it: latents of
-4 channels without neighbours are scaled as Stable Diffusion's, which for SDXL's VAE in a file of its own is wrong; put
-its config.json beside it.
+Four spellings are understood: diffusers' keys, its former names of the attention layers, and the keys of the original
+repositories, which diffusers' own converters rename: of latent diffusion and FLUX.2, also within a whole checkpoint,
+and of Wan 2.1, which ComfyUI's file of Qwen-Image's VAE has too. Where neither shapes nor neighbours tell (how the
+latents are scaled, how many groups the norms have), the file is refused: a wrong guess would load and give wrong
+numbers. One guess is made, as diffusers makes it: latents of 4 channels without neighbours are scaled as Stable
+Diffusion's, which for SDXL's VAE in a file of its own is wrong; put its config.json beside it.
 
 Shapes: c latent channels.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-import torch
-from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentcodec.adopt import build
-from latentcodec.vae.networks import DOWN_BLOCKS, UP_BLOCKS
+from latentcodec.model_folder import check_numbers, read_json
+from latentcodec.vae.families import FAMILIES, FLUX2, KL, WAN, covered
+from latentcodec.vae_config import check_config, class_named_in
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # of the VAE's keys: alone, or within a whole checkpoint
 LDM_KEY = "encoder.down.0.block.0.conv1.weight"
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # a trained LDM also holds its loss
+PARTS = (
+    "encoder.",
+    "decoder.",
+    "quant_conv.",
+    "post_quant_conv.",
+    "bn.",
+)  # a trained LDM also holds its loss
 DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.conv1.weight"
+WAN_KEY = "encoder.downsamples.0.residual.2.weight"
+WAN_DIFFUSERS_KEY = "encoder.down_blocks.0.conv1.weight"
+FIRST_KEYS = (LDM_KEY, DIFFUSERS_KEY, WAN_KEY, WAN_DIFFUSERS_KEY)
+BATCH_NORM = "bn.running_mean"  # that only FLUX.2's class has
 
 # What early diffusers called the layers of the attention; many published files still have these names.
 FORMER_NAME = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
@@ -45,90 +52,53 @@ NEIGHBOURS = {
     "model.diffusion_model.joint_blocks.": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
     "model.diffusion_model.double_blocks.": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
 }
+WAN_LATENT_CHANNELS = 16  # of Wan 2.1 and Qwen-Image, whose numbers are the defaults of their classes
 STABLE_DIFFUSION = {"scaling_factor": 0.18215}  # 4 channels and no such neighbour, as diffusers assumes too
 
 
-def load_single_file(path: Path) -> AutoencoderKL:
-    """The AutoencoderKL in `path`, float32. A `config.json` beside the file is used if it describes one.
+def load_single_file(path: Path) -> Any:
+    """The VAE in `path`, float32. A `config.json` beside the file is used if it describes a covered class.
 
-    Otherwise widths, layers, channels and optional layers are read off the shapes, and the scaling factor is that of
-    the public checkpoint which the file looks like. One that holds nothing but a VAE of 4 latent channels is taken for
-    Stable Diffusion's (0.18215); SDXL's has the same shapes and 0.13025, so it needs its config.json. Raises
-    ValueError naming the file if it cannot be read, holds no AutoencoderKL or leaves open what it needs to be told by
-    a config.json.
+    Otherwise the class, widths, layers, channels and optional layers are read off keys and shapes, and the scaling
+    factor is that of the public checkpoint which the file looks like. One that holds nothing but a VAE of 4 latent
+    channels is taken for Stable Diffusion's (0.18215); SDXL's has the same shapes and 0.13025, so it needs its
+    config.json. Wan 2.1's VAE and Qwen-Image's have the same layers and numbers: without a config.json it is Wan's
+    class. Raises ValueError naming the file if it cannot be read, holds no covered VAE or leaves open what it needs to
+    be told by a config.json.
     """
     state, keys = _read(path)
     config = _config_beside(path)
     try:
-        if LDM_KEY in state:
-            config = config or _config_from_ldm(state, keys)
-            state = _converted(state, config)
-        else:
-            state = {_present_name(key): value for key, value in state.items()}
-            config = config or _config_from_diffusers(state, keys)
-        vae = build(config)
+        name, state, config = _described(state, keys, config)
+        vae = build(config, name)
     except KeyError as error:
-        raise ValueError(f"{path} holds only a part of an AutoencoderKL: {error} is missing") from None
+        raise ValueError(f"{path} holds only a part of a VAE: {error} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    counters = {key: value for key, value in vae.state_dict().items() if not value.is_floating_point()}
+    state = counters | state
     _require_equal_shapes(path, dict(vae.state_dict()), state)
     vae.load_state_dict(state)
     return vae
 
 
-def check_config(config: Any, origin: str) -> dict[str, Any]:
-    """What the constructor of AutoencoderKL takes, out of the content of a config.json.
-
-    Raises ValueError naming `origin` and the key if the configuration is another model's or has a value that no
-    AutoencoderKL can have.
-    """
-    if not isinstance(config, dict):
-        raise ValueError(f"{origin} is not a JSON object")
-    if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{origin} describes the class {name}, not an AutoencoderKL")
-    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    hints = get_type_hints(AutoencoderKL.__init__) | {"sample_size": int | tuple[int]}
-    for key, value in arguments.items():
-        if key not in hints:
-            raise ValueError(f"{origin}: AutoencoderKL has no configuration key {key!r}")
-        if not _fits(value, hints[key]):
-            raise ValueError(f"{origin}: {key} cannot be {value!r}")
-    if arguments.get("scaling_factor") == 0:
-        raise ValueError(f"{origin}: scaling_factor cannot be 0")
-    widths = len(arguments.get("block_out_channels", ()))
-    channels = arguments.get("latent_channels")
-    for key, length, entries in (
-        ("down_block_types", widths, "widths"),
-        ("up_block_types", widths, "widths"),
-        ("latents_mean", channels, "latent channels"),
-        ("latents_std", channels, "latent channels"),
-    ):
-        if arguments.get(key) is not None and len(arguments[key]) != length:
-            raise ValueError(f"{origin}: {key} has {len(arguments[key])} entries for {length} {entries}")
-    for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        for block in arguments.get(key, ()):
-            if block not in known:
-                raise ValueError(f"{origin}: {key} cannot hold {block!r}, only {' and '.join(known)}")
-    try:
-        with torch.device("meta"):  # all that a constructor can refuse, without the weights
-            build(arguments)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
-    return arguments
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is what the annotation of a constructor argument asks for."""
-    if get_origin(hint) is UnionType:
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:  # diffusers writes tuple[int] for any number of them
-        item = get_args(hint)[0]
-        return isinstance(value, list | tuple) and len(value) > 0 and all(_fits(part, item) for part in value)
-    if hint is int:  # counts, all of them
-        return type(value) is int and value > 0
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return isinstance(value, hint)
+def _described(
+    state: dict[str, Tensor], keys: list[str], config: dict[str, Any] | None
+) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The class, the tensors under diffusers' keys, and the arguments of the constructor."""
+    given = None if config is None else class_named_in(config, "config.json")
+    arguments = None if config is None else {key: v for key, v in config.items() if not key.startswith("_")}
+    if WAN_KEY in state or WAN_DIFFUSERS_KEY in state:
+        state = convert_wan_vae_to_diffusers(state) if WAN_KEY in state else state
+        return given or WAN.name, state, arguments or config_of_wan(state)
+    if LDM_KEY in state:
+        state = {_without_part(key): value for key, value in state.items()}
+        arguments = arguments or _config_from_ldm(state, keys)
+        state = _converted(state, arguments)
+    else:
+        state = {_present_name(key): value for key, value in state.items()}
+        arguments = arguments or _config_from_diffusers(state, keys)
+    return given or (FLUX2.name if BATCH_NORM in state else KL.name), state, arguments
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -141,12 +111,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             for prefix in PREFIXES:
-                if prefix + LDM_KEY in keys or prefix + DIFFUSERS_KEY in keys:
+                if any(prefix + key in keys for key in FIRST_KEYS):
                     ours = [key for key in keys if key.startswith(prefix)]
                     return {key.removeprefix(prefix): file.get_tensor(key) for key in ours}, keys
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-    raise ValueError(f"{path} holds no AutoencoderKL: none of its {len(keys)} tensors is of its encoder")
+    raise ValueError(
+        f"{path} holds no VAE of a covered class ({covered()}): none of its {len(keys)} tensors is of its encoder"
+    )
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
@@ -154,13 +126,11 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     file = path.parent / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+    config = read_json(file)
+    if not isinstance(config, dict) or config.get("_class_name") not in FAMILIES:
         return None  # folders of downloads hold the config.json of whatever was downloaded last
-    return check_config(config, str(file))
+    check_numbers(config, str(file))
+    return {"_class_name": config["_class_name"], **check_config(config, str(file))}
 
 
 def _present_name(key: str) -> str:
@@ -168,9 +138,18 @@ def _present_name(key: str) -> str:
     return FORMER_NAME.sub(lambda match: f"{match[1]}{PRESENT_NAME[match[2]]}.", key)
 
 
+def _without_part(key: str) -> str:
+    """The key of a 1x1 convolution around the latent, which FLUX.2's file counts to encoder and decoder."""
+    for part in ("encoder.quant_conv.", "decoder.post_quant_conv."):
+        if key.startswith(part):
+            return key.partition(".")[2]
+    return key
+
+
 def _converted(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """LDM's keys to diffusers' by its own converter, which drops what it does not know: here that is refused."""
     converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(state, config)
+    converted |= {key: value for key, value in state.items() if key.startswith("bn.")}  # FLUX.2's
     given = [key for key in state if key.startswith(PARTS)]
     if len(converted) != len(given):
         raise ValueError(f"diffusers can convert only {len(converted)} of its {len(given)} tensors")
@@ -233,7 +212,46 @@ def _config(
         "mid_block_add_attention": middle,
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
-        **_scale(latent_channels, keys),
+        **(_decoder_widths(state, len(widths)) if BATCH_NORM in state else _scale(latent_channels, keys)),
+    }
+
+
+def _decoder_widths(state: Mapping[str, Tensor], stages: int) -> dict[str, Any]:
+    """FLUX.2's decoder may have widths of its own; its numbers are those of the batch norm."""
+    if "decoder.up.0.block.0.conv1.weight" in state:
+        names = [f"decoder.up.{i}.block.0.conv1.weight" for i in range(stages)]
+    else:
+        names = [f"decoder.up_blocks.{stages - 1 - i}.resnets.0.conv1.weight" for i in range(stages)]
+    return {"decoder_block_out_channels": [state[name].shape[0] for name in names]}
+
+
+def config_of_wan(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of Wan 2.1's class, for weights under diffusers' keys. The latents' numbers are the class's own."""
+    blocks = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+    resampled = [f"encoder.down_blocks.{i}.resample.1.weight" in state for i in range(blocks)]
+    base, channels = (
+        state[f"encoder.conv_in.{part}"].shape[axis] for part, axis in (("bias", 0), ("weight", 1))
+    )
+    layers = resampled.index(True)
+    last = [i for i in range(blocks) if i + 1 == blocks or resampled[i + 1]]  # residual block of each stage
+    widths = [state[f"encoder.down_blocks.{i}.conv2.weight"].shape[0] for i in last]
+    latent = state["post_quant_conv.weight"].shape[0]
+    if latent != WAN_LATENT_CHANNELS:
+        raise ValueError(
+            f"the weights do not tell how these {latent} latent channels are scaled; put the model's config.json "
+            "beside the file"
+        )
+    return {
+        "base_dim": base,
+        "decoder_base_dim": state["decoder.norm_out.gamma"].shape[0] * base // widths[0],
+        "z_dim": latent,
+        "dim_mult": [width // base for width in widths],
+        "num_res_blocks": layers,
+        "temperal_downsample": [
+            f"encoder.down_blocks.{i}.time_conv.weight" in state for i in range(blocks) if resampled[i]
+        ],
+        "in_channels": channels,
+        "out_channels": state["decoder.conv_out.weight"].shape[0],
     }
 
 

@@ -2,8 +2,8 @@
 
     python tests/refusing_folder.py BEHIND MOUNTED OPERATION=ERROR ...       # such as rename_folder=ENOSYS
 
-Operations: fsync (of files), fsync_folder, chmod, rename_file, rename_folder, link, lock, replace (onto a file that is
-there).
+Operations: fsync (of files), fsync_folder, append, chmod, rename_file, rename_folder, link, lock, replace (onto a file
+that is there).
 """
 
 import errno
@@ -74,6 +74,8 @@ class Refusing(mfusepy.Operations):
         return os.open(self._at(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
 
     def open(self, path, flags):
+        if flags & os.O_APPEND:
+            self._refuse("append")
         return os.open(self._at(path), flags & ~os.O_APPEND)
 
     def read(self, path, size, offset, fh):

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "latentcodec"
 # From the ground up. A room imports from lower floors and from itself, never from its own floor or from above.
 FLOORS = [
     {"extras", "files", "finite", "machine", "randomness", "vae", "ops"},
-    {"pixels", "engine"},
+    {"pixels", "engine", "model_folder"},
     {"sources", "adopt", "latents"},
+    {"vae_config"},
     {"single_file"},
     {"loading"},
     {"codec"},

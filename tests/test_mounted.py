@@ -15,7 +15,7 @@ import torch
 
 from latentcodec import LatentCodec, files, load_image, save_image
 from latentcodec.adopt import build
-from latentcodec.files import write_files, write_new, write_whole
+from latentcodec.files import append_file, write_files, write_new, write_whole
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.export.codec_folder import write_codec
 
@@ -28,11 +28,12 @@ HABITS = {
     "no rename of folders, as across devices": ["rename_folder=EXDEV"],
     "no rename": ["rename_folder=EPERM", "rename_file=EPERM"],
     "no replacing": ["replace=EEXIST"],
+    "no appending": ["append=EPERM"],
     "no links": ["link=EPERM"],
     "no locks": ["lock=ENOLCK"],
     "a bucket": [
         *("fsync_folder=EINVAL", "chmod=EPERM", "rename_folder=ENOSYS", "rename_file=ENOSYS"),
-        *("link=ENOTSUP", "lock=ENOSYS"),
+        *("link=ENOTSUP", "lock=ENOSYS", "append=EPERM"),
     ],
 }
 pytestmark = pytest.mark.filterwarnings("ignore::latentcodec.files.FileSystemWarning")
@@ -77,6 +78,9 @@ def test_everything_is_written_and_read_back_and_no_litter_stays(folder):
     assert write_new(folder / "b", b"3")
     assert not write_new(folder / "b", b"4")
     assert (folder / "b").read_bytes() == b"3"
+    append_file(folder / "b", b"4")
+    append_file(folder / "b", b"5")
+    assert (folder / "b").read_bytes() == b"345"
     write_files(folder / "c", {"x": b"5", "y": b"6"}, last="y")
     write_files(folder / "c", {"x": b"7", "y": b"8"}, last="y")
     assert [(folder / "c" / name).read_bytes() for name in "xy"] == [b"7", b"8"]

@@ -195,15 +195,15 @@ BAD_FILES = {
     "nothing": (lambda path: path.write_bytes(b""), "cannot be read as safetensors"),
     "another model": (
         file_of({"unet.conv_in.weight": torch.zeros(3)}),
-        "no AutoencoderKL: none of its 1 tensors",
+        r"no VAE of a covered class \(AutoencoderKL, .*\): none of its 1 tensors",
     ),
     "an encoder alone": (
         file_of({key: value for key, value in STATE.items() if key.startswith("encoder.")}),
-        "only a part of an AutoencoderKL: 'decoder.conv_in.weight' is missing",
+        "only a part of a VAE: 'decoder.conv_in.weight' is missing",
     ),
     "an LDM encoder alone": (
         file_of({key: value for key, value in ldm(STATE).items() if key.startswith("encoder.")}),
-        "only a part of an AutoencoderKL: 'decoder.conv_in.weight' is missing",
+        "only a part of a VAE: 'decoder.conv_in.weight' is missing",
     ),
     "a tensor missing": (
         file_of({key: value for key, value in STATE.items() if key != "encoder.conv_norm_out.bias"}),

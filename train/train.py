@@ -15,6 +15,9 @@ import sys
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         print("loading PyTorch and diffusers", file=sys.stderr, flush=True)  # which takes seconds
+    from latentcodec.training.console import end_at_interrupt
+
+    end_at_interrupt()
     # Threads that wait for one another shall sleep: where they spin, a process beside them, such as a data worker,
     # makes a step take several times as long. OpenMP reads this when PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,7 +49,7 @@ def encode(
     dtype: Annotated[
         str,
         _option(
-            "float32, float16, bfloat16, int8 (a scale for each picture and channel), float8.", panel=STORED
+            "float32, float16, bfloat16, int8 (range of each picture and channel), float8.", panel=STORED
         ),
     ] = "float16",
     std: Annotated[
@@ -105,6 +106,9 @@ def encode(
     pictures that are new. Captions are the .txt files beside the pictures. Pictures that cannot be read are listed in
     rejects.jsonl; the exit code is 3 then.
     """
+    # Threads of the model that wait shall sleep: spinning, they would hold up the workers that decode pictures. OpenMP
+    # reads this when PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from latentcodec.codec import LatentCodec
     from latentcodec.store.items import Columns
     from latentcodec.store.job import encode as encode_shards

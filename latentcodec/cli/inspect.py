@@ -103,7 +103,7 @@ def verdict_lines(data: dict[str, Any]) -> list[str]:
 
 def codec_facts(codec: LatentCodec) -> dict[str, Any]:
     """Architecture, size, shapes, normalisation and identity of a codec."""
-    from latentcodec.store.identity import fingerprint_of, normalisation_of
+    from latentcodec.store.normalisation import normalisation_of
 
     config, f, c = codec.vae.config, codec.downsampling_factor, codec.latent_channels
     pixels = codec.image_channels * f * f
@@ -116,7 +116,7 @@ def codec_facts(codec: LatentCodec) -> dict[str, Any]:
         "numbers": f"{pixels} of a picture become {c}: {pixels / c:.0f} to 1",
         "normalisation": normalisation_of(codec),
         "safe_in_float16": None if config.get("force_upcast") is None else not config["force_upcast"],
-        "fingerprint": fingerprint_of(codec),
+        "fingerprint": codec.fingerprint,
     }
 
 

@@ -6,7 +6,7 @@ plain modules run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from latentcodec.vae.layers import ACTIVATIONS
 
 LAYERS: set[type[nn.Module]] = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
 """The types of layers without children that the engine can compute; a module list may be empty."""
+
+PADDINGS = ("zeros", "reflect", "replicate")
+"""The padding modes of convolutions that strips know; `circular` would need the other end of the map."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -28,7 +31,7 @@ def torch_layers_are_replaced() -> bool:
     hooks = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
     return (
         bool(hooks or all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
-        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS - {nn.ModuleList})
+        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS if layer is not nn.ModuleList)
         or nn.Conv2d._conv_forward.__module__ != nn.Conv2d.__module__
     )
 
@@ -50,12 +53,25 @@ def is_plain(module: nn.Module, blocks: set[type[nn.Module]]) -> bool:
     """Whether a module is what it was built as: a layer, or one of `blocks`; no adapter, no wrapper, no hook."""
     if has_hooks(module) or not has_plain_parameters(module):
         return False
-    if isinstance(module, nn.Conv2d) and not is_plain_convolution(module):
+    if isinstance(module, nn.Conv2d) and not is_plain_convolution(module, PADDINGS):
         return False
     return type(module) in (blocks if module._modules else LAYERS)
 
 
-def is_plain_convolution(layer: nn.Conv2d) -> bool:
-    """Whether zeros are padded, nothing is dilated or grouped, and the computation was not replaced."""
-    settings = layer.padding_mode, layer.dilation, layer.groups
-    return settings == ("zeros", (1, 1), 1) and "_conv_forward" not in layer.__dict__
+def is_unchanged(module: nn.Module, types: frozenset[type[nn.Module]]) -> bool:
+    """Whether a module of a network that is made of `types` is as it was built, and drops no values."""
+    if has_hooks(module) or type(module) not in types or not has_plain_parameters(module):
+        return False
+    if isinstance(module, nn.Dropout):
+        return not (module.training and module.p)
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        settings = module.padding_mode, set(module.dilation), module.groups
+        return settings == ("zeros", {1}, 1) and "_conv_forward" not in module.__dict__
+    return True
+
+
+def is_plain_convolution(layer: nn.Conv2d, paddings: Container[str] = ("zeros",)) -> bool:
+    """Whether padding is one of `paddings`, nothing is dilated or grouped, and the computation was not replaced."""
+    settings = layer.dilation, layer.groups
+    replaced = "_conv_forward" in layer.__dict__
+    return layer.padding_mode in paddings and settings == ((1, 1), 1) and not replaced

@@ -1,7 +1,8 @@
 """CUDA graphs: a pass recorded once and replayed, without Python between its kernels.
 
-At 512 x 512 pixels a GPU is done with a layer before Python has asked for the next. A recording keeps the memory of
-its pass, so each network has only that of the kind of input that it saw last, and none that takes much of the GPU.
+At 512 x 512 pixels a GPU finishes a layer before Python has launched the next one. A recording holds the memory of its
+pass, so each network has at most one, for the kind of input that it saw last, and none whose maps would take more than
+1/64 of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-SHARE_OF_MEMORY = 1 / 64  # of a GPU, that the maps of a recorded pass may take
+SHARE_OF_MEMORY = 1 / 64  # of a GPU's memory: the most that the maps of a recorded pass may take
 
 Pass = Callable[[Tensor], list[Tensor]]
-"""An input to the strips of its result."""
+"""Computes the strips of a network's result from its input."""
 
 
 class Recording:
@@ -37,11 +38,11 @@ class Recording:
 
 
 _seen: WeakKeyDictionary[nn.Module, tuple[Any, Recording | None]] = WeakKeyDictionary()
-_lock = Lock()  # a replay and the reading of its result must not be torn apart by another thread
+_lock = Lock()  # between a replay and the reading of its result no other thread may replay
 
 
 def is_replayable(x: Tensor, maps: int) -> bool:
-    """Whether a pass over x, whose maps take so many bytes, is worth a recording and may be recorded."""
+    """Whether a pass over x may be recorded, and is small enough for it; `maps` are the bytes of its feature maps."""
     return (
         x.is_cuda
         and maps <= torch.cuda.get_device_properties(x.device).total_memory * SHARE_OF_MEMORY
@@ -69,7 +70,7 @@ def replayed(
 
 
 def _addresses(module: nn.Module) -> Iterator[int]:
-    """Where the weights lie; at every call, so without the names and the memory of `Module.parameters`."""
+    """The addresses of the weights; runs at every call, so without the names and the memory of `Module.parameters`."""
     for parameter in module._parameters.values():
         if parameter is not None:
             yield parameter.data_ptr()

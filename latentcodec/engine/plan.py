@@ -10,25 +10,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
+from latentcodec.engine.memory import free_memory
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
 from latentcodec.ops.native.winograd import Workspace
-from latentcodec.ops.pointwise import REFERENCE_KERNELS
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
-STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # of a strip: fits into a CPU's cache, keeps a GPU busy
 QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
-STRIPS_AT_ONCE = 12  # that a block has in hand: windows, results and neighbours
-SHARE_OF_FREE_MEMORY = 0.5  # that is taken where nobody gave a bound
-ATTENTION_MAPS = 7  # of its input's size: the map, normalised, q, k, v, what they make, and its projection
+STRIPS_AT_ONCE = 12  # that a block holds at most: windows, results and neighbours
+SHARE_OF_FREE_MEMORY = 0.5  # the bound of a pass where the user gave none
+ATTENTION_MAPS = (
+    7  # of the input's size that attention holds: x, norm(x), q, k, v, the weighted sum, its projection
+)
 # What strips can run: the layers of `checks.py`, put together by these blocks.
 BLOCKS: set[type[nn.Module]] = {
     nn.ModuleList,
@@ -57,17 +59,35 @@ class Engine:
         Gradients, autocast, whatever is not ordinary, hooks on inner layers, and adapters get the plain modules.
         """
         return (
+            self.allows(x)
+            and not has_hooks(network)
+            and all(
+                is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
+            )
+        )
+
+    def allows(self, x: Tensor) -> bool:
+        """Whether strips may compute on such an input, here and now."""
+        return (
             is_ordinary(x)
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
             and x.dtype != torch.float64  # strips add up in float32
             and not torch_layers_are_replaced()
-            and not has_hooks(network)
-            and all(
-                is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
-            )
         )
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """In which a pass over x is computed."""
+        return x.dtype if x.device.type != "cpu" or is_fast(x.dtype) else torch.float32
+
+    def bound(self, device: torch.device) -> int:
+        """Bytes that the feature maps of a pass may take."""
+        return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
+
+    def kernels(self, device: torch.device) -> Kernels:
+        """Of the pointwise work."""
+        return fastest_kernels(device.type) if self.compiled else REFERENCE_KERNELS
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
@@ -89,17 +109,16 @@ class Engine:
 
         widest = max(h * w * _channels_at_once(stage, True) for h, w, stage in stages)
         if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
-            return replayed(network, x, plan, partial(_joined, dtype=x.dtype))
+            return replayed(network, x, plan, partial(joined, dtype=x.dtype))
         # In inference mode a view is a tensor like any other, and one compiled function fits them all.
         with torch.inference_mode():
             strips = plan()(x)
-        return _joined(strips, x.dtype)
+        return joined(strips, x.dtype)
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device = x.device.type
-        dtype = x.dtype if device != "cpu" or is_fast(x.dtype) else torch.float32
-        bound = self.max_memory or int(_free_memory(x.device) * SHARE_OF_FREE_MEMORY)
+        dtype, bound = self.dtype(x), self.bound(x.device)
         strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
         lowest = min(h * w for h, w, _ in stages)
         widest = middle.resnets[0].conv1.out_channels
@@ -117,12 +136,12 @@ class Engine:
                 f"feature map alone needs {remade:,}"
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        kernels = fastest_kernels(device) if self.compiled else REFERENCE_KERNELS
         workspace = Workspace() if self.compiled and device == "cpu" else None
+        kernels = self.kernels(x.device)
         return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch, workspace)
 
 
-def _joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
+def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Strips [B, r, W, C] -> [B, C, H, W] contiguous, and fit for autograd wherever the caller is."""
     rows = [strip.to(dtype).permute(0, 3, 1, 2) for strip in strips]
     return torch.cat(rows, 2).contiguous(memory_format=torch.contiguous_format)
@@ -133,10 +152,3 @@ def _channels_at_once(stage: Stage, keeps: bool) -> int:
     if stage.attentions:
         return ATTENTION_MAPS * stage.out_channels
     return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had without making room for them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

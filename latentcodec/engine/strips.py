@@ -1,10 +1,11 @@
-"""Encoder and Decoder, layer by layer over strips of rows: exact, lean, and as fast as the cache lets them be.
+"""Encoder and Decoder, computed layer by layer over strips of rows: exact, with little memory, and fast.
 
-A feature map is a sequence of strips. A residual block reads one at a time with a row of each neighbour, normalises,
-activates and convolves it while it is in the cache, and hands it on. It is exact because a layer ends before the next
-begins: a group norm uses the statistics of the whole map, gathered while its strips were written, and attention sees
-every position. It is lean because strips are freed as they are read, so that a block holds two maps; where that is
-too much, the inner one is not kept but made again when it is needed, and the block holds one.
+A feature map is a sequence of strips. A residual block reads one strip at a time together with one row of each
+neighbour, then normalises, activates and convolves it while it is in the cache. The result is exact, because a layer
+ends before the next one begins: a group norm uses the statistics of the whole map, which were gathered while its strips
+were written, and attention sees every position. Little memory is needed, because strips are freed as they are read: a
+block holds two maps. Where two are too many, the inner map is computed a second time instead of kept, and the block
+holds one.
 
 This is how the networks run when no gradient is asked for; training runs the modules of `layers.py`. The pointwise
 functions are in `ops/pointwise.py`, the convolutions of a strip in `ops/convolutions.py`.
@@ -77,7 +78,7 @@ class StripPass:
                 width //= 2
                 moments = self.kernels.moments()
                 strips = self._downsample(layer, feature, moments)
-                feature = _kept(moments, _regrouped(strips, self._rows(following, x, width)))
+                feature = _kept(moments, regrouped(strips, self._rows(following, x, width)))
         feature = self._mid_block(encoder.mid_block, feature)
         return self._conv_out(encoder, feature)
 
@@ -99,7 +100,8 @@ class StripPass:
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
         strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
-        return _kept(moments, (convolve(self._window(*part), moments) for part in _with_neighbours(strips)))
+        windows = (self._window(*part, None, layer.padding_mode) for part in with_neighbours(strips))
+        return _kept(moments, (convolve(window, moments) for window in windows))
 
     def _blocks(self, stage: Any, feature: Map) -> Map:
         for index, block in enumerate(stage.resnets):
@@ -126,16 +128,17 @@ class StripPass:
         inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-            for above, strip, below in _with_neighbours(feature.strips(last)):
-                h = conv1(self._window(above, strip, below, norm1), inner)
+            for above, strip, below in with_neighbours(feature.strips(last)):
+                h = conv1(self._window(above, strip, below, norm1, block.conv1.padding_mode), inner)
                 yield h, shortcut(strip) if last else strip
 
         pairs = self._kept_or_remade(branches)
         norm2 = _norm(inner, block.norm2, activation)
 
         def joined() -> Iterator[Tensor]:
-            for above, (h, residual), below in _with_neighbours(pairs, lambda pair: _last_row(pair[0])):
-                yield conv2(self._window(above, h, below and below[0], norm2), moments, residual)
+            for above, (h, residual), below in with_neighbours(pairs, lambda pair: _last_row(pair[0])):
+                window = self._window(above, h, below and below[0], norm2, block.conv2.padding_mode)
+                yield conv2(window, moments, residual)
 
         return _kept(moments, joined())
 
@@ -158,7 +161,7 @@ class StripPass:
     def _downsample(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
         """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
         convolve = self._convolution(layer.conv)
-        for _, strip, below in _with_neighbours(feature.strips(True)):
+        for _, strip, below in with_neighbours(feature.strips(True)):
             batch, rows, columns, channels = strip.shape
             if rows > 1:
                 window = self._scratch(batch, rows + 1, columns + 1, channels)
@@ -170,8 +173,13 @@ class StripPass:
         moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
-            for part in _with_neighbours(_regrouped(feature.strips(last), max(1, rows // 2))):
-                yield convolve(self._window(*part), moments)
+            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2))):
+                if layer.conv.padding_mode == "zeros":
+                    yield convolve(self._window(*part), moments)
+                else:  # beyond its border a doubled map has its border twice, mirrored or repeated
+                    y = convolve(self._window(*part, None, "replicate"))[:, :, 2:-2].contiguous()
+                    moments.add(y)
+                    yield y
 
         if self.keeps:
             return _kept(moments, strips(True))
@@ -182,11 +190,14 @@ class StripPass:
     def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
         norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
         convolve = self._convolution(network.conv_out)
-        return [convolve(self._window(*part, norm)) for part in _with_neighbours(feature.strips(True))]
+        padding = network.conv_out.padding_mode
+        return [
+            convolve(self._window(*part, norm, padding)) for part in with_neighbours(feature.strips(True))
+        ]
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
-        """`layer` for windows, which hold the rows above and below, but no columns beside them."""
-        columns = int(layer.padding[1])
+        """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
+        columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
         return window_convolution(
             layer.weight, layer.bias, layer.stride[0], columns, self.dtype, self.workspace
         )
@@ -199,13 +210,19 @@ class StripPass:
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
-        self, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None = None
+        self,
+        above: Tensor | None,
+        strip: Tensor,
+        below: Tensor | None,
+        norm: Norm | None = None,
+        padding: str = "zeros",
     ) -> Tensor:
-        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image."""
+        """[B, r + 2, W, C]: the strip between the last row above and the first below, zeros outside the image; for
+        another `padding` mode [B, r + 2, W + 2, C], and what that mode has outside the image."""
         batch, rows, columns, channels = strip.shape
         window = self._scratch(batch, rows + 2, columns, channels)
         self.kernels.window_(window, above, strip, below, norm)
-        return window
+        return window if padding == "zeros" else _padded(window, above is None, below is None, padding)
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
@@ -249,7 +266,7 @@ def _last_row(strip: Tensor) -> Tensor:
     return strip[:, -1:].clone()
 
 
-def _with_neighbours(
+def with_neighbours(
     items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
 ) -> Iterator[tuple[Tensor | None, T, T | None]]:
     """Each item between the last row before it and the item after it."""
@@ -261,7 +278,7 @@ def _with_neighbours(
         above, item = (None if below is None else last_row(item)), below
 
 
-def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
     """The same rows in strips of `rows`, the last one of what is left."""
     parts: list[Tensor] = []
     missing = rows
@@ -276,6 +293,19 @@ def _regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
                 parts, missing = [], rows
     if parts:
         yield torch.cat(parts, 1)
+
+
+def _padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:
+    """[B, r + 2, W, C] -> [B, r + 2, W + 2, C]: columns as a convolution of that padding mode would pad them, and rows
+    where the window ends at the top or the bottom of the map."""
+    inner = 2 if mode == "reflect" else 1  # how far from the border the row lies that is repeated there
+    if window.shape[1] == 3 and top and bottom and mode == "reflect":
+        F.pad(window[:, 1:2].permute(0, 3, 1, 2), (0, 0, 1, 1), mode)  # a map of one row: torch's own error
+    if top:
+        window[:, 0] = window[:, inner]
+    if bottom:
+        window[:, -1] = window[:, -1 - inner]
+    return F.pad(window.permute(0, 3, 1, 2), (1, 1, 0, 0), mode).permute(0, 2, 3, 1).contiguous()
 
 
 def _drained(items: deque[T]) -> Iterator[T]:

@@ -49,7 +49,8 @@ def window_convolution(
 ) -> WindowConvolution:
     """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
 
-    weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Winograd's
+    weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Of a weight
+    [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image. Winograd's
     convolutions are chosen only where there is a `workspace` for them.
     """
     prepare = partial(_prepare_direct, stride=stride, columns=columns)
@@ -127,6 +128,7 @@ def _probed(weight: Tensor) -> Tensor:
 def _prepare_direct(
     weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False
 ) -> Prepared:
+    weight = weight if weight.ndim == 4 else weight[:, :, -1]
     direct = partial(_direct, weight, dtype, stride, columns)
     is_suited = winograd and dtype == torch.float32 and stride == columns == 1 and weight.shape[2:] == (3, 3)
     return WinogradConvolution.best(weight, False, direct) or direct() if is_suited else direct()

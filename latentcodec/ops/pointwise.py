@@ -12,14 +12,22 @@ bytes a value.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 Activation = Callable[[Tensor], Tensor]
+
+
+WORTH_COMPILING = 1 << 17  # values, below which the call of a compiled function costs what it saves
 
 
 class Norm(NamedTuple):
@@ -30,6 +38,22 @@ class Norm(NamedTuple):
     shift: Tensor
     """[B, 1, C] float32."""
     activation: Activation | None
+
+
+class RMS(NamedTuple):
+    """A norm by the root mean square over the channels of each pixel, and the activation after it."""
+
+    gain: Tensor
+    """[C]: what a pixel of length 1 is multiplied by."""
+    activation: Activation | None
+
+
+def rms_normalise_(out: Tensor, x: Tensor, gain: Tensor, activation: Activation | None) -> None:
+    """out <- activation(gain x / |x|) in float32, rounded once; out, x [B, n, C], gain [C], |x| over the channels."""
+    y = x.float()
+    length = y.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)  # as torch's `normalize`
+    y = y / length * gain.float()
+    out.copy_(y if activation is None else activation(y))
 
 
 def normalise_(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: Activation | None) -> None:
@@ -126,12 +150,20 @@ class Kernels:
         """Of a map to come; of an `inner` one nothing is read but its norm."""
         return Moments()
 
-    def normalise_(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+    def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
         """out <- x, normalised; [B, n, C]."""
-        normalise_(out, x, *norm)
+        if isinstance(norm, RMS):
+            rms_normalise_(out, x, *norm)
+        else:
+            normalise_(out, x, *norm)
 
     def window_(
-        self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None
+        self,
+        out: Tensor,
+        above: Tensor | None,
+        strip: Tensor,
+        below: Tensor | None,
+        norm: Norm | RMS | None,
     ) -> None:
         """out [B, r + 2, W, C] <- the last row of above, strip [B, r, W, C] and the first of below, all normalised.
 
@@ -196,3 +228,38 @@ def _spread(groups: Tensor, members: int) -> Tensor:
 
 
 REFERENCE_KERNELS = Kernels()
+
+
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for what is large enough, with a line in the log for the time that compiling took.
+
+    A compiler that is there but fails, as for want of Python's headers, leaves the function as it is.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    fast = torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def call(x: Tensor, *others: Any) -> Any:
+        nonlocal fast
+        if x.numel() < WORTH_COMPILING or fast is function:
+            return function(x, *others)
+        started = time.perf_counter()
+        try:
+            result = fast(x, *others)
+        except (InductorError, BackendCompilerFailed) as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning("%s runs uncompiled, slower but equal: %s", function.__name__, reason)
+            fast = function
+            return function(x, *others)
+        if (seconds := time.perf_counter() - started) > 1:
+            log.warning(
+                "compiled %s for %s in %.0f s; later processes find it in inductor's cache",
+                function.__name__,
+                x.dtype,
+                seconds,
+            )
+        return result
+
+    return call

@@ -20,7 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
+from latentcodec.ops.pointwise import (
+    RMS,
+    Activation,
+    Kernels,
+    Moments,
+    Norm,
+    compiled_function,
+    rms_normalise_,
+)
 
 TILE = 8192  # values that a program holds at a time
 PROGRAMS = 264  # that a strip is divided among: two for each multiprocessor of a large GPU
@@ -120,17 +128,28 @@ class TritonKernels(Kernels):
     """The work between two convolutions, as these kernels do it."""
 
     def __init__(self) -> None:
-        pass
+        self._rms_normalise_ = compiled_function(rms_normalise_)  # it has no kernel of its own
 
     def moments(self, inner: bool = False) -> PiecewiseMoments:
         return PiecewiseMoments(inner)
 
-    def normalise_(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        _run_window(out[:, None], None, x[:, None], None, norm, 0)
+    def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
+        if isinstance(norm, RMS):
+            self._rms_normalise_(out, x, *norm)
+        else:
+            _run_window(out[:, None], None, x[:, None], None, norm, 0)
 
     def window_(
-        self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None
+        self,
+        out: Tensor,
+        above: Tensor | None,
+        strip: Tensor,
+        below: Tensor | None,
+        norm: Norm | RMS | None,
     ) -> None:
+        if isinstance(norm, RMS):
+            super().window_(out, above, strip, below, norm)
+            return
         last, first = None if above is None else above[:, -1], None if below is None else below[:, 0]
         _run_window(out, last, strip, first, norm, 1)
 

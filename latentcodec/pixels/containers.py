@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 
 import latentcodec.pixels.jpeg as jpeg
 import latentcodec.pixels.png as png
+import latentcodec.pixels.webp as webp
 from latentcodec.files import open_regular
 from latentcodec.pixels.notes import note, pillow_warnings_named
 
@@ -78,8 +79,8 @@ def reads(plugin: Plugin) -> bool:
 def looks_like_a_picture(start: bytes) -> bool:
     """Whether a file that begins so is of a format that is read here, or would be with its package."""
     signatures = (png.SIGNATURE, jpeg.SIGNATURE, b"GIF8", b"II*\0", b"MM\0*")
-    is_riff = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    return start.startswith(signatures) or is_riff or start[4:12] == b"ftypavif" or _plugin(start) is not None
+    is_pillows = start.startswith(signatures) or webp.is_webp(start) or start[4:12] == b"ftypavif"
+    return is_pillows or _plugin(start) is not None
 
 
 def advice(plugin: Plugin) -> str:
@@ -99,6 +100,8 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
         return _open_png(file, name)
     if start.startswith(jpeg.SIGNATURE):
         return _open_jpeg(file, name)
+    if webp.is_webp(start):
+        return _open_webp(file, name)
     if start.startswith(b"GIF8"):
         _refuse_empty_canvas(start, file)
     return _pillow(file, name, formats)
@@ -152,6 +155,13 @@ def _make_transparent(image: Image.Image, content: bytes, name: str) -> None:
         alpha = equal if alpha is None else alpha & equal
     assert alpha is not None
     image.putalpha(Image.fromarray(np.where(alpha, 0, 255).astype(np.uint8)))
+
+
+def _open_webp(file: BinaryIO, name: str) -> Image.Image:
+    content, notes = webp.sound_webp(file.read())
+    for text in notes:
+        note(name, text)
+    return _pillow(io.BytesIO(content), name)
 
 
 def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:

@@ -149,7 +149,7 @@ def counted(left_out: list[LeftOut]) -> str:
     reasons: dict[str, int] = {}
     for item in left_out:
         reasons[item.reason] = reasons.get(item.reason, 0) + 1
-    ranked = sorted(reasons.items(), key=lambda entry: -entry[1])
+    ranked = sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{number} ({reason})" for reason, number in ranked)
 
 

@@ -6,7 +6,7 @@ Shapes: N images, C channels, H W pixels, c latent channels, h w latent cells, f
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def posteriors(codec: Inspectable, x: Tensor, progress: Progress = silent) -> tu
     """x [N, C, H, W] -> mean and deviation of the posterior, [N, c, h, w] float32 on the CPU, batch by batch."""
     means, stds = [], []
     for part in batches(len(x), x[0, 0].numel()):
-        mean, std = _posterior(codec, x[part])
+        mean, std = codec.posterior(x[part])
         means.append(mean.float().cpu())
         stds.append(std.float().cpu())
         progress(len(mean))
@@ -158,14 +158,6 @@ def equivariance_errors(codec: Inspectable, x: Tensor, progress: Progress = sile
         difference = (change(z) - expected).square().sum()
         errors[name] = (difference / expected.square().sum().clamp(min=1e-12)).item()
     return errors
-
-
-def _posterior(codec: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`codec.posterior`; of a codec without it, what its AutoencoderKL says, normalised as `encode` does it."""
-    if hasattr(codec, "posterior"):
-        return codec.posterior(x)
-    distribution = codec.vae.encode(x.to(codec.device, codec.dtype)).latent_dist
-    return (distribution.mean - codec.latents_mean) / codec.latents_std, distribution.std / codec.latents_std
 
 
 def _half(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ the mean over the images. Nothing here knows a model: a codec is anything with `
 Shapes: B batch, C channels, H W pixels, h w latent cells, c latent channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentcodec.finite import NotFinite, require_finite
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.perceptual import Perceptual
 
@@ -112,24 +113,40 @@ def reconstruct(codec: Codec, x: Tensor) -> Tensor:
     """What a viewer gets of [B, C, H, W] in [-1, 1]: encoded, decoded, clamped and rounded to 8 bits."""
     height, width = x.shape[-2:]
     y = codec.decode(codec.encode(x), size=(height, width))
+    require_finite({"the reconstruction": y}, f"an image of {height} x {width} pixels has no score")
     return _on_the_8_bit_grid(y.to(x))
 
 
 @torch.inference_mode()
-def evaluate(codec: Codec, images: Iterable[Tensor], lpips: Metric | None = None) -> Evaluation:
+def evaluate(
+    codec: Codec, images: Iterable[Tensor], lpips: Metric | None = None, names: Sequence[str] = ()
+) -> Evaluation:
     """Score `codec` on `images`, each [C, H, W] in [-1, 1] and of any size, by the protocol of this file.
 
     The metrics are computed where the images are; LPIPS, from `lpips_metric`, only where it is given.
-    Raises `ValueError` where there is no image, or one of less than 11 pixels a side, which SSIM needs.
+    Raises `ValueError` where there is no image, or one of less than 11 pixels a side, which SSIM needs; and
+    `NotFinite`, with the image's entry in `names` or its number, where a reconstruction or a score is NaN or infinite,
+    other than the PSNR of an image that came back unchanged.
     """
     scores = []
-    for image in images:
-        x, y = _on_the_8_bit_grid(image[None]), reconstruct(codec, image[None])  # [1, C, H, W]
-        distance = float("nan") if lpips is None else lpips(x, y).item()
-        scores.append(Score(psnr(x, y).item(), ssim(x, y).item(), distance))
+    for number, image in enumerate(images):
+        name = names[number] if number < len(names) else f"image {number + 1}"
+        try:
+            scores.append(_score(codec, image, lpips))
+        except NotFinite as error:
+            raise NotFinite(f"{name}: {error}") from error
     if not scores:
         raise ValueError("there is no image to evaluate the codec on")
     return Evaluation(scores)
+
+
+def _score(codec: Codec, image: Tensor, lpips: Metric | None) -> Score:
+    """The metrics of one image [C, H, W]."""
+    require_finite({"its pixels": image}, "no score")
+    x, y = _on_the_8_bit_grid(image[None]), reconstruct(codec, image[None])  # [1, C, H, W]
+    similarity, distance = ssim(x, y), None if lpips is None else lpips(x, y)
+    require_finite({"SSIM": similarity} | ({} if distance is None else {"LPIPS": distance}), "no score")
+    return Score(psnr(x, y).item(), similarity.item(), float("nan") if distance is None else distance.item())
 
 
 def _on_the_8_bit_grid(x: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from latentcodec.adopt import CLASSES
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.quality.metrics import psnr
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.families import downsampling_factor, family_of
 
 LARGEST_FLOAT16 = 65504.0
 HEADROOM = 8.0  # other images than these may need more
@@ -96,7 +97,7 @@ def extreme_images(channels: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def certify(vae: AutoencoderKL, crops: Sequence[Tensor]) -> Certificate:
+def certify(vae: Any, crops: Sequence[Tensor]) -> Certificate:
     """Measure `vae`, which stays as it is, on `crops` [C, H, W] in [-1, 1] of one size and on the extreme images.
 
     Activations are those of whole crops in float32; the half-precision runs see their upper left corners.
@@ -107,9 +108,9 @@ def certify(vae: AutoencoderKL, crops: Sequence[Tensor]) -> Certificate:
     peaks = []
     for x in (real, extreme):
         with _largest_activations(plain) as largest:
-            plain.decode(plain.encode(x).latent_dist.mode())
+            decode_raw(plain, _mode(plain, x))
         peaks.append(largest)
-    f, side = downsampling_factor(vae.config), CPU_SIDE if vae.device.type == "cpu" else SIDE
+    f, side = downsampling_factor(vae), CPU_SIDE if vae.device.type == "cpu" else SIDE
     side = max(f, side // f * f)
     corners = torch.cat([real, extreme])[:, :, :side, :side]
     return Certificate(
@@ -120,25 +121,30 @@ def certify(vae: AutoencoderKL, crops: Sequence[Tensor]) -> Certificate:
     )
 
 
-def _plain(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
-    """The same weights in an AutoencoderKL on diffusers' own layers."""
-    plain = AutoencoderKL.from_config(dict(vae.config))
+def _plain(vae: Any, dtype: torch.dtype) -> Any:
+    """The same weights on diffusers' own layers."""
+    plain = CLASSES[family_of(vae).name].from_config(dict(vae.config))
     plain.load_state_dict(vae.state_dict())
     nn.Module.to(plain, vae.device, dtype)  # diffusers' own `to` warns about casting
     return plain.eval()
 
 
-def _half_precision(plain: AutoencoderKL, half: AutoencoderKL, x: Tensor) -> HalfPrecision:
-    z = plain.encode(x).latent_dist.mode()
-    y = half.decode(z.to(half.dtype)).sample.float()
-    parameters = half.encode(x.to(half.dtype)).latent_dist.parameters
+def _half_precision(plain: Any, half: Any, x: Tensor) -> HalfPrecision:
+    z = _mode(plain, x)
+    y = decode_raw(half, z.to(half.dtype)).float()
+    parameters = posterior_parameters(half, x.to(half.dtype))
     finite = bool(y.isfinite().all() and parameters.isfinite().all())
-    lowest = psnr(y.clamp(-1, 1), plain.decode(z).sample.clamp(-1, 1)).min().item()
+    lowest = psnr(y.clamp(-1, 1), decode_raw(plain, z).clamp(-1, 1)).min().item()
     return HalfPrecision(lowest if finite else float("nan"), finite)
 
 
+def _mode(vae: Any, x: Tensor) -> Tensor:
+    """The posterior's mean of images [N, C, H, W], in the data type of `vae`."""
+    return posterior_parameters(vae, x).chunk(2, dim=1)[0]
+
+
 @contextmanager
-def _largest_activations(vae: AutoencoderKL) -> Iterator[dict[str, Tensor]]:
+def _largest_activations(vae: Any) -> Iterator[dict[str, Tensor]]:
     """By layer, the largest magnitude of what goes in and comes out while the context lasts; inf for nan."""
     largest: dict[str, Tensor] = {}
 

@@ -255,7 +255,12 @@ def _not_normalised(measures: Measures, channels: Channels) -> Finding | None:
         f"{worst['std']:.2f}."
     )
     return Finding(
-        "not_normalised", text, "std", worst["std"], None, "finish.whiten: true, and more statistics_images"
+        "not_normalised",
+        text,
+        "std",
+        worst["std"],
+        None,
+        "finish.normalise: whitened, and more statistics_images",
     )
 
 

@@ -1,6 +1,7 @@
 """Make the page of a result again: `python -m latentcodec.report RESULT.json [...] [--out FOLDER]`.
 
-The page has the name of its result; an older page of that name is replaced, the result itself stays as it is.
+The page has the name of its result; an older page of that name is replaced, the result itself stays as it is. With
+--card it prints a section for a model card instead, and with --evaluation the block of metadata that the hub reads.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from latentcodec.files import write_whole
 from latentcodec.report.build import build_page
+from latentcodec.report.cards import card_section, evaluation_block
 from latentcodec.report.results import read_json
 
 
@@ -18,9 +20,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m latentcodec.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of bench/ or `latentcodec inspect`")
     parser.add_argument("--out", type=Path, help="folder of the pages; default: beside the results")
+    parser.add_argument("--card", action="store_true", help="print Markdown for a model card")
+    parser.add_argument(
+        "--evaluation", action="store_true", help="print the YAML of a Hugging Face evaluation"
+    )
     options = parser.parse_args(argv)
     try:
         for path in options.results:
+            if options.card or options.evaluation:
+                print((card_section if options.card else evaluation_block)(read_json(path)))
+                continue
             target = (options.out or path.parent) / f"{path.stem}.html"
             write_whole(target, build_page(read_json(path)).render().encode())
             print(target)

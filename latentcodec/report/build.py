@@ -6,7 +6,16 @@ from typing import Any
 
 from latentcodec.files import write_whole
 from latentcodec.report.page import Page
-from latentcodec.report.pages import comparison, inspection, reconstruction, robustness, throughput, training
+from latentcodec.report.pages import (
+    comparison,
+    diffusability,
+    inspection,
+    rate_distortion,
+    reconstruction,
+    robustness,
+    throughput,
+    training,
+)
 from latentcodec.report.results import finite, free_stem, write_json
 
 
@@ -15,8 +24,12 @@ def build_page(data: Mapping[str, Any]) -> Page:
     match data["bench"]:
         case "compare":
             return comparison.build(data)
+        case "diffusability":
+            return diffusability.build(data)
         case "inspect":
             return inspection.build(data)
+        case "rate_distortion":
+            return rate_distortion.build(data)
         case "reconstruction":
             return reconstruction.build(data)
         case "robustness":

@@ -6,13 +6,12 @@ Shapes: N images, C channels, H W pixels, c latent channels, h w latent cells, f
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,14 +100,13 @@ def inspect_codec(
     codec: LatentCodec, source: str, folder: Path, looked: Looked, progress: Progress = silent
 ) -> dict[str, Any]:
     """The result of kind "inspect": verdicts, measures, channels, curves, pictures and where it comes from."""
-    seen = cast(Inspectable, codec)
-    health, windows = measure_health(seen, looked.x, looked.labels, progress=progress)
+    health, windows = measure_health(codec, looked.x, looked.labels, progress=progress)
     klt = KLT.fit(list(windows.x), codec.downsampling_factor, codec.latent_channels)
     parameters = sum(parameter.numel() for parameter in codec.vae.parameters())
     data = {
         "bench": "inspect",
         "codec": short_path(source),
-        "fingerprint": fingerprint(codec),
+        "fingerprint": codec.fingerprint,
         **provenance(codec.device),
         "parameters": parameters,
         "folder": short_path(str(folder)),
@@ -122,27 +120,15 @@ def inspect_codec(
     data["images"] = _image_rows(looked, windows)
     data["pictures"], data["viewer"] = _compared(windows, klt, data["images"])
     middle = data["viewer"][len(data["viewer"]) // 2]["image"]
-    data["strips"] = _strips(seen, windows, health, middle)
+    data["strips"] = _strips(codec, windows, health, middle)
     if windows.mean.shape[-2:] == (1, 1):
-        data["space"] = _space(seen, windows, health, looked)
+        data["space"] = _space(codec, windows, health, looked)
     return data
 
 
 def total_passes(looked: Looked, codec: LatentCodec) -> int:
     """For a progress bar of `inspect_codec`."""
     return passes(len(looked.x), codec.latent_channels)
-
-
-def fingerprint(codec: LatentCodec) -> str:
-    """`codec.fingerprint`; of a codec without one, sha256 of its weights as float32."""
-    known = getattr(codec, "fingerprint", None)
-    if known is not None:
-        return str(known)
-    digest = hashlib.sha256(json.dumps(dict(codec.vae.config), sort_keys=True, default=str).encode())
-    for name, value in sorted(codec.vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _image_spectrum(x: Tensor, f: int) -> list[tuple[float, float]] | None:

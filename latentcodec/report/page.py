@@ -121,20 +121,31 @@ class Page:
         ]
         self._add("pictures", pictures=shown, caption=caption, zoom=zoom)
 
-    def viewer(self, samples: Sequence[Mapping[str, Any]], pictures: Mapping[str, str], caption: str) -> None:
+    def viewer(
+        self, samples: Sequence[Mapping[str, Any]], pictures: Mapping[str, str], caption: str, zoom: int = 0
+    ) -> None:
         """Two pictures compared by slider, flicker and difference, zoomed pixel by pixel.
 
         samples: each a `label` and `choices`, a list of {"label", "picture"} whose first is the original; `pictures`:
-        data URLs by name.
+        data URLs by name. `zoom`: at first, 1, 2, 4 or 8; 0: 2 on a wide screen and 1 on a narrow one.
         """
         self.pictures_by_name |= pictures
-        self._add("viewer", samples=samples, caption=caption)
+        self._add("viewer", samples=samples, caption=caption, zoom=zoom)
 
     def atlas(
-        self, src: str, points: Sequence[Mapping[str, Any]], grid: int, span: float, caption: str
+        self,
+        src: str,
+        points: Sequence[Mapping[str, Any]],
+        legend: Mapping[str, str],
+        grid: int,
+        span: float,
+        caption: str,
     ) -> None:
-        """A map of 2-D codes over a sheet of grid x grid decoded tiles from -span to span; hovering shows a tile."""
-        self._add("atlas", src=src, points=points, grid=grid, span=span, caption=caption)
+        """A map of 2-D codes over a sheet of grid x grid decoded tiles from -span to span; hovering shows a tile.
+
+        points: x, y, colour and label of each; legend: label -> colour.
+        """
+        self._add("atlas", src=src, points=points, legend=legend, grid=grid, span=span, caption=caption)
 
     def links(self, links: Mapping[str, str]) -> None:
         """Files beside this one, by what they are called."""

@@ -23,6 +23,7 @@ PANEL = (4.8, 3.2)  # inches
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
+    "text.parse_math": False,  # a $ in the name of a codec or folder is a $
     "svg.hashsalt": "latentcodec",  # the same plot gives the same file
     "font.family": "sans-serif",
     "font.size": 10,

@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.files import write_whole
+from latentcodec.latents import LatentSpace
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.metrics import psnr
 from latentcodec.store.decoding import Decoded, decoded_batches
 from latentcodec.store.format import CODEC, MIRRORED, Settings, StoreError, latent_columns
-from latentcodec.store.identity import fingerprint_of, posterior_of
 from latentcodec.store.picture import mirrored
 from latentcodec.store.plan import Plan
 from latentcodec.store.quantize import Quantized, dequantize, joined, quantize
-from latentcodec.store.write import Row, shard_batch, shard_bytes, write_durable
+from latentcodec.store.write import Row, shard_batch, shard_bytes
 
 LARGEST_PSNR = 100.0  # dB, that stands for equal pictures
 Progress = Callable[[int, int], None]  # (encoded, left out) of a batch
@@ -123,7 +124,7 @@ class ShardEncoder:
                 raise StoreError(f"{self.store}: holds no copy of its codec; give the codec")
             source = str(self.store / CODEC)
         codec = source if isinstance(source, LatentCodec) else LatentCodec.from_pretrained(source)
-        if (given := fingerprint_of(codec)) != self.plan.settings.codec:
+        if (given := codec.fingerprint) != self.plan.settings.codec:
             raise StoreError(
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
@@ -148,7 +149,7 @@ class ShardEncoder:
             "samples": content.samples,
         }
         batch = shard_batch(settings, shape, content.rows, latents)
-        write_durable(self.store / self.plan.file(shard), shard_bytes(batch, about))
+        write_whole(self.store / self.plan.file(shard), shard_bytes(batch, about))
         return Receipt(shard, True, len(content.rows), len(content.rejects))
 
 
@@ -185,7 +186,7 @@ def encode_batch(codec: LatentCodec, pictures: list[Decoded], settings: Settings
     if settings.imported is not None:
         z = torch.stack([picture.latent for picture in pictures if picture.latent is not None])
         if settings.imported == "raw":
-            z = (z - codec.latents_mean.cpu()) / codec.latents_std.cpu()
+            z = LatentSpace.of(codec.vae).normalise(z.to(codec.device)).cpu()
         return {"latent": z}
     pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
     latents = _posterior(codec, torch.stack([p.x for p in pixels]), settings)
@@ -196,7 +197,7 @@ def encode_batch(codec: LatentCodec, pictures: list[Decoded], settings: Settings
 
 
 def _posterior(codec: LatentCodec, x: Tensor, settings: Settings) -> dict[str, Tensor]:
-    mean, std = posterior_of(codec, x)
+    mean, std = codec.posterior(x)
     latents = {"latent": mean.float().cpu()}
     if settings.posterior != "mode":
         latents["std"] = std.float().cpu()

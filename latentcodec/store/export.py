@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentcodec.files import write_whole
 from latentcodec.store.format import METADATA
 from latentcodec.store.read import LatentStore
 from latentcodec.store.shard import Shard
-from latentcodec.store.write import write_durable
 
 ROW_GROUP = 64  # rows that a reader of parquet must fetch for one of them
 FORMATS = ("parquet", "webdataset")
@@ -43,7 +43,7 @@ def export(
     for number, entry in enumerate(store.index.shards, 1):
         files.append(Path(folder, Path(entry.file).with_suffix(suffix).relative_to("shards")))
         if not files[-1].exists() and entry.items:
-            write_durable(files[-1], writer(store.shard(number - 1)))
+            write_whole(files[-1], writer(store.shard(number - 1)))
         if progress is not None:
             progress(number, len(store.index.shards))
     return [file for file in files if file.exists()]

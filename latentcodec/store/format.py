@@ -135,7 +135,7 @@ class Index:
         cells = [shard.items * shard.shape[1] * shard.shape[2] for shard in self.shards]
         if self.settings.dtype != "int8" or not sum(cells):
             return 8.0 * ITEM_BYTES[self.settings.dtype]
-        return 8.0 + 32.0 * self.items / sum(cells)  # one float32 for each picture and channel
+        return 8.0 + 64.0 * self.items / sum(cells)  # two float32 for each picture and channel
 
     @property
     def bytes_per_picture(self) -> float:
@@ -218,7 +218,7 @@ class LatentColumn(NamedTuple):
     name: str
     values: pa.DataType
     scale: str | None
-    """Name of the column with its scales [c], for int8."""
+    """Name of the column with the steps and the middles of its channels [2 c], for int8."""
 
 
 def latent_columns(settings: Settings, shape: Shape) -> list[LatentColumn]:
@@ -238,7 +238,7 @@ def latent_columns(settings: Settings, shape: Shape) -> list[LatentColumn]:
 def shard_schema(settings: Settings, shape: Shape) -> pa.Schema:
     """The columns of a shard, without its metadata."""
     columns = [pa.field(name, kind, nullable=name in ("caption", "label")) for name, kind in METADATA]
-    scales = pa.list_(pa.field("item", pa.float32(), nullable=False), shape[0])
+    scales = pa.list_(pa.field("item", pa.float32(), nullable=False), 2 * shape[0])
     for column in latent_columns(settings, shape):
         columns.append(pa.field(column.name, column.values, nullable=False))
         if column.scale:

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import move_folder
+from latentcodec.files import move_folder, write_new
 from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, physical_cores
 from latentcodec.store.encoding import Receipt, ShardEncoder
 from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
-from latentcodec.store.identity import fingerprint_of, normalisation_of
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
+from latentcodec.store.normalisation import normalisation_of
 from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
 from latentcodec.store.ranks import rank_and_world
-from latentcodec.store.write import finish, write_durable
+from latentcodec.store.write import finish
 
 try:
     import fcntl
@@ -86,7 +86,7 @@ def prepare(
     out = Path(out).expanduser()
     model = codec if isinstance(codec, LatentCodec) else LatentCodec.from_pretrained(codec)
     settings = Settings(
-        codec=fingerprint_of(model), latent_channels=model.latent_channels,
+        codec=model.fingerprint, latent_channels=model.latent_channels,
         downsampling_factor=model.downsampling_factor, image_channels=model.image_channels,
         size=size, area=area, multiple=multiple if multiple or area is None else 8 * model.downsampling_factor,
         min_side=min_side, dtype=dtype, posterior=posterior, mirrored=mirrored,
@@ -211,7 +211,7 @@ def _publish(plan: Plan, out: Path) -> None:
     """Saves the newest part of a plan; another process may have saved the same before."""
     part = plan.parts[-1]
     path = out / PLAN_FOLDER / f"{len(plan.parts) - 1:04}.arrow"
-    if write_durable(path, part.to_bytes(), exclusive=True):
+    if write_new(path, part.to_bytes()):
         return
     theirs = Plan.load(out).parts[len(plan.parts) - 1]
     if theirs.about["digest"] != part.about["digest"]:

@@ -63,14 +63,14 @@ class Part:
         """Number of its first shard."""
         return self.about["first"]
 
-    def to_bytes(self) -> pa.Buffer:
+    def to_bytes(self) -> bytes:
         """The file of this part; equal parts have equal bytes."""
         text = json.dumps(self.about, sort_keys=True, allow_nan=False)
         sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({KEY: text.encode()}).combine_chunks()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        return sink.getvalue()
+        return sink.getvalue().to_pybytes()
 
     @classmethod
     def load(cls, path: Path) -> Part:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from latentcodec.extras import require
 from latentcodec.store.encoding import ShardEncoder
 from latentcodec.store.job import Job, missing_shards
 from latentcodec.store.plan import Plan
@@ -53,8 +54,10 @@ def encode_with_ray(
     """Encodes the missing shards of a planned store with Ray actors, then writes the index.
 
     `actors`: by default one for each GPU of the cluster, or one for each CPU where there is none. `gpus_per_actor`: by
-    default 1 where the cluster has GPUs. A shard whose actor dies is tried three times. Raises ImportError without Ray.
+    default 1 where the cluster has GPUs. A shard whose actor dies is tried three times. Raises ModuleNotFoundError
+    without Ray.
     """
+    require("ray", "ray")
     import ray
 
     started_here = not ray.is_initialized()

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from latentcodec.store.format import CODEC, Index, Shape, StoreError
-from latentcodec.store.identity import fingerprint_of
 from latentcodec.store.shard import RowBatch, Shard, as_datasets
 from latentcodec.store.stream import LatentBatches
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
 
+OTHERS = ("std", "mirrored", "mirrored_std")  # latent columns that an item may have, in its order
 OPEN_SHARDS = 16384  # a process may have 65,530 mappings
 
 
@@ -74,7 +74,7 @@ class LatentStore:
         self._ends = list(accumulate(entry.items for entry in self.index.shards))
         self._open: OrderedDict[int, Shard] = OrderedDict()
         if codec is not None:
-            self._require(codec if isinstance(codec, str) else fingerprint_of(codec))
+            self._require(codec if isinstance(codec, str) else codec.fingerprint)
 
     def _require(self, given: str) -> None:
         if given != self.fingerprint:
@@ -107,8 +107,7 @@ class LatentStore:
         if not (self.folder / CODEC).is_dir():
             raise StoreError(f"{self.folder}: holds no copy of its codec; give the codec {self.fingerprint}")
         codec = LatentCodec.from_pretrained(self.folder / CODEC, device=device, dtype=dtype)
-        if dtype in (None, torch.float32):
-            self._require(fingerprint_of(codec))
+        self._require(codec.fingerprint)
         return codec
 
     def __len__(self) -> int:
@@ -120,9 +119,10 @@ class LatentStore:
     def place(self, index: int) -> tuple[int, int]:
         """Number in the index's list of shards, and row, of a picture. Raises IndexError."""
         length = len(self)
-        if not -length <= index < length:
-            raise IndexError(f"{self.folder}: picture {index} of {length}")
-        index %= length
+        if not 0 <= index < length:
+            if not -length <= index < 0:
+                raise IndexError(f"{self.folder}: picture {index} of {length}")
+            index += length
         number = bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
 
@@ -143,11 +143,10 @@ class LatentStore:
         if self.check:
             _require_intact(shard, [row])
         height, width, original_height, original_width, top, left = shard.numbers(row)
-        columns = {name: shard.latent(row, name) for name in shard.columns if not name.endswith("_scale")}
         return Item(
-            shard.text(row, "id"), columns.pop("latent"), (height, width), shard.text(row, "caption"),
+            shard.text(row, "id"), shard.latent(row), (height, width), shard.text(row, "caption"),
             shard.text(row, "label"), shard.text(row, "source"), (original_height, original_width), (top, left),
-            **columns,
+            *(shard.latent(row, name) if name in shard.names else None for name in OTHERS),
         )  # fmt: skip
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:  # what a DataLoader asks for a batch

@@ -65,10 +65,12 @@ class Shard:
         self.columns = [
             c for column in latent_columns(settings, shape) for c in (column.name, column.scale) if c
         ]
+        self.names = [column.name for column in latent_columns(settings, shape)]
         self._latents = {name: self._array(name) for name in self.columns}
-        self._numbers = {
-            name: self.batch.column(name).to_numpy() for name, kind in METADATA if kind == pa.int32()
-        }
+        self._rows = {name: self._as_stored(self._latents[name]) for name in self.names}
+        numbers = [self.batch.column(name).to_numpy() for name, kind in METADATA if kind == pa.int32()]
+        self._numbers = np.stack(numbers, 1)  # [n, 6]
+        self._texts = {name: self.batch.column(name) for name in TEXTS}
 
     def __len__(self) -> int:
         return int(self.batch.num_rows)
@@ -82,8 +84,13 @@ class Shard:
             return data[column.offset * width :][: len(self) * width].reshape(len(self), width)
         return column.flatten().to_numpy(zero_copy_only=True).reshape(len(self), column.type.list_size)
 
+    def _as_stored(self, flat: np.ndarray) -> np.ndarray:
+        """[n, values of a row] -> [n, c, h, w]; numbers that numpy does not have as their b bytes, [n, c, h, w b]."""
+        c, h, _ = self.shape
+        return flat.reshape(len(self), c, h, flat.shape[1] // (c * h))
+
     def quantized(self, rows: Sequence[int], name: str = "latent") -> Quantized:
-        """The stored values of some rows, [B, c, h, w], and for int8 their scales [B, c]; copies."""
+        """The stored values of some rows, [B, c, h, w], and for int8 their scales [B, 2, c]; copies."""
         batch = RowBatch(self, len(rows))
         batch.put(self, range(len(rows)), rows)
         return batch.quantized(name)
@@ -94,18 +101,23 @@ class Shard:
 
     def latent(self, row: int, name: str = "latent") -> Tensor:
         """[c, h, w] of one row; the same numbers as `latents`, with less overhead."""
+        stored = self._rows[name][row]
         if self.dtype == "int8":
-            return self.latents([row], name)[0]
-        values = torch.from_numpy(self._latents[name][row].copy()).view(TORCH[self.dtype]).view(self.shape)
+            step, middle = self._latents[f"{name}_scale"][row].reshape(2, -1, 1, 1)
+            return torch.from_numpy(stored * step + middle)
+        values = torch.from_numpy(stored.copy())
+        if self.dtype in ("float16", "float32"):
+            return values
+        values = values.view(TORCH[self.dtype])
         return values.float() if self.dtype == "float8" else values
 
-    def numbers(self, row: int) -> tuple[int, ...]:
+    def numbers(self, row: int) -> list[int]:
         """height, width, original height and width, crop top and left."""
-        return tuple(column[row].item() for column in self._numbers.values())
+        return self._numbers[row].tolist()
 
     def text(self, row: int, name: str) -> Any:
         """The value of one of the other columns: id, source, caption, label."""
-        return self.batch.column(name)[row].as_py()
+        return self._texts[name][row].as_py()
 
     def is_intact(self, row: int) -> bool:
         """Whether a row has the checksum that was stored with it."""
@@ -123,7 +135,7 @@ class RowBatch:
         self._latents = {
             name: np.empty((count, column.shape[1]), column.dtype) for name, column in like._latents.items()
         }
-        self._numbers = np.empty((count, len(like._numbers)), np.int64)
+        self._numbers = np.empty((count, like._numbers.shape[1]), np.int64)
         self._texts: dict[str, list[Any]] = {name: [None] * count for name in TEXTS}
 
     def put(self, shard: Shard, positions: Sequence[int], rows: Sequence[int]) -> None:
@@ -136,10 +148,9 @@ class RowBatch:
                 target = self._latents[name]
                 for position, row in zip(positions, rows, strict=True):
                     target[position] = column[row]
-        for k, numbers in enumerate(shard._numbers.values()):
-            self._numbers[positions, k] = numbers[rows]
+        self._numbers[positions] = shard._numbers[rows]
         for name, texts in self._texts.items():
-            column = shard.batch.column(name)
+            column = shard._texts[name]
             for position, row in zip(positions, rows, strict=True):
                 texts[position] = column[row].as_py()
 
@@ -148,7 +159,8 @@ class RowBatch:
         values = torch.from_numpy(self._latents[name]).view(TORCH[self.dtype])
         scale = self._latents.get(f"{name}_scale")
         return Quantized(
-            values.view(len(values), *self.shape), None if scale is None else torch.from_numpy(scale)
+            values.view(len(values), *self.shape),
+            None if scale is None else torch.from_numpy(scale).view(len(values), 2, -1),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentcodec.files import write_new, write_whole
+from latentcodec.files import write_whole
 from latentcodec.store.format import (
     CHECKSUM,
     DROPPED,
@@ -43,17 +43,6 @@ from latentcodec.store.shard import KEY, Shard
 from latentcodec.store.verification import checked_entry
 
 Row = dict[str, Any]  # the columns of `METADATA`
-
-
-def write_durable(path: Path, content: bytes | pa.Buffer, exclusive: bool = False) -> bool:
-    """Writes beside `path`, flushes, renames, flushes the folder; whether the file is ours.
-
-    With `exclusive` a file that is there already stays, and the answer is no. Raises OSError naming `path`.
-    """
-    if exclusive:
-        return write_new(path, content)
-    write_whole(path, content)
-    return True
 
 
 def shard_batch(
@@ -87,14 +76,14 @@ def _column(content: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values, type=kind)
 
 
-def shard_bytes(batch: pa.RecordBatch, about: dict[str, Any]) -> pa.Buffer:
+def shard_bytes(batch: pa.RecordBatch, about: dict[str, Any]) -> bytes:
     """The file of a shard; `about`: its number, what was left out, what was measured."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **about}, sort_keys=True, allow_nan=False)
     schema = batch.schema.with_metadata({KEY: text.encode()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch.cast(schema) if not batch.schema.equals(schema) else batch)
-    return sink.getvalue()
+    return sink.getvalue().to_pybytes()
 
 
 def finish(
@@ -131,8 +120,8 @@ def finish(
         _summary(samples), [part.machine for part in plan.parts],
     )  # fmt: skip
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
-    write_durable(store / REJECTS, lines.encode())
-    write_durable(store / INDEX, index.to_json())
+    write_whole(store / REJECTS, lines.encode())
+    write_whole(store / INDEX, index.to_json())
     _clear_litter(store)
     return index
 
@@ -160,7 +149,7 @@ def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tup
             kept = [row for row, key in enumerate(keys) if key not in dropped]
             if len(kept) < len(shard):
                 about = {k: v for k, v in shard.about.items() if k not in ("format", "version")}
-                write_durable(path, shard_bytes(shard.batch.take(pa.array(kept, pa.int64())), about))
+                write_whole(path, shard_bytes(shard.batch.take(pa.array(kept, pa.int64())), about))
                 shard = Shard(path, plan.settings, plan.shape(number))
         yield number, shard
 
@@ -175,7 +164,7 @@ def _record_drops(store: Path, plan: Plan, drop: list[str]) -> set[str]:
             if name not in found:
                 raise StoreError(f"{store}: no picture {name!r} in this store (--drop)")
         dropped |= {key for keys in found.values() for key in keys}
-        write_durable(path, (json.dumps(sorted(dropped), indent=1) + "\n").encode())
+        write_whole(path, (json.dumps(sorted(dropped), indent=1) + "\n").encode())
     return dropped
 
 

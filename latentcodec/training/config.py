@@ -12,13 +12,14 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from latentcodec.model_folder import check_numbers
 from latentcodec.training.data.images import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
@@ -46,15 +47,26 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in settings_of(self):
             _require_sound(key, value)
-        if self.finish.whiten and self.model.keeps_latents:
+        check_numbers(asdict(self.model), "model")
+        self.output_dir = _expanded("output_dir", self.output_dir)
+        if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(
-                "finish.whiten would change the latents that model.teacher, or model.part decoder, keeps"
+                f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
+                "model.from_pretrained or model.teacher keeps"
             )
         if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
             raise ValueError(
                 "discriminator.adaptive compares gradients in the decoder, which model.part encoder does not train; "
                 "switch it off"
             )
+
+
+def _expanded(key: str, path: str) -> str:
+    """A path that may begin with ~, the home folder."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{key} {path}: {error}") from error
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

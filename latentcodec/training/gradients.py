@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.ops.functional import fastest_kernels
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.losses.adversary import Adversary
@@ -103,9 +104,9 @@ class Gradients:
     def _decode(self, z: Tensor) -> Tensor:
         """A second decoding in the same step, under the same autocast as the first."""
         with self.accelerator.autocast():
-            return self.state.codec.vae.decode(z).sample
+            return decode_raw(self.state.codec.vae, z)
 
     def _encode(self, y: Tensor) -> Tensor:
         """The posterior's mean of a reconstruction, under the same autocast."""
         with self.accelerator.autocast():
-            return mean_and_logvar(self.state.codec.vae.encode(y).latent_dist.parameters)[0]
+            return mean_and_logvar(posterior_parameters(self.state.codec.vae, y))[0]

@@ -8,9 +8,7 @@ resume it goes on behind the step that the run was resumed from, as if it had ne
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentcodec.files import printable, write_whole
-from latentcodec.pixels import encode_image, image_grid, to_uint8
+from latentcodec.files import printable
+from latentcodec.pixels import LeftOut, encode_image, image_grid, to_uint8
+from latentcodec.pixels.folders import counted as by_reason
 from latentcodec.quality.metrics import Evaluation
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Reject
 from latentcodec.training.losses.teacher import Drift
+from latentcodec.training.records import append, json_line, record_of, write
 from latentcodec.training.trackers import alert, show_pictures
+
+NOTES_SAID = 10  # lines on images that were used though broken; the others are counted
 
 
 class Journal:
@@ -38,6 +40,7 @@ class Journal:
         self.rejects = output / "rejects.jsonl"
         self.last_psnr: float | None = None
         self.listed: set[str] = set()  # the lines of rejects.jsonl
+        self.notes: set[str] = set()  # on images that were used
         self.bar: tqdm[Any] | None = None
 
     def begin(self, step: int, draw: int, complete: bool) -> None:
@@ -51,11 +54,14 @@ class Journal:
         for unfinished in (*self.output.glob(".*.tmp"), *(self.output / "samples").glob(".*.tmp")):
             unfinished.unlink()  # what a kill left half written
         settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
-        _write(self.output / "config.yaml", settings.encode())
-        self._keep(self.metrics, lambda line: line["step"] < step + ("total" in line or not complete))
-        self._keep(self.output / "skipped.jsonl", lambda line: line["draw"] < draw)
+        self._keep_config(step)
+        write(self.output / "config.yaml", settings.encode())
+        self._keep(self.metrics, "step", lambda line: line["step"] < step + ("total" in line or not complete))
+        self._keep(self.output / "skipped.jsonl", "draw", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
-        self.listed = set(self.rejects.read_text("utf-8").splitlines()) if self.rejects.exists() else set()
+        self.listed = (
+            set(self.rejects.read_text("utf-8", "replace").splitlines()) if self.rejects.exists() else set()
+        )
         if self.config.train.trackers:
             flat = {
                 f"{s}.{k}": str(v)
@@ -68,11 +74,20 @@ class Journal:
         if step:
             self.say(f"resumed {self.output} at step {step}")
 
+    def _keep_config(self, step: int) -> None:
+        """Keep the configuration of before, if it was another one, as config.until-step-N.yaml."""
+        path = self.output / "config.yaml"
+        settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
+        if step and path.is_file() and path.read_bytes() != settings.encode():
+            kept = self.output / f"config.until-step-{step:08d}.yaml"
+            write(kept, path.read_bytes())
+            self.say(f"settings have changed; those of before are kept in {kept}")
+
     def log(self, step: int, progress: float, report: dict[str, float]) -> None:
         """One step: a line in metrics.jsonl, the trackers and the progress bar; `progress` in (0, 1] of the run."""
         if self.bar is None:
             return
-        _append(self.metrics, _json({"step": step, **report}))
+        append(self.metrics, json_line({"step": step, **report}))
         self.accelerator.log(report, step=step)
         shown = {
             "loss": f"{report['total']:.4g}",
@@ -94,7 +109,7 @@ class Journal:
         """The scores of the held-out images, and the measures of their latents."""
         scores, latents = _scores(evaluation), latents or {}
         self.last_psnr = scores["psnr"]
-        _append(self.metrics, _json({"step": step, "minutes": seconds / 60, **scores, **latents}))
+        append(self.metrics, json_line({"step": step, "minutes": seconds / 60, **scores, **latents}))
         logged = {f"validation/{name}": value for name, value in scores.items()} | latents
         self.accelerator.log(logged, step=step)
         self.say(
@@ -103,7 +118,7 @@ class Journal:
 
     def drifted(self, step: int, drift: Drift) -> None:
         """How far the latents are from the teacher's, over the training crops."""
-        _append(self.metrics, _json({"step": step, **drift.record()}))
+        append(self.metrics, json_line({"step": step, **drift.record()}))
         self.say(f"step {step}: latents {drift.rms:.4f} deviations from the teacher's")
 
     def samples(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -118,7 +133,7 @@ class Journal:
         if grid.shape[0] not in (1, 3, 4):
             return  # no picture has two channels, or five
         path = self.output / "samples" / f"step-{step:08d}.png"
-        _write(path, encode_image(grid, path))
+        write(path, encode_image(grid, path))
         show_pictures(self.accelerator.trackers, to_uint8(grid).permute(1, 2, 0).numpy(), step)
 
     def alert(self, step: int, text: str, failure: bool) -> None:
@@ -126,21 +141,41 @@ class Journal:
         self.say(f"step {step}: {text}")
         alert(self.accelerator.trackers, text, failure, step)
 
-    def rejected(self, rejects: list[Reject]) -> None:
-        """rejects.jsonl: each image that could not be read, once, with the reason: {"path", "reason"}."""
+    def say_left_out(self, left_out: Sequence[LeftOut]) -> None:
+        """How many files look like images of the set and are not read, by reason: said before anything long begins."""
+        if left_out:
+            self.say(f"left out: {by_reason(list(left_out))}; each is listed in rejects.jsonl")
+
+    def noted(self, notes: list[str]) -> None:
+        """Count the images that were used though something beside their pixels is broken; the first of each is said."""
+        for line in notes:
+            if line not in self.notes:
+                self.notes.add(line)
+                if len(self.notes) <= NOTES_SAID:
+                    self.say(f"used, though broken: {line}")
+
+    def rejected(self, rejects: Sequence[Reject | LeftOut], quietly: bool = False) -> None:
+        """rejects.jsonl: each image that was left out, once: {"path", "reason"}; it is said too, if not `quietly`."""
         if not self.accelerator.is_main_process:
             return
         for path, reason in rejects:
             line = json.dumps({"path": printable(path), "reason": printable(reason)}, ensure_ascii=False)
             if line not in self.listed:
                 self.listed.add(line)
-                _append(self.rejects, line)
-                self.say(f"left out ({len(self.listed)} so far, all in rejects.jsonl): {path}: {reason}")
+                append(self.rejects, line)
+                if not quietly:
+                    self.say(f"left out ({len(self.listed)} so far, all in rejects.jsonl): {path}: {reason}")
 
     @property
     def has_rejects(self) -> bool:
         """Whether any image had to be left out, in this start of the run or an earlier one."""
         return self.rejects.exists()
+
+    def too_small(self, names: list[str], pixels: int) -> None:
+        """Say which held-out images no score can be computed on: those below `pixels` a side."""
+        if names:
+            some = f"{len(names)} images, such as {names[0]}"
+            self.say(f"not validated on, since a score needs {pixels} pixels a side: {some}")
 
     def skipped(self, step: int, draw: int, names: list[str]) -> None:
         """skipped.jsonl: a batch's positions in the stream, and the names of its numbers that were not finite."""
@@ -149,13 +184,13 @@ class Journal:
         positions = range(draw * self._batch, (draw + 1) * self._batch)
         names = [name for name in names if "/" not in name]  # a bad channel makes the whole bad
         line = {"step": step, "draw": draw, "not_finite": names, "positions": [*positions]}
-        _append(self.output / "skipped.jsonl", json.dumps(line))
+        append(self.output / "skipped.jsonl", json.dumps(line))
         self.say(f"step {step}: {names[0]} is not finite; nothing was changed, the batch is in skipped.jsonl")
 
     def rolled_back(self, step: int, to: int) -> None:
         """Forget the steps after the checkpoint whose weights are taken again, and say so."""
         if self.accelerator.is_main_process:
-            self._keep(self.metrics, lambda line: line["step"] <= to)
+            self._keep(self.metrics, "step", lambda line: line["step"] <= to)
             self.say(
                 f"step {step}: three steps in a row were not finite; back to the checkpoint of step {to}"
             )
@@ -164,13 +199,24 @@ class Journal:
         """result.json: the last file of a complete run, which says that there is nothing left to do."""
         if self.accelerator.is_main_process:
             scores = {} if evaluation is None else _scores(evaluation)
-            line = _json({"step": step, "minutes": seconds / 60, **scores}) + "\n"
-            _write(self.result, line.encode())
+            line = json_line({"step": step, "minutes": seconds / 60, **scores}) + "\n"
+            write(self.result, line.encode())
 
     def finished_step(self) -> int | None:
         """The step at which the run was finished; None if it was not, or its codec is gone."""
         finished = self.result.exists() and (self.output / "codec").exists()
-        return json.loads(self.result.read_text())["step"] if finished else None
+        record = record_of(self.result.read_bytes()) if finished else None
+        step = None if record is None else record.get("step")
+        return step if isinstance(step, int) else None  # a damaged one is as none: the end is done again
+
+    def say_what_was_broken(self) -> None:
+        """At the end: what was left out, by reason, and how many images were used though something is broken."""
+        if self.listed:
+            rejects = [record for line in self.listed if (record := record_of(line.encode()))]
+            items = [LeftOut(str(line.get("path")), str(line.get("reason"))) for line in rejects]
+            self.say(f"left out: {by_reason(items)}; each is listed in {self.rejects}")
+        if self.notes:
+            self.say(f"used, though something beside the pixels is broken: {len(self.notes)} images")
 
     def close(self) -> None:
         """End the progress bar, so that what is said next has a line of its own."""
@@ -200,13 +246,16 @@ class Journal:
         if self.accelerator.is_main_process:
             tqdm.write(printable(text))
 
-    def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said."""
+    def _keep(self, path: Path, key: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep only the wanted lines of a file of JSON lines; it may not exist. A damaged end is dropped, and said.
+
+        A line without a whole number under `key` is damaged.
+        """
         if not path.exists():
             return
         whole = path.read_bytes().splitlines(keepends=True)
         whole = [line for line in whole if line.endswith(b"\n")]  # a kill can leave half a line
-        records = [_record(line) for line in whole]
+        records = [record_of(line, key) for line in whole]
         damaged = records.index(None) if None in records else len(records)
         if any(record is not None and wanted(record) for record in records[damaged:]):
             raise ValueError(
@@ -217,7 +266,7 @@ class Journal:
         kept = [
             line for line, record in zip(whole, records, strict=True) if record is not None and wanted(record)
         ]
-        _write(path, b"".join(kept))
+        write(path, b"".join(kept))
 
     @property
     def _batch(self) -> int:
@@ -233,47 +282,8 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def _json(record: dict[str, Any]) -> str:
-    """One line; JSON has no infinity, which a perfect PSNR is."""
-    return json.dumps(
-        {k: None if v in (math.inf, -math.inf) else v for k, v in record.items()}, allow_nan=False
-    )
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line of JSON says; None if it is damaged, as by zeros after a power cut."""
-    try:
-        record = json.loads(line.decode())
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def _plain(value: Any) -> Any:
     """Tuples as lists, which is what YAML has."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _append(path: Path, line: str) -> None:
-    content = f"{printable(line)}\n".encode()
-    with _named_on_failure(path, content), path.open("ab") as file:
-        file.write(content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _named_on_failure(path, content):
-        write_whole(path, content)
-
-
-@contextmanager
-def _named_on_failure(path: Path, content: bytes) -> Iterator[None]:
-    """The system's error for a full disk names no file; ours does, and says how many bytes it needs."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written, it needs {len(content):,} bytes: {error.strerror}. "
-            "The checkpoints are untouched."
-        ) from error

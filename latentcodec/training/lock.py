@@ -7,7 +7,9 @@ of the run's folder: it keeps another run out even if somebody has removed `.loc
 
 from __future__ import annotations
 
+import getpass
 import os
+import platform
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -43,13 +45,13 @@ def hold(folder: Path) -> None:
             pass  # this disk knows no locks
     _held[folder] = locks
     with suppress(OSError):  # whose lock it is helps people; a full disk is for others to name
-        owner.write_text(f"{os.getpid()} on {os.uname().nodename}\n")
+        owner.write_text(f"{os.getpid()} on {platform.node()}\n")
 
 
 def _beside(folder: Path) -> Path:
     """The second lock: a name for this folder that depends on the folder itself and not on what is in it."""
     status = folder.stat()
-    name = f"latentcodec-{os.getuid()}-{status.st_dev:x}-{status.st_ino:x}.lock"
+    name = f"latentcodec-{getpass.getuser()}-{status.st_dev:x}-{status.st_ino:x}.lock"
     return Path(tempfile.gettempdir(), name)
 
 

@@ -15,11 +15,13 @@ crash of that process, and stops or restarts the others.
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from latentcodec.finite import NotFinite
 from latentcodec.training.config import Config, parse
+from latentcodec.training.console import end_at_interrupt, keep_speaking
+from latentcodec.training.progress import report_error
 from latentcodec.training.signals import StopRequest, exit_code
 from latentcodec.training.trainer import Diverged, Trainer
 
@@ -33,14 +35,16 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
 
     What a user can mend is one line on stderr; everything else keeps its traceback.
     """
+    keep_speaking()
+    end_at_interrupt()
     config = parse(arguments, program)
     try:
         return run(config, StopRequest())
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (Diverged, NotFinite) as error:
+        report_error(error)
         return FAILED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return WRONG if isinstance(error, ValueError) or error.errno in WRONG_PATH else FAILED
 
 
@@ -76,6 +80,7 @@ def train(trainer: Trainer, stop: StopRequest) -> int:
         trainer.checkpoint()
         if not trainer.stopped_by:
             trainer.exporter.finish()
+        trainer.journal.say_what_was_broken()
     return exit_code(trainer.stopped_by) if trainer.stopped_by else _code_of_complete(trainer)
 
 

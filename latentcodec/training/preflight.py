@@ -6,27 +6,29 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import DynamoBackend, broadcast_object_list
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcast_object_list
 
-from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
-from latentcodec.training.data.images import HeldOut
 from latentcodec.training.data.order import bucket_sizes
+from latentcodec.training.environment import take_environment
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
 # over in silence, since the weights of the checkpoint take the place of the start, or would leave the codec with the
-# latents of one teacher and the numbers that normalise another's. Weights of losses, learning rates, data may change.
+# latents of one teacher and the numbers that normalise another's, or would make its scores untrue. Weights of losses,
+# learning rates, batches and crops may change: `changed_settings` says which did.
 FIXED = (
     "train.seed",
     "loss.learn_scale",
@@ -45,14 +47,24 @@ FIXED = (
     "model.norm_num_groups",
     "model.mid_block_add_attention",
     "model.use_quant_conv",
+    # What is trained on and what is held out: else images that were trained on would be validated on.
+    "data.path",
+    "data.subset",
+    "data.split",
+    "data.image_column",
+    "data.streaming",
+    "data.val_path",
+    "data.val_split",
+    "data.val_images",
 )
 FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
 
 
-def new_processes() -> PartialState:
-    """The processes of the run, known to one another."""
+def new_processes() -> tuple[PartialState, list[str]]:
+    """The processes of the run, known to one another, and a line for each variable that is passed over."""
+    lines = take_environment()
     # Without `cpu` each process under torchrun would believe to be alone.
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available()), lines
 
 
 def new_accelerator(config: Config, precision: str) -> Accelerator:
@@ -62,6 +74,9 @@ def new_accelerator(config: Config, precision: str) -> Accelerator:
         mixed_precision=precision,
         log_with=config.train.trackers,
         project_dir=config.output_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1
+        ),  # else the environment would be asked
     )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
@@ -84,6 +99,38 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     keys = FIXED + (FIXED_WITH_DISCRIMINATOR if config.discriminator.weight else ())
     values = {key: attrgetter(key)(config) for key in keys}
     return values | {"optimizer": "muon", "discriminator": "on" if config.discriminator.weight else "off"}
+
+
+def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> list[str]:
+    """A line for each setting that is not as it was in the configuration `saved` with the checkpoint of `step`."""
+    before, now = dict(_flat(saved)), dict(_flat(asdict(config)))
+    return [
+        f"{key} was {before.get(key, 'not there')} up to step {step} and is {now.get(key, 'not there')} from here on"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key) and key not in ("output_dir", "train.mixed_precision")
+    ]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def require_same_images(found: checkpoints.Checkpoint, now: list[int]) -> None:
+    """Refuse a folder that has gained or lost images: others would be held out, and trained on before.
+
+    `now`: the numbers of training and of validation images.
+    """
+    before = found.state.get("images")
+    if before is not None and before != now:
+        raise ValueError(
+            f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now there "
+            f"are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take another "
+            "output folder (model.from_pretrained goes on from the codec of this one)"
+        )
 
 
 def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Checkpoint | None:
@@ -139,6 +186,20 @@ def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> ch
         ) from damage
 
 
+def require_same_images(found: checkpoints.Checkpoint, now: Sequence[int]) -> None:
+    """Refuse data that have gained or lost images: others would be held out, and trained on before.
+
+    `now`: the numbers of training and of validation images.
+    """
+    before = found.state.get("images")
+    if before is not None and list(before) != list(now):
+        raise ValueError(
+            f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
+            f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
+            "another output folder (model.from_pretrained goes on from the codec of this one)"
+        )
+
+
 def smallest_crop(config: Config, f: int) -> int:
     """The shortest side in pixels of anything that training decodes, for a codec of downsampling factor f.
 
@@ -173,13 +234,3 @@ def smallest_crop(config: Config, f: int) -> int:
             f"training shows it some of {cells * f}; raise data.resolution"
         )
     return cells * f
-
-
-def check_held_out(images: HeldOut) -> None:
-    """Refuses validation images on which a score cannot be computed."""
-    for name, image in zip(images.names, images.images, strict=True):
-        if min(image.shape[-2:]) < SSIM_WINDOW:
-            raise ValueError(
-                f"the validation image {name} has {image.shape[-2]} x {image.shape[-1]} pixels, and SSIM needs "
-                f"{SSIM_WINDOW} a side; take it away, or give larger ones as data.val_path"
-            )

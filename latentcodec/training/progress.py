@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 
 from accelerate import PartialState
 from tqdm.auto import tqdm
+
+from latentcodec.files import one_line
 
 T = TypeVar("T")
 
@@ -40,6 +43,11 @@ def counted(parts: Iterable[T], text: str, total: int, unit: str) -> Iterator[T]
     bar: tqdm[Any] = tqdm(parts, desc=text, total=total, unit=unit, disable=not _is_main(), leave=False)
     with bar:
         yield from bar
+
+
+def report_error(error: object) -> None:
+    """ "error: ..." on a line of its own of stderr, even where a bar is being drawn."""
+    tqdm.write(one_line(f"error: {error}"), file=sys.stderr)
 
 
 def _is_main() -> bool:

@@ -1,9 +1,9 @@
 """How a training run is asked to stop, and how it then ends.
 
-SIGTERM, SIGINT and SIGUSR1 (SLURM's usual warning before preemption), and the end of the launcher, only
+SIGTERM, SIGINT, SIGUSR1 (SLURM's usual warning before preemption) and SIGHUP, and the end of the launcher, only
 are noted as a request; the loop reads it once a step, saves a checkpoint and ends with exit code 128 + signal:
 
-    SIGTERM 143 | SIGINT (Ctrl-C) 130 | SIGUSR1 138 | the launcher died 143
+    SIGTERM 143 | SIGINT (Ctrl-C) 130 | SIGUSR1 138 | SIGHUP (the terminal is gone) 129 | the launcher died 143
 
 A second Ctrl-C, later than a second after the first, ends the process at once; so does SIGKILL, and so does any of
 the three before the first step, when there is nothing to save. What was committed is never lost.
@@ -32,7 +32,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP: the terminal or the connection is gone. Windows knows the first two only.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
 GRACE_SECONDS = 30  # what torchrun and SLURM leave between SIGTERM and SIGKILL
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # set by torchrun, accelerate launch
 
@@ -50,7 +53,8 @@ class StopRequest:
         self._received_at = 0.0
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as after nohup
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,15 +87,19 @@ def shield_data_worker(worker_id: int) -> None:
     torchrun, SLURM and a terminal signal the workers along with the run, which needs them for the batches up
     to its checkpoint and stops them itself. SIGTERM still ends a worker that hangs, after GRACE_SECONDS.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """Delay signals, in processes that are started meanwhile too: one would end a data worker before it is shielded."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which sends no signals to groups
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

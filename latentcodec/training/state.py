@@ -17,12 +17,20 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
+from latentcodec.finite import require_finite
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.rate import RateControl
 from latentcodec.training.optim.muon import Muon
-from latentcodec.training.optim.schedule import load_optimizer, parameter_groups
+from latentcodec.training.optim.schedule import (
+    TrainConfig,
+    ema_decay,
+    learning_rate,
+    load_optimizer,
+    parameter_groups,
+    update_ema,
+)
 from latentcodec.training.start.model import TrainedCodec
 
 WEIGHTS = ("model", "ema", "discriminator")  # saved as safetensors
@@ -54,6 +62,16 @@ class TrainState:
     """Steps in a row, up to now, in which a number was not finite."""
     rollbacks: int = 0
     """Returns to a checkpoint since the newest one was saved."""
+
+    def move_weights(self, config: TrainConfig, progress: float) -> float:
+        """One step of the optimizer and of the moving average; returns its learning rate at `progress` of the run."""
+        progress = max(progress, 1 / config.max_steps)
+        lr = learning_rate(config.lr, config.schedule, progress, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.optimizer.step()
+        update_ema(self.ema, self.codec.vae, ema_decay(config.ema_decay, self.step))
+        return lr
 
     def state_dict(self) -> dict[str, Any]:
         """Groups of tensors, states of optimizers, and under "numbers" what JSON can hold."""
@@ -116,7 +134,10 @@ def new_state(
     """The state before the first step, of weights that `vae` starts from, in the memory format `layout`."""
     train, loss = config.train, config.loss
     codec = TrainedCodec(vae, loss.scale, loss.learn_scale)
-    codec.to(accelerator.device).to(memory_format=layout)
+    codec.to(accelerator.device)
+    for parameter in codec.parameters():
+        if parameter.ndim == 4:  # Qwen-Image's and Wan's convolutions in time have no such layout
+            parameter.data = parameter.data.to(memory_format=layout)
     return TrainState(
         codec,
         ema=copy.deepcopy(vae).requires_grad_(False).eval(),
@@ -130,9 +151,12 @@ def new_state(
 def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep_last: int) -> Path:
     """Commit a checkpoint of `state` and of the settings that it was made with; for the main process alone.
 
-    Raises CheckpointError.
+    Raises CheckpointError, and NotFinite for weights that hold NaN or infinite numbers: then nothing is saved.
     """
     parts = state.state_dict()
+    for name in WEIGHTS:
+        what = f"step {state.step} is not saved, and older checkpoints in {folder} are untouched (lower train.lr?)"
+        require_finite(parts.get(name, {}), what)
     return checkpoints.save(
         folder,
         state.step,

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from latentcodec.quality.metrics import SSIM_WINDOW
+from latentcodec.training import preflight
 from latentcodec.training import state as states
 from latentcodec.training.checkpoint import prune
 from latentcodec.training.config import Config
@@ -31,19 +33,9 @@ from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
-from latentcodec.training.optim.schedule import ema_decay, learning_rate, update_ema
-from latentcodec.training.preflight import (
-    check_held_out,
-    find_checkpoint,
-    fixed_settings,
-    new_accelerator,
-    new_processes,
-    newest_checkpoint,
-    smallest_crop,
-)
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.start.model import image_channels, load_parent, load_teacher, new_vae
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.training.start import model as begin
+from latentcodec.vae.families import family_of
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
 ROLLBACKS_BEFORE_GIVING_UP = 3
@@ -58,29 +50,30 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.output = Path(config.output_dir)
-        processes = new_processes()
-        self.found = find_checkpoint(config, processes)
+        processes, passed_over = preflight.new_processes()
+        self.found = preflight.find_checkpoint(config, processes)
         self.hardware = take_hardware(config, self.found, processes)
         self.config = config = settled(config, self.hardware)
-        self.accelerator = accelerator = new_accelerator(config, self.hardware.precision)
+        self.accelerator = accelerator = preflight.new_accelerator(config, self.hardware.precision)
         self.journal = Journal(self.output, accelerator, config)
-        for note in self.hardware.notes:
+        for note in (*passed_over, *self.hardware.notes):
             self.journal.say(note)
-        parent = load_parent(config.model)
-        teacher = load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
-        channels = image_channels(config.model, parent)
-        f = downsampling_factor(asdict(config.model) if parent is None else parent.config)
-        smallest = smallest_crop(config, f)
+        parent = begin.load_parent(config.model)
+        teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
+        channels = begin.image_channels(config.model, parent)
+        f, whole = begin.downsampling_factors(config.model, parent, teacher)
+        smallest = preflight.smallest_crop(config, whole)
         torch.manual_seed(config.train.seed)  # the weights that no closed form sets
         adversary = Adversary.of(config.discriminator, channels, smallest, accelerator)
         self.images = open_images(config.data, channels, config.train.seed)
-        self.held_out = held_out(self.images)
-        check_held_out(self.held_out)
+        self.journal.say_left_out(self.images.left_out)
+        self.held_out = held_out(self.images, SSIM_WINDOW)
+        self.journal.too_small(self.held_out.too_small, SSIM_WINDOW)
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
-        vae = new_vae(start, parent, teacher, partial(first_crops, self.images))
+        vae = begin.new_vae(start, parent, teacher, partial(first_crops, self.images))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        c, seed = int(vae.config.latent_channels), config.train.seed
+        c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)
@@ -99,6 +92,11 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
+            preflight.require_same_images(self.found, self.images.counts)
+            for line in preflight.changed_settings(
+                self.found.state.get("config", {}), self.config, self.found.step
+            ):
+                self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
             self.committed = state.step
             if self.accelerator.is_main_process:
@@ -107,6 +105,7 @@ class Trainer:
             self.gradients.compile()
             self.journal.begin(state.step, state.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejects)
+            self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:
         """The micro-batches of each step until the run is complete, its time is over or it is asked to stop."""
@@ -148,8 +147,9 @@ class Trainer:
         if state.step == self.committed:
             return
         if self.accelerator.is_main_process:
-            settings = fixed_settings(config)
-            settings |= {"config": asdict(config), "machine": self.hardware.record()}
+            settings = preflight.fixed_settings(config)
+            settings |= {"config": asdict(config), "images": self.images.counts}
+            settings["machine"] = self.hardware.record()
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
         self.accelerator.wait_for_everyone()
@@ -166,11 +166,13 @@ class Trainer:
             adversary = None
         sums = self.gradients.compute(micro_batches, adversary)
         rejects = [reject for batch in micro_batches for reject in batch["rejects"]]
-        gathered = self.exchange.gather(sums, bool(rejects))
+        notes = [note for batch in micro_batches for note in batch.get("notes", [])]
+        gathered = self.exchange.gather(sums, bool(rejects or notes))
         state.seconds += gathered.seconds
         self.stopped_by = gathered.stopped_by
         if gathered.rejected:
             self.journal.rejected(gather_object(rejects))
+            self.journal.noted(gather_object(notes))
         if state.scaler is not None:
             state.scaler.update()
         report = gathered.means
@@ -187,16 +189,12 @@ class Trainer:
 
     def _move_weights(self, report: dict[str, float], adversary: Adversary | None) -> dict[str, float]:
         """Everything that a step of finite numbers changes; returns what to report of it."""
-        train, state = self.config.train, self.state
-        lr = learning_rate(train.lr, train.schedule, max(self.progress, 1 / train.max_steps), train.warmup)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        state.optimizer.step()
-        changes = {"lr": lr} if adversary is None else {"lr": lr} | adversary.step(report)
-        update_ema(state.ema, state.codec.vae, ema_decay(train.ema_decay, state.step))
-        changes |= self.objective.after_step(state.step, report)
-        state.step += 1
-        state.bad_steps = 0
+        changes = {"lr": self.state.move_weights(self.config.train, self.progress)}
+        if adversary is not None:
+            changes |= adversary.step(report)
+        changes |= self.objective.after_step(self.state.step, report)
+        self.state.step += 1
+        self.state.bad_steps = 0
         return changes
 
     def _skip(self, bad: list[str]) -> None:
@@ -209,7 +207,7 @@ class Trainer:
         state.bad_steps += 1
         if state.bad_steps < BAD_STEPS_BEFORE_ROLLBACK:
             return
-        saved = newest_checkpoint(self.output / "checkpoints", self.accelerator)
+        saved = preflight.newest_checkpoint(self.output / "checkpoints", self.accelerator)
         assert saved is not None  # a run begins with one
         if state.rollbacks == ROLLBACKS_BEFORE_GIVING_UP:
             raise Diverged(

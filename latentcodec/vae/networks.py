@@ -102,7 +102,7 @@ class Decoder(nn.Module):
 
 
 def _run(network: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), keeping only its input for the backward pass where gradient checkpointing is on."""
+    """layer(x); with gradient checkpointing only x is kept for the backward pass, which runs the layer again."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
         return cast(Callable[..., Tensor], network._gradient_checkpointing_func)(layer, x)
     return layer(x)

@@ -246,6 +246,18 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_decoded():
         decode_image(whole[:start] + scan * 5000 + b"\xff\xd9")
 
 
+@pytest.mark.parametrize("options", [{}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}], ids=["plain", "extended"])
+def test_a_webp_that_is_broken_behind_its_picture_is_read_with_a_note(options):
+    whole = encoded(picture(), "WEBP", lossless=True, **options)
+    longer = whole[:4] + struct.pack("<I", len(whole) + 100) + whole[8:]
+    for file in (longer, longer + b"EXIF\xff\0\0\0abc", whole[:-1] if not options else longer):
+        with collect_notes() as notes:
+            assert torch.equal(decode_image(file, name="photo"), decode_image(picture()))
+        assert notes[0] == "photo: a length beyond the end of the file; its picture is whole"
+    with pytest.raises(UnreadableImage):
+        decode_image(whole[: len(whole) // 2])
+
+
 def test_a_gif_of_40_bytes_has_no_canvas_of_80_million_pixels():
     head = b"GIF89a" + struct.pack("<HHBBB", 9000, 9000, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     file = head + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0;"

@@ -108,3 +108,19 @@ def test_the_command_ends_with_3_for_a_regression(command, tmp_path, capsys):
     assert command([str(paths[0]), str(paths[0])]) == 0
     assert command([str(paths[0]), str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def test_subfolders_are_scored_by_themselves():
+    from latentcodec.report.page import Page
+    from latentcodec.report.pages.reconstruction import _groups
+
+    entries = [
+        {"group": "faces", "psnr": 30.0},
+        {"group": "faces", "psnr": 32.0},
+        {"group": "lines", "psnr": None},
+    ]
+    page = Page("a", "b")
+    _groups(page, {"codec": entries})
+    assert page.blocks[1]["rows"] == [["codec", "31.00", "-"]]
+    _groups(page, {"codec": entries[:2]})
+    assert len(page.blocks) == 2

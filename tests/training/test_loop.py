@@ -412,7 +412,7 @@ def below_a_file(path: Path) -> Path:
         ({"data.path": "/nowhere/at/all"}, ["/nowhere/at/all"]),
         ({"data.path": only_corrupt_images}, ["{data.path}", "validation images"]),
         ({"data.path": only_corrupt_images, "data.val_images": 0}, ["{data.path}"]),
-        ({"data.path": tiny_images}, ["{data.path}", "8 x 8", "data.val_path"]),
+        ({"data.path": tiny_images}, ["{data.path}", "smaller than 11 pixels", "data.val_path"]),
         ({"data.val_images": 12}, ["data.val_images"]),
         ({"output_dir": a_file}, ["error: no checkpoints", "{output_dir}", "is a file"]),
         ({"output_dir": below_a_file}, ["error: no checkpoints", "file.txt is a file"]),

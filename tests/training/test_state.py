@@ -10,6 +10,7 @@ import torch
 from small_runs import differing, everything, new_trainer, small, start, state, train, write_images
 
 from latentcodec.training.checkpoint import newest
+from latentcodec.training.losses.regularizers import RegularizerConfig
 from latentcodec.training.state import saved_state
 
 OLD = Path(__file__).with_name(
@@ -29,8 +30,8 @@ def old_config(output):
         config,
         model=replace(config.model, latent_channels=2, block_out_channels=[4, 4]),
         data=replace(config.data, path=None),
-        regularizer=replace(
-            config.regularizer, latent_noise_share=0.0, interpolative_noise=0.0, additive_noise=0.0
+        regularizer=RegularizerConfig(
+            equivariance_probability=0.5, low_resolution_probability=0.25, scale_equivariance_weight=0.1
         ),
         discriminator=replace(config.discriminator, channels=4),
     )
@@ -49,7 +50,7 @@ def test_a_checkpoint_of_the_layout_before_is_resumed_and_ends_as_a_run_of_today
     ):
         for key, value in saved.tensors(name).items():
             assert torch.equal(module.state_dict()[key], value), f"{name}.{key}"
-    assert resumed.rate.state_dict() == saved.state["rate"]
+    assert saved.state["rate"].items() <= resumed.rate.state_dict().items()
     assert resumed.adversary.numbers() == saved.state["adversary"]
     train(trainer)
     today = start(old_config(tmp_path / "today"))

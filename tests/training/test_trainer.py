@@ -236,7 +236,7 @@ def test_a_resume_removes_the_checkpoints_that_a_kill_kept_from_being_removed(tm
 def test_a_checkpoint_from_before_muon_names_who_can_resume_it(tmp_path, images, monkeypatch):
     config = small(tmp_path / "run", images)
     old = {key: value for key, value in preflight.fixed_settings(config).items() if key != "optimizer"}
-    monkeypatch.setattr("latentcodec.training.trainer.fixed_settings", lambda config: old)
+    monkeypatch.setattr("latentcodec.training.preflight.fixed_settings", lambda config: old)
     start(config)
     with pytest.raises(ValueError, match="earlier version, before Muon, and only that version resumes it"):
         new_trainer(config)

@@ -1,6 +1,6 @@
 """The functions of `ops/pointwise.py` for float32 and bfloat16 on CPUs, in native code (`pointwise.cpp`).
 
-Activations other than SiLU, and dtypes other than these two, are left to the functions in torch.
+Activations other than SiLU, root-mean-square norms and dtypes other than these two are left to the functions in torch.
 
 Shapes: B batch, r rows and n pixels of a strip, W columns, C channels; strips are [B, r, W, C].
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
+from latentcodec.ops.pointwise import RMS, Activation, Kernels, Moments, Norm
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the native functions take, as they are told of it."""
@@ -72,8 +72,8 @@ class NativeKernels(Kernels):
     def moments(self, inner: bool = False) -> Moments:
         return NativeMoments(self.library)
 
-    def normalise_(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        if not _is_native(x, norm) or not out.is_contiguous():
+    def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
+        if isinstance(norm, RMS) or not _is_native(x, norm) or not out.is_contiguous():
             return super().normalise_(out, x, norm)
         x = x.contiguous()
         self.library.normalise(
@@ -86,9 +86,9 @@ class NativeKernels(Kernels):
         return None
 
     def window_(
-        self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | None
+        self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | RMS | None
     ) -> None:
-        if not _is_native(strip, norm):
+        if isinstance(norm, RMS) or not _is_native(strip, norm):
             return super().window_(out, above, strip, below, norm)
         strip = _with_dense_rows(strip)
         above = None if above is None else _with_dense_rows(above[:, -1:])

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from latentcodec.quality.latent_measures import HISTOGRAM
 from latentcodec.report import scales
 from latentcodec.report.page import Page
-from latentcodec.report.plots import INK, NEUTRAL, OURS, SECOND, SERIES, THIRD, panel, plot_style, series
+from latentcodec.report.pages.space import add_space
+from latentcodec.report.plots import INK, NEUTRAL, OURS, SECOND, THIRD, panel, plot_style, series
 from latentcodec.report.results import number, origin_facts
 
 TITLES = {
@@ -44,13 +45,16 @@ def build(data: Mapping[str, Any]) -> Page:
     )
     page.scales(scales.lines(measures, data["verdicts"]), SCALES_CAPTION)
     page.section("See for yourself", "Slide, flicker or subtract; the zoom shows single pixels.")
-    page.viewer(data["viewer"], data["pictures"], VIEWER_CAPTION)
+    zoom = (
+        4 if data["image_side"] <= 64 else 2 if data["image_side"] <= 128 else 0
+    )  # small ones could not be seen
+    page.viewer(data["viewer"], data["pictures"], VIEWER_CAPTION, zoom)
     strips = {strip["name"]: strip["pictures"] for strip in data["strips"]}
     _channels(page, data, strips)
     _distribution(page, data)
-    _bears(page, data, strips)
+    _bears(page, data, strips, zoom or 1)
     if "space" in data:
-        _space(page, data["space"])
+        add_space(page, data["space"], zoom)
     if data.get("training"):
         _training(page, data["training"])
     _how(page, data)
@@ -205,7 +209,7 @@ def _spectrum(data: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _bears(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any]) -> None:
+def _bears(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any], zoom: int) -> None:
     measures = data["measures"]
     page.section(
         "What it bears", "A generator hands over latents that are slightly wrong; a store rounds them."
@@ -232,31 +236,8 @@ def _bears(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any]) -> No
         f"{number(measures['int8_in_blocks_loss_db'], 3)} dB with one for each 16 x 16 cells. "
         f"Equivariance errors, which say little and are not judged by: {shown or 'not measured'}.",
     )
-    page.pictures(
-        [tuple(p) for p in strips["noise"]], "The middle of the median image, decoded from disturbed latents."
-    )
-
-
-def _space(page: Page, space: Mapping[str, Any]) -> None:
-    page.section("Space", "Latents without a place: every image is one point.")
-    names = space["label_names"]
-    points = [
-        {
-            "x": round(x, 3),
-            "y": round(y, 3),
-            "colour": SERIES[k % len(SERIES)],
-            "label": names[k] if names else "",
-        }
-        for x, y, k in space["points"]
-    ]
-    a, b = space["axes"]
-    page.atlas(space["sheet"], points, 31, 3.0, f"Channels {a} and {b}, those that the decoder needs "
-               "most, from -3 to 3; the others at their means. Point at the map to see what lies there.")  # fmt: skip
-    page.pictures(
-        [(space["draws"], "draws of N(0, I)"), (space["data"], "images")], "Decoded draws beside images."
-    )
-    page.pictures([tuple(p) for p in space["traversals"]], "One channel moved, the others at their means.")
-    page.pictures([tuple(p) for p in space["interpolations"]], "Straight lines between codes.")
+    caption = "The middle of the median image, decoded from disturbed latents."
+    page.pictures([tuple(p) for p in strips["noise"]], caption, zoom)
 
 
 def _training(page: Page, training: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The page and the table of `bench/reconstruction.py`: how much of an image survives one codec or several."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ def build(data: Mapping[str, Any]) -> Page:
     if "images" in data:
         page.section("Image by image", "A mean hides which images a codec is good at. These plots do not.")
         page.plots(_scores(data), SCORES_CAPTION)
+    _groups(page, data.get("images", {}))
     _beyond(page, codecs)
     page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
     images = f"{data['evaluated']} of {data['folder']}; {len(data['skipped'])} skipped"
@@ -183,6 +185,21 @@ def _scores(data: Mapping[str, Any]) -> list[tuple[Figure, str]]:
         left.legend(fontsize=8)
         right.legend(fontsize=8)
     return [(ranked, "PSNR of every image, sorted"), (against, "PSNR of every image against that of its KLT")]
+
+
+def _groups(page: Page, images: Mapping[str, Sequence[Entry]]) -> None:
+    """Means by subfolder, such as faces and line art, where there are several."""
+    names = sorted({entry["group"] for entries in images.values() for entry in entries if "group" in entry})
+    if len(names) < 2:
+        return
+    page.section("By folder", "What a codec is good at: the mean PSNR of each subfolder, in dB.")
+    rows = []
+    for codec, entries in images.items():
+        groups = [
+            [e["psnr"] for e in entries if e["group"] == name and e["psnr"] is not None] for name in names
+        ]
+        rows.append([codec, *(number(fmean(values), 2) if values else "-" for values in groups)])
+    page.table(["codec", *names], rows, "Images that came back unchanged are left out.")
 
 
 def _beyond(page: Page, codecs: Sequence[Entry]) -> None:

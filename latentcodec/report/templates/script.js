@@ -19,7 +19,7 @@ function startViewer(figure) {
   const [under, over, pan, divider, left, right] = [".under", ".over", ".pan", ".divider", ".left", ".right"].map(find);
   const modes = [...figure.querySelectorAll("[data-mode]")], zooms = [...figure.querySelectorAll("[data-zoom]")];
   let sample = samples[0], mode = "slider", timer = null;
-  let zoom = window.innerWidth > 900 ? 2 : 1;
+  let zoom = Number(figure.dataset.start) || (window.innerWidth > 900 ? 2 : 1);
 
   function draw() {
     const choose = select => sample.choices[select.selectedIndex] || sample.choices[0];

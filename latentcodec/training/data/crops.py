@@ -7,14 +7,14 @@ A crop is a pure function of (seed, position), whichever process cuts it. The st
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from latentcodec.pixels import UnreadableImage
+from latentcodec.pixels import UnreadableImage, collect_notes
 from latentcodec.randomness import Purpose, keyed_generator, numpy_generator
 from latentcodec.sources.images import ImageSource
 from latentcodec.sources.remote import Cell, RemoteSource
@@ -43,6 +43,7 @@ class Batch(TypedDict):
     pixels: Tensor  # [B, C, H, W] float32 in [-1, 1], contiguous
     position: Tensor  # [B] int64
     rejects: list[Reject]  # one for each unreadable image that had to be replaced here
+    notes: NotRequired[list[str]]  # on images that were used though something beside their pixels is broken
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,12 @@ class CropStream(Dataset[Batch | ValueError]):
     def __getitem__(self, positions: list[int]) -> Batch | ValueError:
         rejects: dict[Reject, None] = {}  # an ordered set
         try:
-            images = [self._read(position, rejects) for position in positions]
+            with collect_notes() as notes:
+                images = [self._read(position, rejects) for position in positions]
         except ValueError as error:
             return error
-        return self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejects))
+        batch = self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejects))
+        return {**batch, "notes": notes}
 
     def _read(self, position: int, rejects: dict[Reject, None]) -> Tensor:
         """The image at a position, or the next of its epoch's order that can be read."""

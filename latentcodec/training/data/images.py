@@ -13,7 +13,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentcodec.pixels import UnreadableImage
+from latentcodec.pixels import LeftOut, UnreadableImage, collect_notes
 from latentcodec.sources.images import EncodedSource, ImageSource, Place, open_source
 from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Reject, centre_crop, rejected
@@ -89,6 +89,17 @@ class TrainingImages:
     train: NDArray[np.int64]  # indices into source; empty for a remote source, which cannot be asked by index
     val_source: ImageSource
     val: NDArray[np.int64]  # indices into val_source
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What looks like an image of these sets and is not among them."""
+        both = [self.source] if self.source is self.val_source else [self.source, self.val_source]
+        return [item for source in both for item in source.left_out]
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of training and of validation images; of a remote set 0 are known to be trained on."""
+        return [len(self.train), len(self.val)]
 
     @cached_property
     def buckets(self) -> NDArray[np.int64]:
@@ -175,19 +186,28 @@ class HeldOut:
     images: list[Tensor]  # each [C, H, W] float32 in [-1, 1]
     names: list[str]
     rejects: list[Reject]
+    too_small: list[str]
+    """Names of images that are sound, but too small for a score."""
 
 
-def held_out(images: TrainingImages) -> HeldOut:
+def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     """Reads the validation images: whole, but centre-cropped to at most `val_resolution` on a side.
 
-    Raises `ValueError` when not one of them can be read.
+    One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is left out. Raises
+    `ValueError` when not one of them can be used.
     """
-    result = HeldOut([], [], [])
+    result = HeldOut([], [], [], [])
     for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
-            image = images.val_source.read(index)
+            with (
+                collect_notes()
+            ):  # training would meet them in a worker, and lists them; here they cost nothing
+                image = images.val_source.read(index)
         except UnreadableImage as error:
             result.rejects.append(rejected(images.val_source.name(index), error))
+            continue
+        if min(image.shape[-2:]) < smallest_side:
+            result.too_small.append(images.val_source.name(index))
             continue
         result.images.append(centre_crop(image, images.config.val_resolution))
         result.names.append(images.val_source.name(index))
@@ -195,6 +215,11 @@ def held_out(images: TrainingImages) -> HeldOut:
         first = result.rejects[0]
         raise ValueError(
             f"none of the validation images can be read, the first: {first.path}: {first.reason}"
+        )
+    if result.too_small and not result.images:
+        raise ValueError(
+            f"all {len(result.too_small)} validation images are smaller than {smallest_side} pixels a side, which a "
+            f"score needs, such as {result.too_small[0]}; give larger ones as data.val_path"
         )
     return result
 

@@ -9,22 +9,31 @@ images there are is in `images.py`, which one stands where in `order.py`. Shapes
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Batch, Cropping, CropStream, RemoteCropStream
-from latentcodec.training.data.images import TrainingImages
+from latentcodec.training.data.images import DataConfig, TrainingImages
 from latentcodec.training.data.order import BucketedOrder, EpochOrder, Positions
 from latentcodec.training.data.text import find_fonts
 from latentcodec.training.progress import counted
 from latentcodec.training.signals import held, shield_data_worker
 
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_RESERVE = 2  # times what the batches need: other processes, and other streams, use it too
 START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB
 START_PARTS = 8  # in which they are read
+
+
+class SharedMemoryWarning(UserWarning):
+    """Batches take a slower way, since shared memory is too small for them."""
 
 
 class Batches:
@@ -45,7 +54,7 @@ class Batches:
             self.waited_seconds += time.perf_counter() - asked
             if isinstance(batch, ValueError):
                 raise batch
-            yield batch
+            yield _as_tensors(batch)
             asked = time.perf_counter()
 
 
@@ -75,6 +84,8 @@ def training_batches(
     else:
         block = batch_size * accumulation * world_size
         stream = CropStream(images.source, _order(images, block), cropping)
+    side, channels = config.resolution, getattr(images.source, "channels", 3)
+    batch_bytes = 4 * channels * side * side * batch_size
     loader: DataLoader[Batch | ValueError] = DataLoader(
         stream,
         sampler=None if isinstance(stream, IterableDataset) else positions,
@@ -83,6 +94,7 @@ def training_batches(
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        collate_fn=_as_is if _fits_shared_memory(batch_bytes, config) else _as_arrays,
         generator=torch.Generator(),  # else starting the workers would draw from the global one
     )
     return Batches(loader)
@@ -101,6 +113,50 @@ def _order(images: TrainingImages, block: int) -> EpochOrder:
     if not images.config.buckets:
         return EpochOrder(images.train, resolution, images.seed)
     return BucketedOrder(images.train, images.buckets, resolution, images.seed, block)
+
+
+def _fits_shared_memory(batch_bytes: int, config: DataConfig) -> bool:
+    """Whether the batches that wait for the trainer fit into /dev/shm, through which workers send tensors.
+
+    Where it is full (containers have 64 MiB) a worker's batch is lost, and the trainer would wait for it for ever.
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except (AttributeError, OSError):  # no such folder, as on macOS and Windows, which do otherwise
+        return True
+    waiting = config.workers * (config.prefetch + 1) + 1
+    free = status.f_bavail * status.f_frsize
+    if config.workers == 0 or free >= SHARED_MEMORY_RESERVE * waiting * batch_bytes:
+        return True
+    note = (
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB, and {waiting} batches of {batch_bytes / 2**20:.1f} MiB may wait "
+        "for the trainer: they are sent through pipes instead, which is slower (docker run --shm-size=8g, or fewer "
+        "data.workers)"
+    )
+    warnings.warn(note, SharedMemoryWarning, stacklevel=3)
+    return False
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _as_arrays(batch: Any) -> Any:
+    """With arrays in place of tensors: they go through pipes, and need no shared memory."""
+    if isinstance(batch, ValueError):
+        return batch
+    return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _as_tensors(batch: Any) -> Batch:
+    """Undoes `_as_arrays`."""
+    return cast(
+        Batch,
+        {
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for key, value in batch.items()
+        },
+    )
 
 
 def _start_worker(worker: int) -> None:

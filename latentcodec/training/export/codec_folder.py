@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from diffusers import AutoencoderKL
 from jsonargparse.typing import NonNegativeInt
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import make_durable, move_folder, write_whole
-from latentcodec.latents import LatentStatistics, normalise, whiten, whitening
+from latentcodec.latents import LatentStatistics, by_one_scale, fold, per_channel, whitening
 from latentcodec.loading import CONFIG
 from latentcodec.quality.precision import certify
 from latentcodec.training.progress import phase
@@ -28,10 +29,10 @@ from latentcodec.training.progress import phase
 class FinishConfig:
     """What is done to the saved codec, beside measuring its latents."""
 
-    whiten: bool = False
-    """Fold a whitening into quant_conv and post_quant_conv: latents of unit variance, uncorrelated, ordered by the
-    pixels they explain, for every pipeline. Otherwise the statistics are numbers in the config, of which Stable
-    Diffusion reads one scale, SD3 and FLUX one shift and one scale, and SDXL those of exactly four channels."""
+    normalise: Literal["whitened", "per_channel", "one_scale"] = "per_channel"
+    """How the latents get zero mean and unit variance, folded into quant_conv and post_quant_conv so that every
+    pipeline sees it. whitened: uncorrelated, and ordered by the pixels they explain; per_channel: each by itself;
+    one_scale: one shift and one scale for all. A fine-tuned codec, and one with a teacher, keeps the numbers it has."""
     certificate_images: NonNegativeInt = 4
     """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
     the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
@@ -47,25 +48,41 @@ def finish(
     teacher. `crops` [C, H, W] in [-1, 1] for the certificate; without any, it is not measured.
     """
     sections = []
-    if statistics is not None and config.whiten:
-        whiten(vae, whitening(statistics))
-        sections.append(WHITENED)
-    elif statistics is not None:
-        normalise(vae, statistics)
-    vae.register_to_config(force_upcast=True)
+    if statistics is not None:
+        change, account = NORMALISATIONS[config.normalise]
+        fold(vae, change(statistics))
+        sections.append(f"## Latents\n\n{account} {FOLDED}")
+    upcasts = "force_upcast" in vae.config  # which only AutoencoderKL's pipelines look at
+    if upcasts:
+        vae.register_to_config(force_upcast=True)
     if crops:
         with phase("trying the codec in half precision"):
             certificate = certify(vae, crops)
-        vae.register_to_config(force_upcast=not certificate.float16_is_safe)
+        if upcasts:
+            vae.register_to_config(force_upcast=not certificate.float16_is_safe)
         sections.append(certificate.card())
     return "\n\n".join(sections)
 
 
-WHITENED = """## Latents
-
-Whitened: over the training crops the latents have zero mean, unit variance and no correlation, and each channel
-explains fewer pixels than the one before. The map is part of `quant_conv` and `post_quant_conv`, so no pipeline needs
-to scale or shift. The spread of the posterior is that of each channel by itself, to first order."""
+FOLDED = """The map is part of `quant_conv` and `post_quant_conv`, so no pipeline needs to scale or shift
+(`scaling_factor` 1, `shift_factor` 0)."""
+NORMALISATIONS = {
+    "whitened": (
+        whitening,
+        "Whitened: over the training crops the latents have zero mean, unit variance and no correlation, and each "
+        "channel explains fewer pixels than the one before. The spread of the posterior is that of each channel by "
+        "itself, to first order.",
+    ),
+    "per_channel": (
+        per_channel,
+        "Over the training crops each channel of the latents has zero mean and unit variance.",
+    ),
+    "one_scale": (
+        by_one_scale,
+        "Over the training crops all channels of the latents together have zero mean and unit variance.",
+    ),
+}
+"""By the values of `finish.normalise`: the map, and what the card says of it."""
 
 
 def write_codec(codec: LatentCodec, folder: Path, card: str) -> None:

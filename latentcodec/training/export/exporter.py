@@ -56,7 +56,8 @@ class Exporter:
         if self.accelerator.is_main_process and self.held_out.images:
             codec = LatentCodec(state.ema)
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
-            evaluation = evaluate(codec, counted(images, "validating", len(images), "image"))
+            bar = counted(images, "validating", len(images), "image")
+            evaluation = evaluate(codec, bar, names=self.held_out.names)
             latents, lines = self.regimes.look(codec, images)
             self.journal.validated(state.step, state.seconds, evaluation, latents)
             for text, failure in lines:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.quality.decoder_measures import Inspectable, decoded, decoder_spread, posteriors
+from latentcodec.quality.decoder_measures import decoded, decoder_spread, posteriors
 from latentcodec.quality.health import cut_windows, posterior_health
 from latentcodec.quality.verdicts import TABLE, Finding, findings
 
@@ -42,14 +41,13 @@ class Regimes:
         self, codec: LatentCodec, images: Sequence[Tensor]
     ) -> tuple[dict[str, float], list[tuple[str, bool]]]:
         """Of `images` [C, H, W]: numbers for metrics.jsonl, and lines to say, each with whether it is a failure."""
-        seen = cast(Inspectable, codec)
         x, _ = cut_windows(list(images[:MOST_IMAGES]), codec.downsampling_factor, WINDOW)
-        mean, std = posteriors(seen, x)
+        mean, std = posteriors(codec, x)
         if not (mean.isfinite().all() and std.isfinite().all()):
             return {}, [("the latents of the held-out images are not finite", True)]
         health = posterior_health(mean, std, codec.downsampling_factor)
         if len(x) > 1:  # there is no variance over one image
-            y = decoded(seen, mean, (x.shape[-2], x.shape[-1]))
+            y = decoded(codec, mean, (x.shape[-2], x.shape[-1]))
             health.measures["decoder_spread"] = decoder_spread(x.cpu(), y)
         found = {f.rule: f for f in findings(health.measures, health.channels) if f.rule in WATCHED}
         lines = [_entered(finding) for rule, finding in found.items() if rule not in self.broken]

@@ -91,7 +91,7 @@ class Objective:
             losses["lpips"], weights["lpips"] = self.lpips(y, target), loss.lpips_weight
         add("high_frequency", loss.high_frequency_weight, lambda: high_frequency_loss(y, target))
         add("low_frequency", loss.low_frequency_weight, lambda: low_frequency_loss(y, target))
-        add("round_trip", settings.round_trip_weight, lambda: self._round_trip(result, encode))
+        add("round_trip", settings.round_trip_weight, lambda: self._round_trip(result, inputs, encode))
         flattening, floor = settings.spectrum_flattening, settings.variance_expansion_floor
         add("spectrum", settings.spectrum_weight, lambda: spectrum_loss(result.latent, inputs.x, flattening))
         expansion = settings.variance_expansion_weight
@@ -128,9 +128,9 @@ class Objective:
         cells = result.mean[0, 0].numel()
         return kl_with_free_bits(per_channel, self.rate.reference.to(per_channel), cells, self.loss.free_bits)
 
-    def _round_trip(self, result: ForwardPass, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        deviation = self.rate.deviation.to(result.mean)
-        return round_trip_loss(encode(result.reconstruction), result.mean, deviation)
+    def _round_trip(self, result: ForwardPass, inputs: Inputs, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        decoded, deviation = inputs.transform_without_noise(result.mean), self.rate.deviation
+        return round_trip_loss(encode(result.reconstruction), decoded, deviation.to(decoded))
 
     def _scale_equivariance(
         self, result: ForwardPass, x: Tensor, draw: int, decode: Callable[[Tensor], Tensor]

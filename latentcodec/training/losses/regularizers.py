@@ -192,7 +192,7 @@ def add_noise(z: Tensor, noise: Tensor, level: Tensor, deviation: Tensor) -> Ten
 def round_trip_loss(again: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """[B]: the mean squared distance of two latents [B, c, h, w] in units of each channel's deviation [c].
 
-    `again` is the posterior's mean of the reconstruction, `mean` that of the image.
+    `again` is the posterior's mean of the reconstruction, `mean` that of the image, with the transforms of the step.
     """
     return ((again - mean) / deviation.clamp_min(1e-6).view(-1, 1, 1)).square().mean((1, 2, 3))
 

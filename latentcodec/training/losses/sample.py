@@ -39,12 +39,19 @@ class Inputs:
     noise: Tensor
     """[B, c, h, w]: standard normal, for the posterior's draw."""
     transforms: list[Transform]
-    """Latent -> latent, in this order, before the decoder."""
+    """Latent -> latent, in this order, before the decoder: what the target has gone through as well."""
     target: Tensor
     """[B, C, H', W']: what the reconstruction should be."""
+    latent_noise: Transform | None = None
+    """Latent -> latent, after the transforms: noise that the target knows nothing of."""
 
     def transform(self, z: Tensor) -> Tensor:
         """The latent as the decoder gets it."""
+        z = self.transform_without_noise(z)
+        return z if self.latent_noise is None else self.latent_noise(z)
+
+    def transform_without_noise(self, z: Tensor) -> Tensor:
+        """The latent that belongs to the target."""
         for step in self.transforms:
             z = step(z)
         return z
@@ -91,10 +98,9 @@ def draw_inputs(
     if warp is not None and warp.of_latent:
         target = warp_image(target, warp, f)
         transforms.append(lambda z: warp_latent(z, warp))
-    if config.latent_noise_share:
-        transforms.append(_latent_noise(config, seed, positions, deviation))
+    added = _latent_noise(config, seed, positions, deviation) if config.latent_noise_share else None
     noise = keyed_normal(seed, positions, cells, Purpose.POSTERIOR).to(x.device)
-    return Inputs(x, noise, transforms, target)
+    return Inputs(x, noise, transforms, target, added)
 
 
 def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, deviation: Tensor) -> Transform:

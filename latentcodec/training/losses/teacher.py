@@ -21,7 +21,9 @@ from einops import rearrange
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.latents import LatentSpace, posterior_parameters
 from latentcodec.training.losses.sample import ForwardPass, Inputs
+from latentcodec.vae.families import FLUX2
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 # The spread matters less than the place, and diffusion models look at the mode; but nothing else would hold the
@@ -29,8 +31,6 @@ from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 DEVIATION_SHARE = 0.01
 
 BATCH = 8  # images of the start that the teacher encodes at once
-
-NORMALISATION = ("latents_mean", "latents_std", "shift_factor", "scaling_factor")
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Lesson:
     """[B, c, h, w] float32."""
     logvar: Tensor
     """[B, c, h, w] float32."""
-    unit: Tensor
-    """[c, 1, 1]: the standard deviation of the teacher's latents."""
+    space: LatentSpace
+    """Whose deviations are the units of distance."""
     weights: dict[str, float]
     """The factor of each of `losses`."""
 
     def losses(self, result: ForwardPass) -> dict[str, Tensor]:
         """anchor and anchor_deviation, [B] each, means over an image's latent elements."""
         return {
-            "anchor": anchor_loss(result.mean, self.mean, self.unit),
+            "anchor": anchor_loss(self.space.pack(result.mean), self.space.pack(self.mean), self.space.std),
             "anchor_deviation": deviation_loss(result.logvar, self.logvar),
         }
 
@@ -78,7 +78,7 @@ class Teacher:
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [B, c, h, w] float32 of pixels [B, C, H, W]."""
         with self.autocast:
-            parameters = self.codec.vae.encode(x.to(self.codec.device)).latent_dist.parameters
+            parameters = posterior_parameters(self.codec.vae, x.to(self.codec.device))
         return mean_and_logvar(parameters)
 
     def latents(self, images: Sequence[Tensor]) -> Tensor:
@@ -91,11 +91,16 @@ class Teacher:
         if self.gives_latents:
             latent = sample_posterior(mean, logvar, inputs.noise)
             inputs = replace(inputs, transforms=[lambda _: latent, *inputs.transforms])
-        return Lesson(mean, logvar, self.codec.latents_std, self.weights), inputs
+        return Lesson(mean, logvar, LatentSpace.of(self.codec.vae), self.weights), inputs
 
     def hand_over(self, vae: AutoencoderKL) -> None:
         """Give `vae` the numbers that normalise the teacher's latents. Raises ValueError where it cannot use them."""
         ours, theirs = LatentCodec(vae), self.codec
+        if ours.family != theirs.family:
+            raise ValueError(
+                f"model.teacher is a {theirs.family.name}, the codec to be trained a {ours.family.name}: they cannot "
+                "share a latent space"
+            )
         for key in ("image_channels", "latent_channels", "downsampling_factor"):
             its, own = getattr(theirs, key), getattr(ours, key)
             if its != own:
@@ -103,7 +108,9 @@ class Teacher:
                     f"model.teacher has {key} {its}, the codec to be trained has {own}: they cannot share a "
                     "latent space"
                 )
-        vae.register_to_config(**{key: theirs.vae.config[key] for key in NORMALISATION})
+        vae.register_to_config(**{key: theirs.vae.config[key] for key in theirs.family.normalisation})
+        if theirs.family == FLUX2:
+            vae.bn.load_state_dict(theirs.vae.bn.state_dict())
 
     def drift(
         self,
@@ -115,13 +122,13 @@ class Teacher:
 
         `total` adds the sums up over the processes.
         """
-        offset, unit = self.codec.latents_mean, self.codec.latents_std
+        space = LatentSpace.of(self.codec.vae)
         sums = torch.zeros(7, self.codec.latent_channels, dtype=torch.float64, device=self.codec.device)
         for x in batches:
             with torch.no_grad(), self.autocast:
-                student = vae.encode(x).latent_dist.mode()
-            pair = torch.stack([student.float(), self.posterior(x)[0]])
-            s, t = rearrange((pair - offset) / unit, "two b c h w -> two c (b h w)").double()
+                student = mean_and_logvar(posterior_parameters(vae, x))[0]
+            pair = torch.stack([space.normalise(raw) for raw in (student, self.posterior(x)[0])])
+            s, t = rearrange(pair, "two b c h w -> two c (b h w)").double()
             products = [torch.ones_like(s), s, t, s * s, t * t, s * t, (s - t).square()]
             sums += torch.stack(products).sum(-1)
         if total is not None:

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
-from latentcodec.latents import latent_statistics, whiten, whitening
+from latentcodec.latents import fold, latent_statistics, whitening
 
 POSTERIOR_STD = 0.01  # of new latents, in units of their own deviation, as in the linear start
 BATCH = 8  # crops to encode at once
@@ -88,7 +88,7 @@ def _keep_latents(vae: AutoencoderKL, channels: int, x: Tensor) -> None:
     """Whiten, then merge the 1x1 convolutions into their neighbours and cut."""
     c = int(vae.config.latent_channels)
     had = {key: vae.config[key] for key in ("use_quant_conv", "use_post_quant_conv")}
-    whiten(vae, whitening(latent_statistics(vae, x.split(BATCH))))
+    fold(vae, whitening(latent_statistics(vae, x.split(BATCH))))
     last, quant = vae.encoder.conv_out, vae.quant_conv
     rows = torch.cat([torch.arange(channels), c + torch.arange(channels)])
     mix = quant.weight[rows, :, 0, 0]  # [2c', 2c]

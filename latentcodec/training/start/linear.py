@@ -31,6 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from latentcodec.quality.klt import KLT
+from latentcodec.vae.families import family_of
 from latentcodec.vae.layers import Attention, DownStage, ResnetBlock2D, Stage, UpStage
 from latentcodec.vae.networks import Decoder, Encoder, downsampling_factor
 
@@ -48,6 +49,10 @@ def zero_residuals(vae: AutoencoderKL) -> None:
             _zero(module.conv2)
         elif isinstance(module, Attention):
             _zero(cast(nn.Linear, module.to_out[0]))
+        elif family_of(vae).has_frames and hasattr(module, "conv_shortcut"):
+            _zero(module.conv2)
+        elif family_of(vae).has_frames and hasattr(module, "to_qkv"):
+            _zero(module.proj)
 
 
 @torch.no_grad()

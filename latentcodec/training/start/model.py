@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.training.losses.sample import ForwardPass
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import phase
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
+from latentcodec.training.start.architecture import architecture
 from latentcodec.training.start.linear import linear_start, zero_residuals
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.families import KL, family_of
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 
@@ -92,8 +94,11 @@ class ModelConfig:
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether the latents are those of another codec, whose normalisation holds for this one too."""
-        return self.teacher is not None or (self.part == "decoder" and self.from_pretrained is not None)
+        """Whether another codec's normalisation holds for this one too: a teacher's or, if it has as many latent
+        channels, a parent's. Denoisers were made for those numbers."""
+        return self.teacher is not None or (
+            self.from_pretrained is not None and self.adapt.latent_channels is None
+        )
 
 
 def load_parent(config: ModelConfig) -> AutoencoderKL | None:
@@ -101,10 +106,12 @@ def load_parent(config: ModelConfig) -> AutoencoderKL | None:
     if config.from_pretrained is None:
         return None
     vae = LatentCodec.from_pretrained(config.from_pretrained, config.subfolder).vae.float()
-    if vae.config.in_channels != vae.config.out_channels:
+    family = family_of(vae)
+    taken, given = family.image_channels(vae.config), family.output_channels(vae.config)
+    if taken != given:
         raise ValueError(
-            f"model.from_pretrained {config.from_pretrained} takes images of {vae.config.in_channels} channels and "
-            f"gives {vae.config.out_channels}: it cannot be trained to reconstruct"
+            f"model.from_pretrained {config.from_pretrained} takes images of {taken} channels and "
+            f"gives {given}: it cannot be trained to reconstruct"
         )
     return vae
 
@@ -121,7 +128,19 @@ def image_channels(config: ModelConfig, parent: AutoencoderKL | None) -> int:
     """C, of the images that will be trained on."""
     if parent is None:
         return config.image_channels
-    return config.adapt.image_channels or int(parent.config.in_channels)
+    return config.adapt.image_channels or family_of(parent).image_channels(parent.config)
+
+
+def downsampling_factors(config: ModelConfig, parent: Any, teacher: Teacher | None) -> tuple[int, int]:
+    """Pixels, along each side, per raw latent cell and per latent cell, of the model that is going to be trained."""
+    if parent is not None:
+        family, arguments = family_of(parent), parent.config
+    elif teacher is not None:
+        family = teacher.codec.family
+        arguments = architecture(config, family, teacher.codec.vae.config)
+    else:
+        family, arguments = KL, architecture(config, KL, {})
+    return family.raw_factor(arguments), family.downsampling_factor(arguments)
 
 
 def new_vae(
@@ -130,17 +149,21 @@ def new_vae(
     teacher: Teacher | None,
     crops: Callable[[], Sequence[Tensor]],
 ) -> AutoencoderKL:
-    """The AutoencoderKL that training starts from, float32 on the CPU: `parent`, in place, or a new one.
+    """The VAE that training starts from, float32 on the CPU: `parent`, in place, or a new one of the teacher's class.
 
     `crops` gives training crops [C, H, W] of one size; it is called only where weights depend on them (the linear
     start, a change of latent channels). Raises ValueError naming the key that cannot be.
     """
-    vae = build(_architecture(config)) if parent is None else _adapted(parent, config.adapt, crops)
+    vae = _new(config, teacher) if parent is None else _adapted(parent, config.adapt, crops)
     if teacher is not None:
         teacher.hand_over(vae)
     if parent is None:
         zero_residuals(vae)
     if parent is None and config.init == "linear":
+        if (family := family_of(vae)).has_frames:
+            raise ValueError(
+                f"model.init linear needs group norms, and a {family.name} has none: set model.init default"
+            )
         images = crops()
         with phase("fitting the linear start to them"):
             linear_start(vae, images, None if teacher is None else teacher.latents(images))
@@ -154,31 +177,24 @@ def new_vae(
     return vae
 
 
-def _adapted(vae: AutoencoderKL, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> AutoencoderKL:
+def _new(config: ModelConfig, teacher: Teacher | None) -> Any:
+    """A new model with torch's default weights."""
+    if teacher is None:
+        return build(architecture(config, KL, {}))
+    family = teacher.codec.family
+    return build(architecture(config, family, teacher.codec.vae.config), family.name)
+
+
+def _adapted(vae: Any, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> Any:
+    if adapt != AdaptConfig() and family_of(vae) != KL:
+        raise ValueError(
+            f"model.adapt changes an {KL.name}, and model.from_pretrained is a {type(vae).__name__}"
+        )
     if adapt.image_channels is not None:
         change_image_channels(vae, adapt.image_channels)
     if adapt.latent_channels is not None:
         change_latent_channels(vae, adapt.latent_channels, crops)
     return vae
-
-
-def _architecture(config: ModelConfig) -> dict[str, object]:
-    stages = len(config.block_out_channels)
-    return {
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * stages,
-        "up_block_types": ["UpDecoderBlock2D"] * stages,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_num_groups,
-        "mid_block_add_attention": config.mid_block_add_attention,
-        "use_quant_conv": config.use_quant_conv,
-        "use_post_quant_conv": config.use_quant_conv,
-        "sample_size": 2 ** (stages - 1) * 32,
-        "force_upcast": False,
-    }
 
 
 class TrainedCodec(nn.Module):
@@ -192,11 +208,10 @@ class TrainedCodec(nn.Module):
         super().__init__()
         self.vae = vae
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
-        self.downsampling_factor = downsampling_factor(vae.config)
 
     def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> ForwardPass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
-        mean, logvar = mean_and_logvar(self.vae.encode(x).latent_dist.parameters)
+        mean, logvar = mean_and_logvar(posterior_parameters(self.vae, x))
         latent = sample_posterior(mean, logvar, noise)
-        reconstruction = self.vae.decode(transform(latent)).sample.float()
+        reconstruction = decode_raw(self.vae, transform(latent)).float()
         return ForwardPass(mean, logvar, latent, reconstruction, self.log_scale)

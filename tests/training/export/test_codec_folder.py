@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import LatentStatistics, latent_statistics, whiten, whitening
+from latentcodec.latents import LatentStatistics, fold, latent_statistics, whitening
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.precision import certify, extreme_images
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
@@ -107,20 +107,33 @@ def test_moments_of_two_processes_are_those_of_one():
         assert torch.allclose(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-9), name
 
 
-# ---- numbers in the config ----
+# ---- one scale, and each channel by itself ----
 
 
-def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_path):
-    vae, x = random_vae(), pictures(16)
-    assert finish(vae, FinishConfig(), latent_statistics(vae, [x]), []) == ""
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("normalise", ["per_channel", "one_scale"])
+def test_folded_latents_have_unit_variance_for_the_codec_and_in_pipelines(tmp_path, normalise, quant):
+    vae, x = random_vae(quant), pictures(16)
+    before = raw(vae, x)
+    y, std = vae.decode(before).sample, vae.encode(x).latent_dist.std
+    finish(vae, FinishConfig(normalise=normalise), latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
-    z = cells(LatentCodec.from_pretrained(tmp_path / "codec").encode(x))
-    assert z.mean(1).abs().max() < 1e-5
-    assert (z.std(1, correction=0) - 1).abs().max() < 1e-5
+    codec = LatentCodec.from_pretrained(tmp_path / "codec")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
-    z = (raw(stock, x) - stock.config.shift_factor) * stock.config.scaling_factor  # as SD3 and FLUX have it
-    assert z.mean().abs() < 1e-5
-    assert abs(z.std(correction=0).item() - 1) < 1e-5
+    numbers = [stock.config[key] for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+    assert numbers == [1, 0, None, None]
+    z = raw(stock, x)
+    assert (codec.encode(x) - z).abs().max() < 1e-4
+    if normalise == "per_channel":
+        assert cells(z).mean(1).abs().max() < 1e-4
+        assert (cells(z).std(1, correction=0) - 1).abs().max() < 1e-4
+    else:  # directions and relative spreads stay
+        assert z.mean().abs() < 1e-4
+        assert abs(z.std(correction=0).item() - 1) < 1e-4
+        assert torch.allclose(z.std() * (before - before.mean()) / before.std(), z, atol=1e-3)
+    scale = cells(before).std(1) / cells(z).std(1)  # the posterior's spread is scaled exactly
+    assert torch.allclose(codec.posterior(x)[1] * scale[:, None, None].float(), std, rtol=1e-3)
+    assert (stock.decode(z).sample - y).abs().max() < 1e-4 * (y.max() - y.min())
 
 
 # ---- the whitening ----
@@ -130,7 +143,7 @@ def test_measured_numbers_give_unit_variance_to_the_codec_and_to_pipelines(tmp_p
 def test_whitening_leaves_every_reconstruction_as_it_was(quant):
     vae = random_vae(quant)
     white = copy_of(vae)
-    whiten(white, whitening(latent_statistics(vae, [pictures(16)])))
+    fold(white, whitening(latent_statistics(vae, [pictures(16)])))
     for size in ((32, 32), (37, 50), (5, 3)):  # odd sizes, and images that are all border
         x = pictures(2, 64, seed=1)[:, :, : size[0], : size[1]]
         ours, theirs = LatentCodec(white), LatentCodec(vae)
@@ -141,7 +154,7 @@ def test_whitening_leaves_every_reconstruction_as_it_was(quant):
 @pytest.mark.parametrize("quant", [False, True])
 def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
     vae, x = random_vae(quant), pictures(16)
-    finish(vae, FinishConfig(whiten=True), latent_statistics(vae, [x]), [])
+    finish(vae, FinishConfig(normalise="whitened"), latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
     assert stock.config.latents_mean is None  # of which SDXL's pipelines read exactly four
@@ -153,7 +166,7 @@ def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
 
 def test_whitened_channels_are_ordered_by_the_pixels_they_explain():
     vae, x = random_vae(), pictures(16)
-    whiten(vae, whitening(latent_statistics(vae, [x])))
+    fold(vae, whitening(latent_statistics(vae, [x])))
     patterns = latent_statistics(vae, [x]).pixels  # [C f f, c]: pixels per unit of each channel
     energy = patterns.square().sum(0)
     assert (energy.diff() <= 1e-4 * energy[0]).all()
@@ -169,7 +182,7 @@ def test_whitening_finds_the_principal_components_in_any_mixture_of_them():
     mixed = copy_of(vae)
     turn = torch.linalg.qr(torch.randn(C_, C_)).Q
     mixed.encoder.conv_out.weight[:C_] = torch.einsum("ab,bkij->akij", turn, vae.encoder.conv_out.weight[:C_])
-    whiten(mixed, whitening(latent_statistics(mixed, [x])))
+    fold(mixed, whitening(latent_statistics(mixed, [x])))
     found, expected = cells(raw(mixed, x)), cells(raw(vae, x))
     assert (found * expected).mean(1)[
         :3
@@ -183,7 +196,7 @@ def test_log_variances_of_a_mere_rescaling_are_exact():
         statistics.mean, torch.diag(statistics.std**2), statistics.logvar, torch.eye(C_).double()
     )
     before = vae.encode(x).latent_dist
-    whiten(vae, whitening(apart))
+    fold(vae, whitening(apart))
     after = vae.encode(x).latent_dist.logvar.mean((0, 2, 3))
     expected = (before.logvar - 2 * statistics.std.log()[:, None, None].float()).mean(
         (0, 2, 3)
@@ -195,7 +208,7 @@ def test_log_variances_of_a_rotation_are_closer_to_the_marginal_ones_than_any_co
     vae, x = random_vae(), pictures(8)
     variance = cells(vae.encode(x).latent_dist.var)
     change = whitening(latent_statistics(vae, [x]))
-    whiten(vae, change)
+    fold(vae, change)
     found = cells(vae.encode(x).latent_dist.logvar)
     marginal = (change.matrix.square() @ variance).log()
     assert (found <= marginal + 1e-4).all()  # it is a tangent of a convex function
@@ -207,7 +220,7 @@ def test_a_dead_channel_is_not_blown_up():
     vae, x = random_vae(), pictures(8)
     vae.encoder.conv_out.weight[2] = 0
     parent = copy_of(vae)
-    whiten(vae, whitening(latent_statistics(vae, [x])))
+    fold(vae, whitening(latent_statistics(vae, [x])))
     assert raw(vae, x).abs().max() < 100
     assert vae.quant_conv.weight.abs().max() < 1e4
     y = parent.decode(raw(parent, x)).sample
@@ -271,7 +284,7 @@ def test_extreme_images_hold_only_black_and_white():
 def test_a_run_ends_with_a_whitened_certified_codec(tmp_path):
     images = write_images(tmp_path / "images")
     config = small(tmp_path / "run", images, max_steps=2, checkpoint_every=1)
-    config = replace(config, finish=FinishConfig(whiten=True, certificate_images=2))
+    config = replace(config, finish=FinishConfig(normalise="whitened", certificate_images=2))
     train(start(config), stop_at=1)
     halfway = AutoencoderKL.from_pretrained(tmp_path / "run/codec")
     assert halfway.config.force_upcast is True

@@ -177,6 +177,21 @@ def test_scale_equivariance_is_the_likelihood_of_the_small_pair_per_pixel_channe
     torch.testing.assert_close(losses["scale_equivariance"], expected)
 
 
+def test_a_round_trip_is_compared_with_the_latent_that_was_decoded_before_its_noise():
+    """Also where the step has warped it: then the reconstruction has another size than the image."""
+    regularizer = RegularizerConfig(
+        round_trip_weight=1.0, equivariance_probability=1.0, latent_noise_share=1.0, additive_noise=0.5
+    )
+    objective, x = new_objective(regularizer=regularizer), images()
+    result, inputs = new_pass(x), objective.inputs(x, torch.arange(3), 0)
+    (warp,) = inputs.transforms
+    shape = warp(result.mean).shape
+    assert shape != result.mean.shape
+    result = result._replace(reconstruction=inputs.target)
+    losses, _ = objective.losses(result, inputs, 0, 0, never, lambda y: warp(result.mean) + 2)
+    torch.testing.assert_close(losses["round_trip"], torch.full((3,), 4.0))
+
+
 def test_measures_are_means_without_gradient():
     objective, x = new_objective(LossConfig(learn_scale=True)), images()
     result = new_pass(x)

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
-from latentcodec.latents import Whitening, latent_statistics, whiten
+from latentcodec.latents import Normalisation, fold, latent_statistics
 from latentcodec.training.config import Config, parse
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.objective import Inputs
@@ -141,10 +141,10 @@ def test_contradicting_keys_are_named(settings, message):
         ModelConfig(**settings)
 
 
-def test_a_whitening_that_would_leave_the_kept_latents_is_refused(tmp_path, images):
-    model = ModelConfig(from_pretrained="x", part="decoder")
-    with pytest.raises(ValueError, match=r"finish\.whiten"):
-        replace(run_of(tmp_path, images, model), finish=FinishConfig(whiten=True))
+@pytest.mark.parametrize("settings", [dict(from_pretrained="x"), dict(teacher="x")])
+def test_a_normalisation_that_would_leave_the_kept_latents_is_refused(tmp_path, images, settings):
+    with pytest.raises(ValueError, match=r"finish\.normalise whitened would change"):
+        replace(run_of(tmp_path, images, ModelConfig(**settings)), finish=FinishConfig(normalise="whitened"))
 
 
 # ---- other image channels ----
@@ -282,7 +282,8 @@ def test_an_adapted_codec_trains(tmp_path, images):
     train(trainer)
     codec = LatentCodec.from_pretrained(tmp_path / "run/codec")
     assert (codec.image_channels, codec.latent_channels) == (1, 6)
-    assert len(codec.vae.config.latents_std) == 6
+    assert len(codec.latents_std) == 6
+    assert (codec.vae.config.scaling_factor, codec.vae.config.shift_factor) == (1, 0)  # folded
 
 
 @pytest.mark.parametrize(
@@ -354,9 +355,9 @@ def test_the_linear_start_of_a_student_is_the_teachers_where_that_is_linear():
     x = torch.stack(pictures)
     linear = tiny(block_out_channels=[16, 16, 16])
     linear_start(linear, pictures)
-    whiten(
+    fold(
         linear,
-        Whitening(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
+        Normalisation(*(torch.randn(4, 4).double() for _ in "WV"), torch.randn(4).double(), torch.zeros(4)),
     )
     linear.register_to_config(scaling_factor=1 / latent_statistics(linear, [x]).std.mean().item())
     teacher = teacher_of(linear)
@@ -459,7 +460,9 @@ def test_two_processes_fine_tune_and_finish_as_one_does(tmp_path, images, follow
     ours, theirs = (LatentCodec.from_pretrained(tmp_path / name / "codec") for name in ("two", "one"))
     assert torch.allclose(ours.latents_mean, theirs.latents_mean, atol=1e-4)
     assert torch.allclose(ours.latents_std, theirs.latents_std, rtol=1e-4)
-    assert (theirs.vae.config.latents_std is None) == (follows != "nobody")
+    parent = LatentCodec.from_pretrained(source)
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        assert ours.vae.config[key] == parent.vae.config[key]
     drifts = [reported(tmp_path / name, "latent_drift") for name in ("one", "two")]
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
     assert bool(drifts[0]) == (follows != "nobody")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoencoder import CONFIGS, pair
+from stock_pairs import CONFIGS, pair
 from torch import nn
 
 from latentcodec.engine.layers import Upsample, norm_act

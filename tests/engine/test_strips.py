@@ -9,47 +9,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 from safetensors.torch import save_file
-from test_autoencoder import CONFIGS, config, pair
+from stock_pairs import CONFIGS, config, differences, pair, whole_and_strips
+from torch._inductor.exc import InductorError
 
 from latentcodec.adopt import adopt, optimize_vae, restore_vae
 from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
-from latentcodec.ops import onednn
+from latentcodec.ops import onednn, pointwise
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments
 
 WHOLE = 1 << 30  # bytes: the image is one strip
-
-
-def whole_and_strips(configuration, batch=1, height=40, width=24, **settings):
-    """(diffusers' moments and image, ours) of one random image and one random latent."""
-    reference, ours = pair(configuration)
-    f = 2 ** (len(configuration["block_out_channels"]) - 1)
-    x = torch.rand(batch, ours.config.in_channels, height, width) * 2 - 1
-    z = torch.randn(batch, ours.config.latent_channels, max(2, height // f), max(2, width // f))
-    run = StripPass(
-        **{
-            "dtype": torch.float32,
-            "kernels": REFERENCE_KERNELS,
-            "strip_bytes": 1,
-            "keeps": True,
-            "score_bytes": 1 << 20,
-            "scratch": torch.empty(0),
-        }
-        | settings
-    )
-    with torch.inference_mode():
-        expected = reference.encoder(x), reference.decoder(z)
-        actual = run.encode(ours.encoder, x), run.decode(ours.decoder, z)
-    return expected, [torch.cat(parts, 1).permute(0, 3, 1, 2) for parts in actual]
-
-
-def differences(expected, actual):
-    """Largest difference in units of the range; infinite for another shape."""
-    return [
-        ((a - e).abs().max() / (e.max() - e.min())).item() if a.shape == e.shape else float("inf")
-        for e, a in zip(expected, actual, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "made again"])
@@ -401,3 +371,20 @@ def test_tiling_and_slicing_change_nothing():
         ours.enable_tiling()
         ours.enable_slicing()
         assert (ours(x).sample - before).abs().max() <= 1e-5
+
+
+# ---- the fused functions
+
+
+def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, caplog):
+    def fail(*_):
+        raise InductorError(RuntimeError("Python.h: No such file"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
+    compiled = pointwise.compiled_function(sums)
+    x, pivot = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 1, 4)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(compiled(x, pivot), sums(x, pivot))
+        assert torch.equal(compiled(x, pivot), sums(x, pivot))
+    assert caplog.text.count("Python.h") == 1

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from small_runs import small, start, train, write_images
-from test_autoencoder import CONFIGS, pair
+from stock_pairs import CONFIGS, pair
 
 from latentcodec.adopt import optimize_vae
 from latentcodec.engine import cuda_graphs, plan

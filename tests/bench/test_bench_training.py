@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from small_runs import small, start, train, write_images
 from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / "bench/training.py"
+SCRIPT = Path(__file__).parents[2] / "bench/training.py"
 ARCHITECTURE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -214,3 +214,25 @@ def test_a_peak_below_what_the_run_did_is_pointed_out(training, tmp_path, capsys
         monkeypatch.setattr(training, "peak_rate", lambda dtype, device, peak=peak: peak)
         training.main(command)
         assert ("the machine is busier" in capsys.readouterr().out) == pointed_out
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", b"[1]\n"),
+        ("metrics.jsonl", b'{"images_per_second": 1}\n'),
+        ("metrics.jsonl", b"\xff\xfe\n\n"),
+        ("metrics.jsonl", b'{"images_per_second": "x", "step_seconds": null}\n'),
+        ("config.yaml", b"[1, 2]"),
+        ("config.yaml", b"{"),
+        ("config.yaml", b"train: 1\ndata: 2\nmodel: 3\n"),
+        ("codec/config.json", b"{"),
+        ("codec/config.json", b"[]"),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line_that_names_it(file, content, training, tmp_path):
+    folder = write_run(tmp_path / "run", [(1.0, 0.1, 1.0)] * 3)
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
+        training.read(folder, None)
+    assert "\n" not in str(caught.value)

@@ -1,66 +1,17 @@
 """Our Encoder and Decoder are diffusers' own, number for number and key for key, in every public configuration."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
+from stock_pairs import CONFIGS, config, pair
 
 from latentcodec.adopt import adopt, build, optimize_vae
 from latentcodec.vae.networks import Decoder, Encoder, downsampling_factor
 
-FROZEN_KEYS = Path(__file__).parent / "data" / "state_dict_keys.json"
-
-
-def config(channels=(16, 32), layers=1, latent=4, groups=8, down=None, up=None, **others):
-    """An AutoencoderKL configuration of as many stages as there are widths."""
-    down = down or ["DownEncoderBlock2D"] * len(channels)
-    up = up or ["UpDecoderBlock2D"] * len(channels)
-    return dict(
-        down_block_types=down,
-        up_block_types=up,
-        block_out_channels=channels,
-        layers_per_block=layers,
-        latent_channels=latent,
-        norm_num_groups=groups,
-        **others,
-    )
-
-
-FLUX = dict(
-    latent=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
-)
-CONFIGS = {
-    "sd": config(channels=(16, 32, 32, 32), layers=2),
-    "sdxl": config(channels=(16, 32, 32, 32), layers=2, scaling_factor=0.13025),
-    "sd3": config(channels=(16, 32, 32, 32), layers=2, **FLUX),
-    "flux": config(channels=(16, 32, 32, 32), layers=2, **FLUX),
-    "photo-f8c16": config(channels=(32, 64, 96, 128), **FLUX, mid_block_add_attention=False),
-    "one image channel": config(in_channels=1, out_channels=1),
-    "five image channels": config(in_channels=5, out_channels=5),
-    "unequal image channels": config(in_channels=4, out_channels=3),
-    "three layers": config(layers=3),
-    "f4": config(channels=(16, 16, 32)),
-    "f16": config(channels=(8, 16, 16, 16, 32), latent=32),
-    "f32": config(channels=(8, 8, 16, 16, 16, 16), latent=64),
-    "attention in the stages": config(
-        channels=(16, 32),
-        down=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
-        up=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
-    ),
-    "gelu": config(act_fn="gelu"),
-    "f1": config(channels=(16,)),
-}
-
-
-def pair(configuration):
-    """diffusers' own model and ours, with equal random weights, biases and norm weights included."""
-    reference = AutoencoderKL(**configuration).eval()
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-    return reference, adopt(copy.deepcopy(reference))
+FROZEN_KEYS = Path(__file__).parent / "state_dict_keys.json"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoencoder import CONFIGS
-from test_strips import differences, whole_and_strips
+from stock_pairs import CONFIGS, differences, whole_and_strips
 
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Norm
 

@@ -25,7 +25,7 @@ from latentcodec.report.page import Page
 from latentcodec.report.pages.throughput import headline
 from latentcodec.report.plots import INK, plot_style
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 CONFIG = {
     "block_out_channels": (8, 16),
     "norm_num_groups": 4,

@@ -1,0 +1,101 @@
+"""One image through Qwen-Image's or Wan's VAE: when it runs as a stream of strips, and when as plain layers.
+
+Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
+from latentcodec.engine.cuda_graphs import is_replayable, replayed
+from latentcodec.engine.plan import ATTENTION_MAPS, QUERIES_AT_ONCE, Engine, joined
+from latentcodec.engine.streams import StreamPass
+from latentcodec.ops.functional import is_ordinary
+from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
+
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
+STRIPS_A_BLOCK = 6  # that two convolutions have in hand: neighbours, results, and what goes around them
+
+
+@dataclass
+class ImageNetworks:
+    """Encoder and decoder of one VAE, for single images; the modules are diffusers' own."""
+
+    encoder: ImageEncoder
+    decoder: ImageDecoder
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    patch: int
+    """Pixels, along each side, that are made channels before the encoder and pixels again after the decoder."""
+    types: frozenset[type[nn.Module]]
+    """Of the modules as diffusers builds them."""
+    engine: Engine = field(default_factory=Engine)
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        """[B, C, H, W] -> the posterior's parameters [B, 2s, h, w]; None as `_run` says."""
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            return None  # the class's own error
+        x = to_channels(x, self.patch)
+        stages = [(x.shape[2] >> i, x.shape[3] >> i, stage) for i, stage in enumerate(self.encoder.stages)]
+        odd = x.shape[2] % 2 ** (len(stages) - 1) or x.shape[3] % 2 ** (len(stages) - 1)
+        if not min(stages[-1][:2]) or (odd and stages[0][2].shortcut is not None):
+            return None  # the class's own error
+        moments = self._run(self.encoder, x, stages, StreamPass.encode)
+        return None if moments is None else self.quant_conv(moments[:, :, None])[:, :, 0]
+
+    def decode(self, z: Tensor) -> Tensor | None:
+        """[B, s, h, w] -> [B, C, H, W], not clamped; None as `_run` says."""
+        z = self.post_quant_conv(z[:, :, None])[:, :, 0]
+        stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(self.decoder.stages)]
+        image = self._run(self.decoder, z, stages, StreamPass.decode)
+        return None if image is None else to_pixels(image, self.patch)
+
+    def _run(
+        self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any
+    ) -> Tensor | None:
+        """None where only the class itself knows what to do: compiling, hooks, adapters, layers that were replaced."""
+        if not is_ordinary(x) or torch_layers_are_replaced():
+            return None
+        if not all(is_unchanged(module, self.types) for module in modules_within(network.source)):
+            return None
+        if not self.engine.allows(x):
+            result: Tensor = network(x)
+            return result
+
+        def plan() -> Callable[[Tensor], list[Tensor]]:
+            return partial(direction, self._plan(x, stages), network)
+
+        maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
+        if self.engine.compiled and is_replayable(x, len(x) * maps * x.dtype.itemsize):
+            return replayed(network.source, x, plan, partial(joined, dtype=x.dtype))
+        with torch.inference_mode():
+            strips = plan()(x)
+        return joined(strips, x.dtype)
+
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]]) -> StreamPass:
+        """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""
+        device, dtype, bound = x.device.type, self.engine.dtype(x), self.engine.bound(x.device)
+        lowest = min(stages, key=lambda stage: stage[0] * stage[1])
+        widest = max(lowest[2].in_channels, lowest[2].out_channels)
+        attended = ATTENTION_MAPS * lowest[0] * lowest[1] * widest * len(x) * dtype.itemsize
+        score_bytes = min(4 * lowest[0] * lowest[1] * QUERIES_AT_ONCE[device], bound // 8)
+        blocks = sum(len(stage.resnets) for *_, stage in stages) + len(stages)
+        row_bytes = max(w * max(stage.in_channels, stage.out_channels) for _, w, stage in stages)
+        smallest = 2 * row_bytes * len(x) * dtype.itemsize
+        in_hand = STRIPS_A_BLOCK * blocks
+        strip_bytes = min(STRIP_BYTES[device], max(smallest, bound // in_hand))
+        needed = max(attended, in_hand * smallest)
+        if self.engine.max_memory is not None and needed > self.engine.max_memory:
+            raise ValueError(
+                f"max_memory {self.engine.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: it needs "
+                f"{needed:,}"
+            )
+        scratch = torch.empty(0, dtype=dtype, device=x.device)
+        return StreamPass(dtype, self.engine.kernels(x.device), strip_bytes, score_bytes, scratch)

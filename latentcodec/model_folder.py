@@ -1,0 +1,104 @@
+"""What is looked at in a model's folder before a library reads it: its JSON, its index, how large it claims to be.
+
+diffusers meets broken, hostile or doubtful files with tracebacks, hours of building, pickled weights or silence.
+
+Shapes: c latent channels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentcodec.files import read_regular
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LARGEST_JSON = 10_000_000  # bytes; an index of a thousand shards has fewer
+LARGEST_NUMBER = 2**20  # of any count or width in a configuration
+LARGEST_DEPTH = 1000  # layers of a stage, stages
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `ValueError` naming the file and the key that no VAE can have, before anything of it is built."""
+    config = read_json(folder / CONFIG)
+    check_numbers(config, str(folder / CONFIG))
+    for index in folder.glob("*.index.json"):
+        _check_index(folder, index)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says; raises `ValueError` naming it where that is nothing, or too much."""
+    try:
+        content = read_regular(file)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"{len(content):,} bytes, more than {LARGEST_JSON:,}")
+        return json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        )
+        raise ValueError(f"{file} is not a valid JSON file: {reason}") from error
+
+
+def check_numbers(config: Any, origin: str) -> None:
+    """Refuse sizes that would be built for hours, and normalisations that divide by nothing."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin} is not a JSON object")
+    for key, value in _numbers(config):
+        largest = LARGEST_DEPTH if "layers" in key or "num_res" in key else LARGEST_NUMBER
+        if not math.isfinite(value) or (isinstance(value, int) and abs(value) > largest):
+            shown = f"a number of {len(str(value))} digits" if isinstance(value, int) else value
+            raise ValueError(f"{origin}: {key} cannot be {shown}")
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) > LARGEST_DEPTH:
+            raise ValueError(f"{origin}: {key} cannot have {len(value):,} entries")
+    std = config.get("latents_std")
+    if isinstance(std, list) and not all(isinstance(s, int | float) and s > 0 for s in std):
+        raise ValueError(f"{origin}: latents_std must be positive numbers, not {std}")
+
+
+def variant_of(folder: Path) -> str | None:
+    """The name of the only variant of the weights in a folder that has none without a name, such as fp16.
+
+    Raises `ValueError` naming the files where there are several.
+    """
+    if (folder / WEIGHTS).is_file() or (folder / f"{WEIGHTS}.index.json").is_file():
+        return None
+    stem, suffix = WEIGHTS.split(".")
+    variants = sorted(file.name.split(".")[1] for file in folder.glob(f"{stem}.*.{suffix}"))
+    if len(variants) > 1:
+        files = ", ".join(str(folder / f"{stem}.{name}.{suffix}") for name in variants)
+        raise ValueError(f"{folder} holds weights of several variants; give the path of one of them: {files}")
+    return variants[0] if variants else None
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number in a configuration, with the key that it belongs to."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def _check_index(folder: Path, index: Path) -> None:
+    """The index of weights in several files: safetensors in this folder, all of them there."""
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} is no index of weights: it needs a weight_map from tensors to files")
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names {name}, which is no .safetensors file of this folder; pickled weights are not loaded, "
+                "they can run code"
+            )
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there")

@@ -1,0 +1,69 @@
+"""The examples that encode and train, in small: they run, learn, and leave what diffusers alone can load."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+
+from latentcodec.store import encode, prepare
+
+sys.path.append(str(Path(__file__).parents[1] / "store"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import encode_a_folder
+import train_on_latents
+from stores import SMALL, tiny_codec, write_pictures
+
+from latentcodec.pixels import load_image
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    codec = tiny_codec()
+    codec.vae.register_to_config(scaling_factor=8.0)  # about unit variance, as a trained codec's latents have
+    codec.save_pretrained(folder / "codec")
+    write_pictures(folder / "photos", 12, captions=True)
+    return folder
+
+
+def test_encode_a_folder(place, capsys, monkeypatch):
+    monkeypatch.setattr("latentcodec.store.job.physical_cores", lambda: 1)
+    arguments = [
+        str(place / "photos"),
+        "--codec",
+        str(place / "codec"),
+        "--out",
+        str(place / "latents"),
+        "--size",
+        "32",
+    ]
+    encode_a_folder.main(arguments)
+    out = capsys.readouterr().out
+    assert "12 pictures" in out
+    assert "torch.Size([8, 4, 8, 8])" in out
+    assert load_image(place / "decoded/000.png").shape == (1, 3, 32, 32)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and Accelerate's own
+def test_train_on_latents(place):
+    prepare(
+        [str(place / "photos")],
+        place / "store",
+        str(place / "codec"),
+        size=32,
+        posterior="mean and std",
+        **SMALL,
+    )
+    encode(place / "store", workers=0)
+    small = ["--batch_size", "4", "--width", "8", "--workers", "0", "--minutes", "2"]
+    first = train_on_latents.main(
+        [str(place / "store"), "--out", str(place / "few"), "--max_steps", "2", *small]
+    )
+    last = train_on_latents.main(
+        [str(place / "store"), "--out", str(place / "more"), "--max_steps", "30", *small]
+    )
+    assert last < first
+    assert load_image(place / "more/samples.png").shape == (1, 3, 32, 4 * 32 + 3 * 2)
+    assert type(AutoencoderKL.from_pretrained(place / "more/pipeline", subfolder="vae")) is AutoencoderKL

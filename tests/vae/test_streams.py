@@ -1,0 +1,58 @@
+"""Streams of strips equal diffusers' own class for one image, whatever the height of a strip."""
+
+import pytest
+import torch
+from small_vaes import CAUSAL_NAMES, relative_error, small_vae
+
+from latentcodec.engine.streams import StreamPass
+from latentcodec.ops.pointwise import REFERENCE_KERNELS
+from latentcodec.vae.causal import ImageDecoder, ImageEncoder, to_channels, to_pixels
+from latentcodec.vae.families import family_of
+
+WHOLE = 1 << 30
+
+
+def stream(strip_bytes):
+    return StreamPass(torch.float32, REFERENCE_KERNELS, strip_bytes, 1 << 20, torch.empty(0))
+
+
+def image_of(strips):
+    return torch.cat(strips, 1).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3000, 20_000, WHOLE])
+@pytest.mark.parametrize("name", CAUSAL_NAMES)
+def test_encoders_in_strips_of_every_height_equal_the_class(name, strip_bytes):
+    vae = small_vae(name)
+    family = family_of(vae)
+    f = family.raw_factor(vae.config)
+    x = torch.rand(2, family.image_channels(vae.config), 5 * f, 3 * f) * 2 - 1
+    with torch.inference_mode():
+        expected = vae.encode(x[:, :, None]).latent_dist.parameters
+        patches = to_channels(x, family.patch(vae.config))
+        moments = image_of(stream(strip_bytes).encode(ImageEncoder(vae.encoder), patches))
+        assert relative_error(vae.quant_conv(moments[:, :, None]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3000, WHOLE])
+@pytest.mark.parametrize("size", [(8, 8), (9, 15), (45, 27), (63, 34)])
+def test_odd_images_in_strips_equal_the_class(size, strip_bytes):
+    vae = small_vae("qwen")
+    x = torch.rand(1, 3, *size) * 2 - 1
+    with torch.inference_mode():
+        expected = vae.encode(x[:, :, None]).latent_dist.parameters
+        moments = image_of(stream(strip_bytes).encode(ImageEncoder(vae.encoder), x))
+        assert relative_error(vae.quant_conv(moments[:, :, None]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3000, 20_000, WHOLE])
+@pytest.mark.parametrize("name", CAUSAL_NAMES)
+def test_decoders_in_strips_of_every_height_equal_the_class(name, strip_bytes):
+    vae = small_vae(name)
+    z = torch.randn(2, vae.config.z_dim, 7, 3)
+    with torch.inference_mode():
+        expected = vae.decode(z[:, :, None]).sample[:, :, 0]
+        after = vae.post_quant_conv(z[:, :, None])[:, :, 0]
+        image = image_of(stream(strip_bytes).decode(ImageDecoder(vae.decoder), after))
+        image = to_pixels(image, family_of(vae).patch(vae.config)).clamp(-1, 1)
+        assert relative_error(image, expected) <= 1e-5
