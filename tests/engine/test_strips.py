@@ -1,6 +1,7 @@
 """Strips change nothing: whatever their height, the results are those of diffusers' own class on the whole image."""
 
 import copy
+import logging
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
 from latentcodec.ops import onednn, pointwise
-from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
 
 WHOLE = 1 << 30  # bytes: the image is one strip
 

@@ -53,8 +53,6 @@ SIGNATURES = {
     "winograd_input": "ii p pnn nnnn nnn i",
     "winograd_output": "ii p p p pnn nnnn nn i",
     "winograd_weight": "ii pp nn nnnn i",
-    "winograd_output_gradient": "ii p pnn nnnn nn i",
-    "winograd_weight_gradient": "ii pp nn i",
 }
 """The arguments of each function, by the letters of `TYPES`; what they are stands beside the functions."""
 
