@@ -23,7 +23,6 @@ from test_trainer import AMPLIFIED, assert_equal_but_for_rounding
 from two_processes import LONGER
 
 from latentcodec import LatentCodec, load_image
-from latentcodec.ops import functional, pointwise
 from latentcodec.training import checkpoint
 from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
@@ -191,10 +190,7 @@ def test_a_signal_to_accelerate_launch_ends_in_a_checkpoint_and_the_same_command
     assert [line["step"] for line in metrics(finished["output"]) if "total" in line] == [*range(1, 17)]
 
 
-def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr(
-        functional, "WORTH_COMPILING", pointwise.WORTH_COMPILING
-    )  # as in the process of the launcher
+def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train):
     left = finished["output"] / "config.yaml"
     assert run_train("--config", left, "--output_dir", tmp_path / "again")[0] == 0
     assert metrics(tmp_path / "again") == metrics(finished["output"])
