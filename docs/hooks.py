@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,8 +18,9 @@ from latentcodec.training.config import Config
 
 INTRODUCTION = """# Configuration
 
-Every key of a training run, with its default and its unit. In a YAML file sections are nested; on the command line a key is
-`--section.key value`. An unknown key or a value of the wrong type ends the run with its name before anything begins.
+Every key of a training run, with its default and its unit. In a YAML file sections are nested; on the command line a
+key is `--section.key value`. An unknown key or a value of the wrong type ends the run with its name before anything
+begins.
 
 ```yaml
 output_dir: runs/photos
@@ -137,7 +139,7 @@ def _meanings(kind: Any) -> dict[str, str]:
     """The string under each field of a dataclass. Raises KeyError later for a field without one."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             assert isinstance(statement.target, ast.Name)
             assert isinstance(following.value, ast.Constant)

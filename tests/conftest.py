@@ -9,12 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-from latentcodec.ops import functional
-
 torch.set_num_threads(1)
-functional.WORTH_COMPILING = (
-    0  # tiny models have norms and doublings as large ones do, only that nothing is compiled
-)
 if (
     not torch.cuda.is_available()
 ):  # Triton's kernels are interpreted then, which must be said before it is imported

@@ -39,10 +39,8 @@ from typing import Any
 from watched_training import AIM, FOLDER, FORK, REPORT, Start
 
 import latentcodec.training.loop  # noqa: F401 - whatever is forked has it then
-from latentcodec.ops import functional
 from latentcodec.training.checkpoint import newest
 
-functional.WORTH_COMPILING = 0  # as in conftest.py, for what is forked
 SMALL = (
     "--model.block_out_channels [8,8,16] --model.latent_channels 4 --model.norm_num_groups 2 --model.init default "
     "--data.resolution 32 --data.val_images 2 --data.val_resolution 32 --data.workers 2 "

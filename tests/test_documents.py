@@ -69,7 +69,9 @@ def test_python_in_the_documents_runs(page, given, code, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_ids)
 def test_files_named_in_the_documents_exist(page):
-    missing = [name for name in PATH.findall(page.read_text()) if not (ROOT / name).exists() and "NAME" not in name]
+    missing = [
+        name for name in PATH.findall(page.read_text()) if not (ROOT / name).exists() and "NAME" not in name
+    ]
     assert not missing
 
 

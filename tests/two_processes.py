@@ -7,12 +7,9 @@ signal ends them.
 import runpy
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from small_runs import everything, recorded, reset, small, start, state, train
-
-from latentcodec.ops import functional, pointwise
 
 TRAIN = Path(__file__).parents[1] / "train/train.py"
 LONGER = {"batch_size": 2, "max_steps": 60, "checkpoint_every": 5, "validate_every": 0}  # of TrainConfig
@@ -48,8 +45,7 @@ def bad_numbers(images: Path, out: Path) -> dict:
 
 def peace(images: Path, out: Path) -> None:
     """A run that nothing disturbs, against which others are held: trainings as users start them."""
-    with patch.object(functional, "WORTH_COMPILING", pointwise.WORTH_COMPILING):
-        train(start(small(out / "peace", images, **LONGER)))
+    train(start(small(out / "peace", images, **LONGER)))
 
 
 def corrupt_images(images: Path, out: Path) -> None:
@@ -59,7 +55,6 @@ def corrupt_images(images: Path, out: Path) -> None:
 
 def main(images: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    functional.WORTH_COMPILING = 0  # as in conftest.py
     cases = (equality, resume, bad_numbers, peace, corrupt_images)
     found = {case.__name__: case(images, out) for case in cases}
     torch.save(found, out / f"found-{torch.distributed.get_rank()}.pt")

@@ -20,6 +20,7 @@ from latentcodec.engine.memory import free_memory
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
+from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
@@ -135,7 +136,9 @@ class Engine:
                 f"feature map alone needs {remade:,}"
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        return StripPass(dtype, self.kernels(x.device), strip_bytes, score_bytes, kept <= bound, scratch)
+        workspace = Workspace() if self.compiled and device == "cpu" else None
+        kernels = self.kernels(x.device)
+        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch, workspace)
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

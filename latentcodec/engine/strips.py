@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
+from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 
@@ -63,6 +64,8 @@ class StripPass:
     """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
+    workspace: Workspace | None = None
+    """For Winograd's convolutions, which are not used without it."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
@@ -166,7 +169,7 @@ class StripPass:
                 yield convolve(window, moments)
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype)
+        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
         moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
@@ -195,7 +198,9 @@ class StripPass:
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
         columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
-        return window_convolution(layer.weight, layer.bias, layer.stride[0], columns, self.dtype)
+        return window_convolution(
+            layer.weight, layer.bias, layer.stride[0], columns, self.dtype, self.workspace
+        )
 
     # ---- strips
 

@@ -11,6 +11,7 @@ Shapes: B batch, C channels, H W rows and columns.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -18,9 +19,14 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from latentcodec.ops.convolutions import fold_upsample_weight
-from latentcodec.ops.pointwise import WORTH_COMPILING, Kernels, compiled_kernels, has_compiler
+from latentcodec.ops.native.build import library
+from latentcodec.ops.native.pointwise import NativeKernels
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
+
+log = logging.getLogger(__name__)
 
 
 def is_ordinary(x: Tensor) -> bool:
@@ -42,7 +48,7 @@ def is_ordinary(x: Tensor) -> bool:
 def applies_to(x: Tensor) -> bool:
     """Whether the functions of this file are for x, a map that gradients may be asked for.
 
-    It is in channels_last, not in float64, and large enough to be worth it.
+    It is in channels_last and not in float64.
     """
     return (
         torch.is_grad_enabled()  # else there are the strips
@@ -50,8 +56,7 @@ def applies_to(x: Tensor) -> bool:
         and x.device.type in ("cpu", "cuda")
         and x.dtype != torch.float64  # sums are in float32
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (x.is_cuda or x.numel() >= WORTH_COMPILING)
-        and has_compiler(x.device.type)
+        and fastest_kernels(x.device.type) is not REFERENCE_KERNELS
     )
 
 
@@ -68,23 +73,20 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv_transpose2d(x, folded, bias, 2, 1)
 
 
-def compile_gradients(dtype: torch.dtype, batch: int) -> None:
-    """Have ready for CPUs what training on maps of `dtype` needs of this file, whatever their sizes."""
-    x = torch.zeros(batch, 32, 96, 160, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
-    if applies_to(x):
-        norm_silu(x, weight, bias, 4, 1e-5).sum().backward()
-
-
-def fastest_kernels(device_type: str) -> Kernels:
-    """Written in Triton for GPUs, compiled by inductor for CPUs, or uncompiled, which the log says."""
-    if device_type != "cuda" or not has_compiler(device_type):
-        return compiled_kernels(device_type)
-    return _triton_kernels()
-
-
 @cache
-def _triton_kernels() -> Kernels:
+def fastest_kernels(device_type: str) -> Kernels:
+    """Native ones for CPUs, in Triton for GPUs, or torch's functions where these cannot be had, which the log says.
+
+    On CPUs the first call on a machine compiles them: a second or two.
+    """
+    if device_type == "cpu":
+        native = library()
+        return REFERENCE_KERNELS if native is None else NativeKernels(native)
+    if device_type != "cuda" or not has_triton():
+        log.warning(
+            "no Triton for %s was found: the VAE runs on torch's functions, slower but equal", device_type
+        )
+        return REFERENCE_KERNELS
     from latentcodec.ops.triton_pointwise import TritonKernels  # not everywhere is there a Triton to import
 
     return TritonKernels()

@@ -1,7 +1,7 @@
 """The work between two convolutions: statistics, normalisation, attention, each one pass over a strip.
 
-It is written once in plain torch, as `REFERENCE_KERNELS`, which every other form is tested against: `compiled_kernels`
-has inductor's for CPUs, `triton_pointwise.py` those for GPUs.
+It is written once in plain torch, as `REFERENCE_KERNELS`, which every other form is tested against: `native/` has those
+for CPUs, `triton_pointwise.py` those for GPUs.
 
 What matters is bytes: a decoder of Stable Diffusion's size normalises 460 million values for 512 x 512 pixels, and
 eager torch passes over them four times where one function here passes once.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
+
 
 WORTH_COMPILING = 1 << 17  # values, below which the call of a compiled function costs what it saves
 
@@ -112,8 +113,7 @@ class Moments:
     fuses_bias_and_residual = False
     """Whether a convolution may leave its bias and a residual to `add`."""
 
-    def __init__(self, sums: Callable[[Tensor, Tensor], Tensor] = sums) -> None:
-        self.sums_of = sums
+    def __init__(self) -> None:
         self.pixels = 0
         self.known = False
 
@@ -125,7 +125,7 @@ class Moments:
             first = strip[:, :1]
             self.pivot = first.mean(2, keepdim=True, dtype=torch.float32)  # [B, 1, 1, C]
             self.sums = torch.zeros(2, len(strip), strip.shape[-1], dtype=torch.float64, device=strip.device)
-        self.sums += self.sums_of(strip, self.pivot).sum(2, dtype=torch.float64)
+        self.sums += sums(strip, self.pivot).sum(2, dtype=torch.float64)
         self.pixels += strip.shape[1] * strip.shape[2]
 
     def norm(
@@ -146,22 +146,16 @@ class Moments:
 class Kernels:
     """The work between two convolutions, on any device, out of the functions above."""
 
-    def __init__(self, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """`made` gives each of them as it shall run."""
-        self._normalise_, self._sums = made(normalise_), made(sums)
-        self._gradient_sums, self._gradient = made(gradient_sums), made(gradient)
-        self._rms_normalise_ = made(rms_normalise_)
-
     def moments(self, inner: bool = False) -> Moments:
         """Of a map to come; of an `inner` one nothing is read but its norm."""
-        return Moments(self._sums)
+        return Moments()
 
     def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
         """out <- x, normalised; [B, n, C]."""
         if isinstance(norm, RMS):
-            self._rms_normalise_(out, x, *norm)
+            rms_normalise_(out, x, *norm)
         else:
-            self._normalise_(out, x, *norm)
+            normalise_(out, x, *norm)
 
     def window_(
         self,
@@ -205,14 +199,22 @@ class Kernels:
         """
         members = x.shape[3] // inverse.shape[1]
         known = norm.scale[:, None], norm.shift[:, None], _spread(mean, members)  # [B, 1, 1, C]
-        sums = self._gradient_sums(dy, x, *known).sum(2, dtype=torch.float64)
+        sums = self.gradient_sums(dy, x, *known).sum(2, dtype=torch.float64)
         groups = sums.view(2, len(x), -1, members)  # [2, B, groups, members]
         values = x[0, :, :, 0].numel() * members
         of_groups = (groups * weight.view(-1, members)).sum(3, keepdim=True) / values
         a, b = -inverse * of_groups[0], -(inverse**3) * of_groups[1]
-        dx = self._gradient(dy, x, *known, _spread(a, members), _spread(b, members))
+        dx = self.gradient(dy, x, *known, _spread(a, members), _spread(b, members))
         dbias, dweight = groups[0].sum(0), (groups[1] * inverse).sum(0)
         return dx, dweight.flatten().to(weight.dtype), dbias.flatten().to(weight.dtype)
+
+    def gradient_sums(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
+        """`gradient_sums` of maps [B, H, W, C], or what adds up to it over the third axis."""
+        return gradient_sums(dy, x, *known)
+
+    def gradient(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
+        """`gradient` of maps [B, H, W, C]."""
+        return gradient(dy, x, *known)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score_bytes: int) -> Tensor:
         """softmax(q k^T / sqrt(C)) v; all [B, n, C]. `score_bytes` bounds the scores of kernels that keep them in
@@ -225,18 +227,7 @@ def _spread(groups: Tensor, members: int) -> Tensor:
     return groups.float().expand(-1, -1, members).reshape(len(groups), 1, 1, -1)
 
 
-REFERENCE_KERNELS = Kernels(lambda function: function)
-
-
-@cache
-def compiled_kernels(device_type: str) -> Kernels:
-    """As inductor compiles them at their first use; `REFERENCE_KERNELS`, saying so once, without a compiler."""
-    if not has_compiler(device_type):
-        log.warning(
-            "no compiler for %s was found: the fused functions run uncompiled, slower but equal", device_type
-        )
-        return REFERENCE_KERNELS
-    return Kernels(compiled_function)
+REFERENCE_KERNELS = Kernels()
 
 
 def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -272,22 +263,3 @@ def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
-
-
-@cache
-def has_compiler(device_type: str) -> bool:
-    """Whether inductor, and Triton on GPUs, can compile for such a device here."""
-    if device_type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return has_triton()
-    # On a machine without a GPU torch warns that it has none as soon as inductor is imported.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return True

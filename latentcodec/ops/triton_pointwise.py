@@ -128,15 +128,14 @@ class TritonKernels(Kernels):
     """The work between two convolutions, as these kernels do it."""
 
     def __init__(self) -> None:
-        super().__init__(lambda function: function)  # what has no kernel of its own is compiled below
-        self._rms_normalise_ = compiled_function(rms_normalise_)
+        self._rms_normalise_ = compiled_function(rms_normalise_)  # it has no kernel of its own
 
     def moments(self, inner: bool = False) -> PiecewiseMoments:
         return PiecewiseMoments(inner)
 
     def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
         if isinstance(norm, RMS):
-            super().normalise_(out, x, norm)
+            self._rms_normalise_(out, x, *norm)
         else:
             _run_window(out[:, None], None, x[:, None], None, norm, 0)
 

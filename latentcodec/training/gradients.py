@@ -15,10 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentcodec.latents import decode_raw, posterior_parameters
-from latentcodec.ops.functional import compile_gradients
-from latentcodec.ops.pointwise import WORTH_COMPILING
+from latentcodec.ops.functional import fastest_kernels
 from latentcodec.training.data.crops import Batch
-from latentcodec.training.hardware import DTYPES
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
 from latentcodec.training.losses.teacher import Teacher
@@ -26,7 +24,6 @@ from latentcodec.training.losses.terms import objective
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
-from latentcodec.vae.families import family_of
 from latentcodec.vae.posterior import mean_and_logvar
 
 
@@ -47,18 +44,13 @@ class Gradients:
         self.model: nn.Module = accelerator.prepare(state.codec)
         self.parameters = [p for p in state.codec.parameters() if p.requires_grad]
 
-    def compile(self, resolution: int) -> None:
-        """Before the first step, compile the kernels of crops of `resolution` pixels where they are worth it.
+    def compile(self) -> None:
+        """Before the first step, compile what training runs on, once on a machine.
 
         A signal to all processes of a run would end compilers too, and a step would go on with other roundings.
         """
-        config, device, family = self.config, self.accelerator.device, family_of(self.state.ema)
-        if family.has_frames:  # no group norm, and so none of these kernels
-            return
-        widest = config.batch_size * family.widths(self.state.ema.config)[0] * resolution**2
-        if config.channels_last and device.type == "cpu" and widest >= WORTH_COMPILING:
-            with phase("compiling norms and their gradients, once on a machine"):
-                compile_gradients(DTYPES[self.accelerator.mixed_precision], config.batch_size)
+        with phase("compiling the native functions, once on a machine"):
+            fastest_kernels(self.accelerator.device.type)
 
     def compute(self, micro_batches: list[Batch], adversary: Adversary | None) -> dict[str, Tensor]:
         """Fill the gradients of the step, unscaled and clipped; returns its losses by name, means of this process.

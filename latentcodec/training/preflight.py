@@ -119,20 +119,6 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def require_same_images(found: checkpoints.Checkpoint, now: list[int]) -> None:
-    """Refuse a folder that has gained or lost images: others would be held out, and trained on before.
-
-    `now`: the numbers of training and of validation images.
-    """
-    before = found.state.get("images")
-    if before is not None and before != now:
-        raise ValueError(
-            f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now there "
-            f"are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take another "
-            "output folder (model.from_pretrained goes on from the codec of this one)"
-        )
-
-
 def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Checkpoint | None:
     """The checkpoint in output_dir to go on from, None for a new run. Refuses the folder of another run."""
     output = Path(config.output_dir)

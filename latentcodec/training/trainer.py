@@ -102,7 +102,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
         if not self.finished:
-            self.gradients.compile(self.config.data.resolution)
+            self.gradients.compile()
             self.journal.begin(state.step, state.draw, self.progress >= 1)
             self.journal.rejected(self.held_out.rejects)
             self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason

@@ -17,8 +17,8 @@ from latentcodec.adopt import adopt, optimize_vae, restore_vae
 from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
-from latentcodec.ops import convolutions, pointwise
-from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, Norm, sums
+from latentcodec.ops import onednn, pointwise
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
 
 WHOLE = 1 << 30  # bytes: the image is one strip
 
@@ -284,13 +284,13 @@ def test_weights_that_cannot_be_packed_are_used_as_they_are(monkeypatch, caplog)
     def unknown(*_):
         raise AttributeError("no such operator")
 
-    convolutions._packs.cache_clear()
-    monkeypatch.setattr(convolutions, "_packed_direct", unknown)
+    onednn.packs_correctly.cache_clear()
+    monkeypatch.setattr(onednn, "packed_convolution", unknown)
     try:
         assert max(differences(*whole_and_strips(CONFIGS["sd"]))) <= 1e-4
         assert "does not pack" in caplog.text
     finally:
-        convolutions._packs.cache_clear()
+        onednn.packs_correctly.cache_clear()
 
 
 # ---- memory
@@ -377,25 +377,6 @@ def test_tiling_and_slicing_change_nothing():
 # ---- the fused functions
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_functions_equal_the_eager_ones(dtype, monkeypatch):
-    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
-    fused = pointwise.compiled_kernels("cpu")
-    assert fused is not REFERENCE_KERNELS
-    with torch.inference_mode():
-        x = torch.randn(2, 7, 10, 48).to(dtype)
-        scale, shift = torch.randn(2, 1, 48), torch.randn(2, 1, 48)
-        tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
-        for activation in (F.silu, None):
-            results = [torch.empty_like(x).flatten(1, 2) for _ in range(2)]
-            for form, result in zip((REFERENCE_KERNELS, fused), results, strict=True):
-                form.normalise_(result, x.flatten(1, 2), Norm(scale, shift, activation))
-            torch.testing.assert_close(*results, **tolerance)
-        pivot = shift[:, None]
-        torch.testing.assert_close(sums(x, pivot), fused._sums(x, pivot), rtol=1e-4, atol=1e-3)
-
-
 def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, caplog):
     def fail(*_):
         raise InductorError(RuntimeError("Python.h: No such file"), None)
@@ -408,15 +389,3 @@ def test_a_compiler_that_fails_leaves_the_functions_as_they_are(monkeypatch, cap
         assert torch.equal(compiled(x, pivot), sums(x, pivot))
         assert torch.equal(compiled(x, pivot), sums(x, pivot))
     assert caplog.text.count("Python.h") == 1
-
-
-def test_without_a_compiler_the_functions_run_as_they_are_and_say_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(pointwise, "has_compiler", lambda device_type: False)
-    pointwise.compiled_kernels.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert pointwise.compiled_kernels("cpu") is REFERENCE_KERNELS
-            assert pointwise.compiled_kernels("cpu") is REFERENCE_KERNELS
-        assert len([r for r in caplog.records if "no compiler" in r.message]) == 1
-    finally:
-        pointwise.compiled_kernels.cache_clear()

@@ -9,16 +9,20 @@ from stock_pairs import CONFIGS, pair
 from torch import nn
 
 from latentcodec.engine.layers import Upsample, norm_act
-from latentcodec.ops import functional, pointwise
+from latentcodec.ops import functional
+from latentcodec.ops.native.build import library
+from latentcodec.ops.native.pointwise import NativeKernels
+from latentcodec.ops.pointwise import Kernels
 
-KERNELS = ["eager", "triton"]
+KERNELS = ["eager", "native", "triton"]
 
 
 @pytest.fixture(params=KERNELS)
 def device(request, monkeypatch):
     """Of the kernels that run: Triton's on a GPU, or interpreted (see conftest.py)."""
-    if request.param == "eager":
-        monkeypatch.setattr(functional, "fastest_kernels", lambda _: pointwise.REFERENCE_KERNELS)
+    if request.param != "triton":
+        kernels = Kernels() if request.param == "eager" else NativeKernels(library())
+        monkeypatch.setattr(functional, "fastest_kernels", lambda _: kernels)
         return "cpu"
     triton_kernels = pytest.importorskip("latentcodec.ops.triton_pointwise", exc_type=ImportError)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
@@ -141,28 +145,6 @@ def test_others_get_the_modules():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_small_maps_are_not_worth_it_on_a_cpu(monkeypatch):
-    norm, silu = layers()
-    monkeypatch.setattr(functional, "WORTH_COMPILING", 2 * 12 * 5 * 7 + 1)
-    assert not is_fused(norm_act(maps(2, 12, 5, 7), norm, silu))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_gradients_equal_the_eager_ones_for_many_shapes(dtype, monkeypatch):
-    """And they compile no more often for it than for one map, one row and one image."""
-    monkeypatch.setattr(pointwise, "WORTH_COMPILING", 0)
-    torch._dynamo.reset()
-    pointwise.compiled_kernels.cache_clear()
-    eps = torch.finfo(dtype).eps
-    shapes = [(2, 12, 20, 9), (3, 12, 7, 11), (2, 24, 16, 16), (4, 12, 8, 8), (2, 32, 5, 6), (5, 48, 9, 9)]
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        for shape in shapes:
-            for ours, theirs in zip(*both_ways(shape, dtype, monkeypatch), strict=True):
-                atol = max(4 * eps, 1e-5) * theirs.abs().max().item()
-                torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=atol)
-
-
 @pytest.mark.parametrize("device", ["eager"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_doubled_map_is_convolved_as_torch_does_it(device, dtype):
@@ -184,11 +166,3 @@ def test_a_doubled_map_is_convolved_as_torch_does_it(device, dtype):
     for ours, theirs in zip(*results, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
-def both_ways(shape, dtype, monkeypatch):
-    norm, silu = layers(channels=shape[1])
-    x, dy = maps(*shape, dtype=dtype), maps(*shape, dtype=dtype)
-    for form in (pointwise.compiled_kernels("cpu"), pointwise.REFERENCE_KERNELS):
-        monkeypatch.setattr(functional, "fastest_kernels", lambda _, form=form: form)
-        yield values_and_gradients(lambda x: norm_act(x, norm, silu), x, norm, dy)

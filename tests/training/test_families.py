@@ -19,7 +19,7 @@ from latentcodec.training.start.model import ModelConfig, load_teacher, new_vae
 
 CONFIGS = Path(__file__).parents[2] / "train/configs"
 TRAINED = ("flux2", "qwen", "wan21", "wan22")
-STUDENT = dict(block_out_channels=[8, 8, 8, 16], latent_channels=4, norm_num_groups=4, init="default")
+STUDENT = dict(block_out_channels=[8, 8, 16, 16], latent_channels=4, norm_num_groups=4, init="default")
 
 
 @pytest.fixture

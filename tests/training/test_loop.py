@@ -19,11 +19,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from small_runs import differing, everything, metrics, recorded, reset, small, write_config, write_images
-from test_trainer import assert_equal_but_for_rounding
+from test_trainer import AMPLIFIED, assert_equal_but_for_rounding
 from two_processes import LONGER
 
 from latentcodec import LatentCodec, load_image
-from latentcodec.ops import functional, pointwise
 from latentcodec.training import checkpoint
 from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
@@ -191,10 +190,7 @@ def test_a_signal_to_accelerate_launch_ends_in_a_checkpoint_and_the_same_command
     assert [line["step"] for line in metrics(finished["output"]) if "total" in line] == [*range(1, 17)]
 
 
-def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr(
-        functional, "WORTH_COMPILING", pointwise.WORTH_COMPILING
-    )  # as in the process of the launcher
+def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train):
     left = finished["output"] / "config.yaml"
     assert run_train("--config", left, "--output_dir", tmp_path / "again")[0] == 0
     assert metrics(tmp_path / "again") == metrics(finished["output"])
@@ -302,7 +298,7 @@ def test_two_processes_equal_one(tmp_path, images, two):
     for number, other in zip(numbers, others, strict=True):
         clocks = {key for key in number if "second" in key or "minute" in key}
         expected = {key: value for key, value in number.items() if key not in clocks}
-        assert {key: other[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert {key: other[key] for key in expected} == pytest.approx(expected, rel=10 * AMPLIFIED, abs=1e-6)
 
 
 def test_a_stop_heard_by_one_of_two_processes_stops_both_and_resumes_exactly(two):

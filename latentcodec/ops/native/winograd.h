@@ -1,0 +1,180 @@
+// The matrices of Winograd's convolutions F(4x4, 3x3) and F(2x2, 3x3) in float32 (Lavin & Gray 2016,
+// arXiv:1509.09308), and the transform of all tiles of a map.
+//
+//     Y = A^T [ (B^T d B) * (G w G^T) ] A     for every tile d of the input, summed over its channels
+//
+// B^T, G and A^T follow from the points at which polynomials are evaluated (Toom-Cook). Of symmetric points,
+// 0, +-5/8, +-3/2 and infinity have half the error of the usual 0, +-1, +-2.
+//
+// Where a map is first doubled (nearest neighbour), neighbours are equal, and the row of B^T for the point -1 gives zero
+// for points 0, +-1, +-p: it is left out with its column of A^T, so 25 products instead of 36 make 16 values, and the
+// tile is read from the map as it was before doubling.
+//
+// Shapes: B batch, H W rows and columns, C channels, O output channels, T = B * tile rows * tile columns tiles,
+// P points on an axis (6, 4; doubled 5, 3). Maps are [B, H, W, C]; V, the transformed map, is P^2 planes [T, C].
+
+#pragma once
+
+#include "vector.h"
+
+template <int ROWS, int COLUMNS>
+struct Matrix {
+    float at[ROWS][COLUMNS]{};
+
+    constexpr Matrix<COLUMNS, ROWS> transposed() const {
+        Matrix<COLUMNS, ROWS> result;
+        for (int i = 0; i < ROWS; i++)
+            for (int j = 0; j < COLUMNS; j++) result.at[j][i] = at[i][j];
+        return result;
+    }
+
+    constexpr Matrix<ROWS - 1, COLUMNS> without_row(int row) const {
+        Matrix<ROWS - 1, COLUMNS> result;
+        for (int i = 0; i < ROWS - 1; i++)
+            for (int j = 0; j < COLUMNS; j++) result.at[i][j] = at[i + (i >= row)][j];
+        return result;
+    }
+};
+
+// The matrices of F(M x M, 3 x 3) from M + 1 points; infinity is the last one.
+template <int M>
+struct Transforms {
+    Matrix<M + 2, M + 2> input;  // B^T
+    Matrix<M + 2, 3> weight;     // G
+    Matrix<M, M + 2> output;     // A^T
+
+    constexpr Transforms(const double (&points)[M + 1]) : input(), weight(), output() {
+        for (int i = 0; i <= M + 1; i++) {
+            double product[M + 2] = {1}, scale = 1, power = 1;  // of (x - p) over all other points p
+            int degree = 0;
+            for (int j = 0; j <= M; j++) {
+                if (j == i) continue;
+                for (int k = ++degree; k >= 0; k--) product[k] = (k ? product[k - 1] : 0) - points[j] * product[k];
+                if (i <= M) scale *= points[i] - points[j];
+            }
+            for (int k = 0; k <= M + 1; k++) input.at[i][k] = product[k];
+            for (int k = 0; k < (M > 3 ? M : 3); k++) {
+                if (k < 3) weight.at[i][k] = i <= M ? power / scale : k == 2;
+                if (k < M) output.at[k][i] = i <= M ? power : k == M - 1;
+                if (i <= M) power *= points[i];
+            }
+        }
+    }
+};
+
+constexpr Transforms<4> PLAIN4({0, 0.625, -0.625, 1.5, -1.5});
+constexpr Transforms<4> DOUBLED4({0, 1, -1, 0.625, -0.625});
+constexpr Transforms<2> PLAIN2({0, 1, -1});
+constexpr int VANISHING = 2;  // the place of -1 among the points of DOUBLED4 and PLAIN2
+
+// B^T for tiles that are read before they are doubled: pixels 0, 1 1, 2 2, 3.
+template <int M>
+constexpr Matrix<M + 1, M / 2 + 2> before_doubling(const Transforms<M> &transforms) {
+    Matrix<M + 1, M / 2 + 2> result;
+    Matrix<M + 1, M + 2> input = transforms.input.without_row(VANISHING);
+    for (int i = 0; i < M + 1; i++)
+        for (int j = 0; j < M + 2; j++) result.at[i][(j + 1) / 2] += input.at[i][j];
+    return result;
+}
+
+template <int M>
+constexpr Matrix<M, M + 1> after_doubling(const Transforms<M> &transforms) {
+    return transforms.output.transposed().without_row(VANISHING).transposed();
+}
+
+// What is known of a convolution at compile time.
+struct Plain4 {
+    static constexpr int outputs = 4, step = 4;
+    static constexpr auto input = PLAIN4.input;
+    static constexpr auto weight = PLAIN4.weight;
+    static constexpr auto output = PLAIN4.output;
+};
+struct Plain2 {
+    static constexpr int outputs = 2, step = 2;
+    static constexpr auto input = PLAIN2.input;
+    static constexpr auto weight = PLAIN2.weight;
+    static constexpr auto output = PLAIN2.output;
+};
+struct Doubled4 {
+    static constexpr int outputs = 4, step = 2;
+    static constexpr auto input = before_doubling(DOUBLED4);
+    static constexpr auto weight = DOUBLED4.weight.without_row(VANISHING);
+    static constexpr auto output = after_doubling(DOUBLED4);
+};
+struct Doubled2 {
+    static constexpr int outputs = 2, step = 1;
+    static constexpr auto input = before_doubling(PLAIN2);
+    static constexpr auto weight = PLAIN2.weight.without_row(VANISHING);
+    static constexpr auto output = after_doubling(PLAIN2);
+};
+
+template <class Body>
+void with_kind(int outputs, int doubles, Body body) {
+    if (outputs == 4)
+        doubles ? body(Doubled4{}) : body(Plain4{});
+    else
+        doubles ? body(Doubled2{}) : body(Plain2{});
+}
+
+// to[i] = sum over j of matrix[i][j] from[j], for vectors `stride` apart; zeros of the matrix cost nothing.
+template <int ROWS, int COLUMNS>
+inline void multiply(const Matrix<ROWS, COLUMNS> &matrix, const Vector *from, int from_stride, Vector *to,
+                     int to_stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+        Vector sum{};
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++)
+            if (matrix.at[i][j] != 0) sum += matrix.at[i][j] * from[j * from_stride];
+        to[i * to_stride] = sum;
+    }
+}
+
+// to [R, R] = matrix from [K, K] matrix^T.
+template <int R, int K>
+inline void transform(const Matrix<R, K> &matrix, const Vector *from, Vector *to) {
+    Vector half[R * K];
+#pragma GCC unroll 8
+    for (int j = 0; j < K; j++) multiply(matrix, from + j, K, half + j, K);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) multiply(matrix, half + i * K, 1, to + i * R, 1);
+}
+
+struct Map {
+    float *values;
+    int64_t image_stride, row_stride;  // in values
+    int64_t B, H, W, C;
+
+    float *at(int64_t b, int64_t row, int64_t column) const {
+        return values + b * image_stride + row * row_stride + column * C;
+    }
+};
+
+struct Tiling {
+    int64_t rows, columns;  // of tiles in an image
+
+    int64_t image(int64_t tile) const { return tile / columns / rows; }
+    int64_t row(int64_t tile) const { return tile / columns % rows; }
+    int64_t column(int64_t tile) const { return tile % columns; }
+};
+
+// V <- matrix d matrix^T of all tiles d [K, K], the first of which begins at (-top, -left); zeros outside the map.
+template <int STEP, int P, int K>
+void transform_tiles(const Matrix<P, K> &matrix, float *V, Map x, Tiling tiling, int64_t top,
+                     int64_t left, int threads) {
+    const int64_t tiles = x.B * tiling.rows * tiling.columns, plane = tiles * x.C;
+    in_parallel(threads, tiles, [&](int64_t tile) {
+        int64_t row = tiling.row(tile) * STEP - top, column = tiling.column(tile) * STEP - left;
+        for (int64_t c = 0; c < x.C; c += LANES) {
+            Vector d[K * K], result[P * P];
+            for (int i = 0; i < K; i++)
+                for (int j = 0; j < K; j++) {
+                    int64_t y = row + i, z = column + j;
+                    bool inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
+                    d[i * K + j] = inside ? load(x.at(tiling.image(tile), y, z) + c, x.C - c) : Vector{};
+                }
+            transform(matrix, d, result);
+            for (int p = 0; p < P * P; p++) store(V + p * plane + tile * x.C + c, result[p], x.C - c);
+        }
+    });
+}

@@ -1,0 +1,217 @@
+"""Winograd's convolutions of float32 maps on CPUs (`winograd.cpp`), with a bias and a residual added.
+
+F(4x4, 3x3) takes a quarter of the multiplications of the direct convolution, F(2x2, 3x3) 4/9; of a map that is doubled
+first, 25/144 and 1/4. The products are a batch of matrix products, which torch hands to its BLAS.
+
+Shapes: B batch, r rows of a strip, H W rows and columns, C channels, O output channels, T tiles, P points on an axis.
+Maps are [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentcodec.ops.native.build import library
+from latentcodec.ops.onednn import Convolution
+
+MIN_CHANNELS = 64  # of input and output, below which the transforms cost what the products save
+MIN_TILES = 16  # below which a weight is read for too little
+KEPT_VALUES = (
+    1 << 18
+)  # of a weight whose transform is kept between passes: a larger one pays for itself in each pass
+LARGEST_ERROR = 1e-5  # of a channel's values on noise, root mean square: direct convolutions have some 2e-7
+CHANNELS_TRIED = 32  # of the output, those with the most uneven weights
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which transforms: `outputs` on each side of a tile, 4 or 2, of a map that is doubled first or not."""
+
+    outputs: int
+    doubles: bool = False
+
+    @property
+    def products(self) -> int:
+        """P^2: multiplications for each tile and pair of channels."""
+        return (self.outputs + 2 - self.doubles) ** 2
+
+    @property
+    def times(self) -> int:
+        """How many rows and columns come of one."""
+        return 2 if self.doubles else 1
+
+    def __str__(self) -> str:
+        return f"F({self.outputs}x{self.outputs}, 3x3)" + (" of a doubled map" if self.doubles else "")
+
+
+class Workspace:
+    """Memory that the convolutions of one pass use again and again: fresh memory costs as much as the transforms."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, Tensor] = {}
+        self.weights: list[Tensor] = []  # that no convolution holds now
+
+    def map(self, name: str, *shape: int) -> Tensor:
+        """Float32 memory of `shape`, always the same for a name."""
+        size = math.prod(shape)
+        if name not in self.maps or self.maps[name].numel() < size:
+            self.maps[name] = torch.empty(size)
+        return self.maps[name][:size].view(shape)
+
+    def borrow_weight(self, size: int) -> Tensor:
+        """`size` float32 values, to be given back into `weights`."""
+        memory = self.weights.pop() if self.weights else torch.empty(0)
+        return memory if memory.numel() >= size else torch.empty(size)
+
+
+class WinogradConvolution:
+    """A 3x3 convolution of windows [B, r + 2, W, C]: Winograd's where there are tiles enough, else the direct one."""
+
+    def __init__(
+        self, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, direct: Callable[[], Convolution]
+    ) -> None:
+        self.library, self.weight, self.scheme = library, weight, scheme
+        self.prepare_direct = direct
+        self.direct: Convolution | None = None
+        self.kept = None if weight.numel() > KEPT_VALUES else self.transformed(torch.empty(self.size))
+
+    @classmethod
+    def best(
+        cls, weight: Tensor, doubles: bool, direct: Callable[[], Convolution]
+    ) -> WinogradConvolution | None:
+        """With the fewest multiplications among those that are exact enough for this weight [O, C, 3, 3]."""
+        native = library()
+        if native is None or min(weight.shape[:2]) < MIN_CHANNELS:
+            return None
+        for scheme in (Scheme(4, doubles), Scheme(2, doubles)):
+            if error(native, weight.float(), scheme) <= LARGEST_ERROR:
+                return cls(native, weight, scheme, direct)
+        return None
+
+    @property
+    def size(self) -> int:
+        """Values of the transformed weight."""
+        return self.scheme.products * self.weight.shape[0] * self.weight.shape[1]
+
+    def transformed(self, memory: Tensor) -> Tensor:
+        """[P^2, C, O] in `memory`."""
+        outputs, inputs = self.weight.shape[:2]
+        out = memory[: self.size].view(self.scheme.products, inputs, outputs)
+        return transform_weight_(out, self.library, self.weight.float(), self.scheme)
+
+    def using(self, workspace: Workspace) -> Convolution:
+        """As it runs in one pass."""
+        return _Running(self, workspace)
+
+    def directly(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if self.direct is None:
+            self.direct = self.prepare_direct()
+        return self.direct(window, bias, residual)
+
+
+class _Running:
+    """A `WinogradConvolution` during one pass, which holds memory for its weight as long as it is alive."""
+
+    def __init__(self, convolution: WinogradConvolution, workspace: Workspace) -> None:
+        self.convolution, self.workspace = convolution, workspace
+        self.weight = convolution.kept
+        self.memory: Tensor | None = None
+
+    def __call__(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        prepared = self.convolution
+        images, rows, columns, _ = window.shape
+        area = images * (rows - 2) * columns * prepared.scheme.times**2
+        if area < MIN_TILES * prepared.scheme.outputs**2:
+            return prepared.directly(window, bias, residual)
+        if self.weight is None:
+            self.memory = self.workspace.borrow_weight(prepared.size)
+            self.weight = prepared.transformed(self.memory)
+        return convolve(
+            prepared.library, window, self.weight, prepared.scheme, bias, residual, self.workspace
+        )
+
+    def __del__(self) -> None:
+        if self.memory is not None:
+            self.workspace.weights.append(self.memory)
+
+
+def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
+    """The largest error of an output channel on noise, root mean square, relative to the channel's values.
+
+    Compared with the direct convolution in float32, for channels whose weights are the most uneven.
+    """
+    flat = weight.flatten(1)
+    unevenness = flat.abs().amax(1) / flat.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    weight = weight[unevenness.topk(min(CHANNELS_TRIED, len(weight))).indices]
+    made = scheme.outputs // scheme.times
+    noise = torch.randn(1, made + 2, 4 * made, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    window = F.silu(noise)
+    transformed = torch.empty(scheme.products, weight.shape[1], weight.shape[0])
+    transform_weight_(transformed, library, weight, scheme)
+    ours = convolve(library, window, transformed, scheme, None, None, Workspace())
+    map_ = F.interpolate(window.permute(0, 3, 1, 2), scale_factor=float(scheme.times))
+    edge = scheme.times - 1  # rows of a doubled map that only the neighbours' tiles see
+    exact = F.conv2d(map_[:, :, edge : map_.shape[2] - edge], weight, None, 1, (0, 1)).permute(0, 2, 3, 1)
+    channels = (0, 1, 2)
+    deviation = (ours - exact).square().mean(channels).sqrt()
+    return (deviation / exact.square().mean(channels).sqrt().clamp_min(1e-30)).max().item()
+
+
+def transform_weight_(out: Tensor, library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> Tensor:
+    """out [P^2, C, O] <- G w G^T of weight [O, C, 3, 3], which may have any strides."""
+    doubles = int(scheme.doubles)
+    library.winograd_weight(
+        *(scheme.outputs, doubles, out.data_ptr(), weight.data_ptr()),
+        *(*weight.shape[:2], *weight.stride()),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def convolve(
+    library: ctypes.CDLL,
+    x: Tensor,
+    transformed: Tensor,
+    scheme: Scheme,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    workspace: Workspace,
+    pads_rows: bool = False,
+) -> Tensor:
+    """The 3x3 convolution of x [B, H, W, C] with a weight of which `transformed` [P^2, C, O] holds the transform.
+
+    Columns are padded with zeros; rows too where `pads_rows`, else x holds the row above and the row below. ->
+    [B, H', W', O] with H' = H or H - 2, and twice H' and W' where the scheme doubles. bias [O], residual as the result.
+    """
+    images, rows, columns, channels = x.shape
+    times = scheme.times
+    made = images, (rows if pads_rows else rows - 2) * times, columns * times, transformed.shape[2]
+    tiling = -(-made[1] // scheme.outputs), -(-made[2] // scheme.outputs)
+    tiles = images * tiling[0] * tiling[1]
+    x = x if x.is_contiguous() else x.contiguous()
+    kind, threads = (scheme.outputs, int(scheme.doubles)), torch.get_num_threads()
+    tiled = workspace.map("input", scheme.products, tiles, channels)
+    products = workspace.map("products", scheme.products, tiles, made[3])
+    library.winograd_input(
+        *(*kind, tiled.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),
+        *(*x.shape, *tiling, int(pads_rows), threads),
+    )
+    torch.bmm(tiled, transformed, out=products)
+    y = torch.empty(made)
+    library.winograd_output(
+        *(*kind, y.data_ptr(), products.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(
+            (None, 0, 0)
+            if residual is None
+            else (residual.data_ptr(), residual.stride(0), residual.stride(1))
+        ),
+        *(*made, *tiling, threads),
+    )
+    return y
