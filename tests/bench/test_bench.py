@@ -286,13 +286,12 @@ def test_a_disk_that_fills_up_costs_no_earlier_report_and_not_the_table(
     reconstruction.main([*arguments, "--lpips_net", "none"])
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     table = capsys.readouterr().out.splitlines()[:3]
-    write = Path.write_bytes
 
-    def full(self, content):
-        write(self, content[: len(content) // 2])
+    def full(path, content, durable):
+        path.write_bytes(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("latentcodec.files.write_file", full)
     with pytest.raises(SystemExit, match=r"No space left on device: '.*\.json'"):
         reconstruction.main([*arguments, "--lpips_net", "none"])
     assert capsys.readouterr().out.splitlines()[:3] == table
