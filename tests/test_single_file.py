@@ -248,7 +248,7 @@ def test_pickled_weights_are_not_opened(tmp_path):
 def test_a_broken_config_beside_the_file_is_named(models, tmp_path):
     save_file(models["quant convs"].state_dict(), tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not a valid JSON file"):
         load_single_file(tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "latent_chanels": 4}))
     with pytest.raises(

@@ -7,7 +7,7 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,9 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
                 f"the checkpoint {saved.path} was written by an earlier version, before Muon, and only that version "
                 "resumes it; to train this configuration with this one, choose another output folder"
             )
-        saved.require_same({}, fixed_settings(config))
+        # A checkpoint of an earlier version named fewer of them beside its configuration.
+        known = replace(saved, state={**dict(_flat(saved.state.get("config", {}))), **saved.state})
+        known.require_same({}, fixed_settings(config))
         return saved
     for name in ("codec", "metrics.jsonl"):
         if (output / name).exists():

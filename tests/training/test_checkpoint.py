@@ -638,6 +638,7 @@ def test_a_signal_that_comes_before_a_data_worker_is_shielded_does_not_end_it():
         os.kill(os.getpid(), signal.SIGTERM)
         shield_data_worker(worker)
 
-    loader = DataLoader(range(4), num_workers=1, worker_init_fn=late, batch_size=None)
-    assert list(Batches(loader)) == [0, 1, 2, 3]
+    batches = [{"position": position} for position in range(4)]
+    loader = DataLoader(batches, num_workers=1, worker_init_fn=late, batch_size=None)
+    assert [batch["position"] for batch in Batches(loader)] == [0, 1, 2, 3]
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -119,7 +119,7 @@ def test_a_last_step_to_weights_that_are_not_finite_fails_and_saves_no_codec(
     tmp_path, images, monkeypatch, capsys
 ):
     config = small(tmp_path / "run", images, max_steps=2, checkpoint_every=100, validate_every=100)
-    monkeypatch.setattr("latentcodec.training.trainer.learning_rate", lambda *_: math.inf)
+    monkeypatch.setattr("latentcodec.training.state.learning_rate", lambda *_: math.inf)
     assert main(["--config", str(write_config(config, tmp_path / "run.yaml"))]) == 1
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "run" / "codec").exists()
