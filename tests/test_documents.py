@@ -91,6 +91,7 @@ def test_configuration_keys_named_in_the_documents_exist(page):
     assert not [key for key in named if key not in keys and not key.endswith((".py", ".yaml", ".md"))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
 def test_the_site_builds_and_opens_from_disk(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
