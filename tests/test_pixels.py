@@ -685,3 +685,11 @@ def test_photographs_equal_pillows_reading_of_them(photos):
     for path in find_images(photos / "val")[:5]:
         with Image.open(path) as image:
             close(load_image(path)[0], pixels_of(ImageOps.exif_transpose(image).convert("RGB")))
+
+
+def test_8_bit_tensors_are_written_as_they_are_and_other_integers_are_refused(tmp_path):
+    picture = torch.randint(0, 256, (3, 6, 5), dtype=torch.uint8)
+    save_image(picture, tmp_path / "a.png")
+    assert torch.equal(torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1), picture)
+    with pytest.raises(ValueError, match=r"b\.png: .*int64"):
+        save_image(picture.long(), tmp_path / "b.png")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from latentcodec.finite import NotFinite
 from latentcodec.pixels import from_uint8
 from latentcodec.quality.metrics import evaluate, lpips_metric, psnr, reconstruct, ssim
 
@@ -133,3 +134,18 @@ def test_no_images_is_an_error():
 def test_lpips_names_the_weights_it_cannot_read(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.safetensors"):
         lpips_metric("vgg", tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reconstruction_that_is_not_finite_has_no_score_and_its_image_is_named(value):
+    def spoilt(y):
+        y = y.clone()
+        y[..., 3, 5] = value
+        return y
+
+    with pytest.raises(NotFinite, match=r"^second\.png: .*40 x 24 pixels.*reconstruction"):
+        evaluate(
+            Stub(lambda y: spoilt(y) if y.shape[-1] == 24 else y),
+            [pictures(3, 24, 40), pictures(3, 40, 24)],
+            names=["first.png", "second.png"],
+        )
