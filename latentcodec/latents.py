@@ -261,7 +261,9 @@ def fingerprint(vae: Any) -> str:
     """sha256, in hexadecimal, of what makes the latents of a VAE of a covered class.
 
     That is its class, the keys of its configuration that decide what the network computes, the numbers that normalise,
-    and every weight and statistic by name, shape and value as float32. 0.19 s for Stable Diffusion's 84 million (AMD Zen 4, two cores).
+    and every weight and statistic by name, shape and value as float32.
+
+    Costs 0.19 s for the 84 million weights of Stable Diffusion's VAE (AMD Zen 4, two cores).
     """
     family, units = family_of(vae), units_of(vae)
     architecture = {key: vae.config.get(key) for key in family.architecture}
