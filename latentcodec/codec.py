@@ -20,6 +20,7 @@ from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
 from latentcodec.loading import load_vae
+from latentcodec.model_card import model_card
 from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.families import KL, Family, family_of
@@ -245,40 +246,8 @@ class LatentCodec:
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
         parameters = sum(parameter.numel() for parameter in self.vae.parameters())
-        return _CARD.format(
-            f=self.downsampling_factor,
-            c=self.latent_channels,
-            channels=self.image_channels,
-            argument="" if self.image_channels == 3 else f", channels={self.image_channels}",
-            parameters=f"{parameters:,}",
-            widths=", ".join(map(str, self.family.widths(self.vae.config))),
-            name=self.family.name,
-            details=f"{details.strip()}\n\n" if details else "",
-        )
-
-
-_CARD = """---
-library_name: diffusers
-tags: [latentcodec, autoencoder, vae]
----
-# A latent codec: f{f}, {c} latent channels
-
-An `{name}` with {parameters} parameters (widths {widths}): an image of {channels} channels and H x W pixels
-becomes {c} latents of H/{f} x W/{f}.
-
-{details}## Use
-
-```python
-from diffusers import {name}                     # as any VAE of a pipeline
-vae = {name}.from_pretrained("path/to/this/folder")
-
-from latentcodec import LatentCodec, load_image, save_image   # normalised latents, any image size
-codec = LatentCodec.from_pretrained("path/to/this/folder")
-x = load_image("photo.jpg"{argument})
-z = codec.encode(x)
-save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
-```
-"""
+        shapes = (self.downsampling_factor, self.latent_channels, self.image_channels)
+        return model_card(self.family.name, *shapes, self.family.widths(self.vae.config), parameters, details)
 
 
 def _family_to_replace(vae: Any) -> Family | None:
