@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentcodec.files import read_start
-from latentcodec.pixels.containers import PLUGINS, advice, looks_like_a_picture, reads
+from latentcodec.pixels.containers import PLUGINS, enable, install_hint, looks_like_a_picture
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -99,7 +99,7 @@ def find_images(folder: str | Path) -> list[Path]:
     found = search_folder(folder)
     if not found.images:
         raise ValueError(
-            f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){but(found.left_out)}"
+            f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){left_out_clause(found.left_out)}"
         )
     return found.images
 
@@ -125,13 +125,13 @@ def search_folder(folder: str | Path) -> Found:
 
 def is_read(suffix: str) -> bool:
     """Whether files of this suffix, in lower case, are images that are read here."""
-    return suffix in IMAGE_SUFFIXES or (suffix in PLUGINS and reads(PLUGINS[suffix]))
+    return suffix in IMAGE_SUFFIXES or (suffix in PLUGINS and enable(PLUGINS[suffix]))
 
 
 def not_read(suffix: str) -> str | None:
     """Why files of this suffix, which look like pictures, are not read; None for those that are, and for others."""
-    if suffix in PLUGINS and not reads(PLUGINS[suffix]):
-        return f"{suffix} {advice(PLUGINS[suffix])}"
+    if suffix in PLUGINS and not enable(PLUGINS[suffix]):
+        return f"{suffix} {install_hint(PLUGINS[suffix])}"
     if suffix in OTHER_SUFFIXES:
         return f"{suffix} files are not read; convert them"
     if suffix in ARCHIVE_SUFFIXES:
@@ -139,7 +139,7 @@ def not_read(suffix: str) -> str | None:
     return None
 
 
-def but(left_out: list[LeftOut]) -> str:
+def left_out_clause(left_out: list[LeftOut]) -> str:
     """ ", but ..." for the message that nothing is there to read; nothing if nothing was left out."""
     return f"; left out: {counted(left_out)}" if left_out else ""
 
