@@ -20,7 +20,7 @@ def reasons(folder):
 
 
 def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentcodec.pixels.folders.reads", lambda plugin: False)
+    monkeypatch.setattr("latentcodec.pixels.folders.enable", lambda plugin: False)
     fill(
         tmp_path,
         "a.jpg",
@@ -43,7 +43,7 @@ def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path, monkeypatch):
 
 
 def test_with_the_extra_its_formats_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentcodec.pixels.folders.reads", lambda plugin: True)
+    monkeypatch.setattr("latentcodec.pixels.folders.enable", lambda plugin: True)
     fill(tmp_path, "a.jpg", "b.HEIC", "c.jxl")
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.HEIC", "c.jxl"]
     assert reasons(tmp_path) == {}
