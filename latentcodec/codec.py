@@ -8,6 +8,7 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
 from latentcodec.loading import load_vae
-from latentcodec.model_card import model_card
+from latentcodec.model_card import model_card, zero_padded
 from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.families import KL, Family, family_of
+from latentcodec.vae.padding import padding_mode, set_padding_mode
 
 
 class LatentCodec:
@@ -225,9 +227,15 @@ class LatentCodec:
         All files are written in full before any takes its name, config.json last, so a save that fails or is killed
         while writing leaves what was there; of several processes that save at once, the files of one remain. Other
         files in `folder` stay, but the index of a codec in several files, which would be loaded in place of this one.
-        Raises OSError where the disk refuses, and ValueError for weights that are not finite, or not here (offloaded).
+        A padding mode other than zeros, which no class of diffusers can hold, goes into the configuration under a key
+        of ours, with a warning: diffusers alone would load the codec with zero padding.
+        Raises OSError where the disk refuses, and ValueError for weights that are not finite, or not here (offloaded),
+        and for convolutions that pad by several modes.
         """
         folder = Path(folder)
+        if (mode := padding_mode(self.vae)) != "zeros":
+            warnings.warn(f"{folder}: {zero_padded(mode)}", stacklevel=2)
+        set_padding_mode(self.vae, mode)
         if away := [name for name, value in self.vae.state_dict().items() if value.device.type == "meta"]:
             raise ValueError(f"{folder}: not saved, for {away[0]} is offloaded; save before offloading")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.vae.state_dict().items()}
@@ -245,9 +253,7 @@ class LatentCodec:
 
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
-        parameters = sum(parameter.numel() for parameter in self.vae.parameters())
-        shapes = (self.downsampling_factor, self.latent_channels, self.image_channels)
-        return model_card(self.family.name, *shapes, self.family.widths(self.vae.config), parameters, details)
+        return model_card(self.vae, details)
 
 
 def _family_to_replace(vae: Any) -> Family | None:

@@ -1,9 +1,39 @@
-"""The model card of a saved codec: Markdown that the hub and its reader understand.
+"""The README.md of a codec's folder: what it is, with the metadata that the hub reads, and how it is loaded."""
 
-Shapes: C image channels, c latent channels, H W pixels, f downsampling factor.
-"""
+from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
+
+from latentcodec.vae.families import family_of
+from latentcodec.vae.padding import padding_mode
+
+
+def model_card(vae: Any, details: str = "") -> str:
+    """Markdown for a VAE of a covered class; `details` go between the shapes and the usage."""
+    family, config = family_of(vae), vae.config
+    if (mode := padding_mode(vae)) != "zeros":
+        details = f"{details.strip()}\n\n## Padding\n\nMind: {zero_padded(f'`{mode}`')}."
+    channels = family.image_channels(config)
+    return _CARD.format(
+        f=family.downsampling_factor(config),
+        c=family.latent_channels(config),
+        channels=channels,
+        argument="" if channels == 3 else f", channels={channels}",
+        parameters=f"{sum(parameter.numel() for parameter in vae.parameters()):,}",
+        widths=", ".join(map(str, family.widths(config))),
+        name=family.name,
+        details=f"{details.strip()}\n\n" if details else "",
+    )
+
+
+def zero_padded(mode: str) -> str:
+    """What people are told who save a codec whose convolutions pad by `mode`."""
+    return (
+        f"the convolutions of this codec pad by {mode}, which no class of diffusers can hold. Loaded by diffusers "
+        "alone it pads with zeros, and is wrong near the borders: load it with LatentCodec.from_pretrained, or give "
+        "the loaded VAE to optimize_vae"
+    )
+
 
 _CARD = """---
 library_name: diffusers
@@ -27,19 +57,3 @@ z = codec.encode(x)
 save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
 ```
 """
-
-
-def model_card(
-    name: str, f: int, c: int, channels: int, widths: Sequence[int], parameters: int, details: str
-) -> str:
-    """The card of a VAE of diffusers' class `name`; `details` are Markdown, and go between the shapes and the usage."""
-    return _CARD.format(
-        f=f,
-        c=c,
-        channels=channels,
-        argument="" if channels == 3 else f", channels={channels}",
-        parameters=f"{parameters:,}",
-        widths=", ".join(map(str, widths)),
-        name=name,
-        details=f"{details.strip()}\n\n" if details else "",
-    )

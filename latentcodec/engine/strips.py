@@ -19,12 +19,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcodec.engine.rows import Ends, ends_for, ends_of, padded, regrouped, seen_ends, with_neighbours
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
 from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
@@ -47,6 +49,8 @@ class Map:
     moments: Moments
     strips: Callable[[bool], Iterator[Tensor]]
     """From the top; with True for the last time, so that each is freed once it has been read."""
+    ends: Callable[[], Ends]
+    """To be asked for before the last time."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ class StripPass:
 
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
-        strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
-        windows = (self._window(*part, None, layer.padding_mode) for part in with_neighbours(strips))
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        ends = ends_for(layer, lambda: (pixels[:, :1], pixels[:, -1:]))
+        parts = with_neighbours(pixels.split(rows, dim=1), ends=ends)
+        windows = (self._window(*part, None, layer.padding_mode) for part in parts)
         return _kept(moments, (convolve(window, moments) for window in windows))
 
     def _blocks(self, stage: Any, feature: Map) -> Map:
@@ -128,16 +134,18 @@ class StripPass:
         inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-            for above, strip, below in with_neighbours(feature.strips(last)):
+            ends = ends_for(block.conv1, feature.ends)
+            for above, strip, below in with_neighbours(feature.strips(last), ends=ends):
                 h = conv1(self._window(above, strip, below, norm1, block.conv1.padding_mode), inner)
                 yield h, shortcut(strip) if last else strip
 
-        pairs = self._kept_or_remade(branches)
+        pairs, inner_ends = self._kept_or_remade(branches, itemgetter(0))
         norm2 = _norm(inner, block.norm2, activation)
+        around = ends_for(block.conv2, inner_ends)
 
         def joined() -> Iterator[Tensor]:
-            for above, (h, residual), below in with_neighbours(pairs, lambda pair: _last_row(pair[0])):
-                window = self._window(above, h, below and below[0], norm2, block.conv2.padding_mode)
+            for above, (h, residual), below in with_neighbours(pairs, itemgetter(0), around):
+                window = self._window(above, h, below, norm2, block.conv2.padding_mode)
                 yield conv2(window, moments, residual)
 
         return _kept(moments, joined())
@@ -170,30 +178,30 @@ class StripPass:
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
         convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
-        moments = self.kernels.moments()
+        moments, padding = self.kernels.moments(), layer.conv.padding_mode
+        if padding == "reflect":
+            padding = "replicate"  # mirrored at its border, a doubled map has that border again
 
         def strips(last: bool) -> Iterator[Tensor]:
-            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2))):
-                if layer.conv.padding_mode == "zeros":
-                    yield convolve(self._window(*part), moments)
-                else:  # beyond its border a doubled map has its border twice, mirrored or repeated
-                    y = convolve(self._window(*part, None, "replicate"))[:, :, 2:-2].contiguous()
+            ends = ends_for(layer.conv, feature.ends)
+            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2)), ends=ends):
+                y = convolve(self._window(*part, None, padding), moments if padding == "zeros" else None)
+                if padding != "zeros":  # the window was doubled with the columns beside it
+                    y = y[:, :, 2:-2].contiguous()
                     moments.add(y)
-                    yield y
+                yield y
 
         if self.keeps:
             return _kept(moments, strips(True))
-        for _ in strips(False):
-            pass
-        return Map(moments, strips)
+        ends = seen_ends(strips(False))
+        return Map(moments, strips, lambda: ends)
 
     def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
         norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
         convolve = self._convolution(network.conv_out)
-        padding = network.conv_out.padding_mode
-        return [
-            convolve(self._window(*part, norm, padding)) for part in with_neighbours(feature.strips(True))
-        ]
+        padding, ends = network.conv_out.padding_mode, ends_for(network.conv_out, feature.ends)
+        parts = with_neighbours(feature.strips(True), ends=ends)
+        return [convolve(self._window(*part, norm, padding)) for part in parts]
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
@@ -222,7 +230,7 @@ class StripPass:
         batch, rows, columns, channels = strip.shape
         window = self._scratch(batch, rows + 2, columns, channels)
         self.kernels.window_(window, above, strip, below, norm)
-        return window if padding == "zeros" else _padded(window, above is None, below is None, padding)
+        return window if padding == "zeros" else padded(window, above is None, below is None, padding)
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
@@ -237,13 +245,15 @@ class StripPass:
         would leave holes that no strip fits into."""
         return self.scratch[: math.prod(shape)].view(shape)
 
-    def _kept_or_remade(self, make: Callable[[bool], Iterator[T]]) -> Iterator[T]:
-        """All that `make` yields, after it has run to its end once: kept since then, or made again."""
+    def _kept_or_remade(
+        self, make: Callable[[bool], Iterator[T]], strip_of: Callable[[T], Tensor]
+    ) -> tuple[Iterator[T], Callable[[], Ends]]:
+        """All that `make` yields, after it has run to its end once: kept since then, or made again; and its ends."""
         if self.keeps:
-            return _drained(deque(make(True)))
-        for _ in make(False):
-            pass
-        return make(True)
+            kept = deque(make(True))
+            return _drained(kept), lambda: ends_of(strip_of(kept[0]), strip_of(kept[-1]))
+        ends = seen_ends(map(strip_of, make(False)))
+        return make(True), lambda: ends
 
 
 def _norm(moments: Moments, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
@@ -258,54 +268,9 @@ def _widest(stage: Stage) -> int:
 def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
     """The map of strips that are counted in as they are made."""
     kept = deque(strips)
-    return Map(moments, lambda last: _drained(kept) if last else iter(kept))
-
-
-def _last_row(strip: Tensor) -> Tensor:
-    """[B, 1, W, C], in memory of its own, so that the strip can be freed."""
-    return strip[:, -1:].clone()
-
-
-def with_neighbours(
-    items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
-) -> Iterator[tuple[Tensor | None, T, T | None]]:
-    """Each item between the last row before it and the item after it."""
-    iterator = iter(items)
-    above, item = None, next(iterator, None)
-    while item is not None:
-        below = next(iterator, None)
-        yield above, item, below
-        above, item = (None if below is None else last_row(item)), below
-
-
-def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
-    """The same rows in strips of `rows`, the last one of what is left."""
-    parts: list[Tensor] = []
-    missing = rows
-    for strip in strips:
-        start = 0
-        while start < strip.shape[1]:
-            part = strip[:, start : start + missing]
-            parts.append(part)
-            start, missing = start + part.shape[1], missing - part.shape[1]
-            if not missing:
-                yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                parts, missing = [], rows
-    if parts:
-        yield torch.cat(parts, 1)
-
-
-def _padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:
-    """[B, r + 2, W, C] -> [B, r + 2, W + 2, C]: columns as a convolution of that padding mode would pad them, and rows
-    where the window ends at the top or the bottom of the map."""
-    inner = 2 if mode == "reflect" else 1  # how far from the border the row lies that is repeated there
-    if window.shape[1] == 3 and top and bottom and mode == "reflect":
-        F.pad(window[:, 1:2].permute(0, 3, 1, 2), (0, 0, 1, 1), mode)  # a map of one row: torch's own error
-    if top:
-        window[:, 0] = window[:, inner]
-    if bottom:
-        window[:, -1] = window[:, -1 - inner]
-    return F.pad(window.permute(0, 3, 1, 2), (1, 1, 0, 0), mode).permute(0, 2, 3, 1).contiguous()
+    return Map(
+        moments, lambda last: _drained(kept) if last else iter(kept), lambda: ends_of(kept[0], kept[-1])
+    )
 
 
 def _drained(items: deque[T]) -> Iterator[T]:

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t PIECE = 8192;  // values that a thread takes at a time
+constexpr int64_t PIECE = 8192;            // values that a thread takes at a time
+constexpr float SMALLEST_LENGTH = 1e-12f;  // of a pixel, that it is divided by: as torch's `normalize`
 
 template <class T>
 struct Strip {
@@ -54,6 +55,26 @@ void normalise(T *out, const T *x, int64_t pixels, int64_t channels, const float
         }
 }
 
+// Each pixel by its own length over the channels, times gain [C], and SiLU where it activates.
+template <class T>
+void rms_normalise(T *out, const T *x, int64_t pixels, int64_t channels, const float *gain, bool activates) {
+    for (int64_t i = 0; i < pixels; i++, out += channels, x += channels) {
+        Vector squares{};
+        for (int64_t c = 0; c < channels; c += LANES) {
+            Vector value = load(x + c, channels - c);
+            squares += value * value;
+        }
+        float square = 0;
+        for (int k = 0; k < LANES; k++) square += squares[k];
+        float length = __builtin_sqrtf(square), inverse = 1 / (length < SMALLEST_LENGTH ? SMALLEST_LENGTH : length);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            int64_t left = channels - c;
+            Vector y = load(x + c, left) * inverse * load(gain + c, left);
+            store(out + c, activates ? silu(y) : y, left);
+        }
+    }
+}
+
 // sums [2, C] of one image += f(c, i, left): two values of every channel c at each of `pixels` pixels i.
 template <class Function>
 void add_up(double *sums, double *squares, int64_t pixels, int64_t channels, Function function) {
@@ -84,9 +105,13 @@ void add_up_in_parallel(double *sums, int64_t images, int64_t channels, const Pi
         for (int64_t i = 0; i < size; i++) sums[i] += partial[part * size + i];
 }
 
+// What is done to the pixels of a window on the way: a copy of them, a group norm, or each pixel's own.
+enum Norm { COPY, GROUP_NORM, RMS_NORM };
+
+// For GROUP_NORM scale and shift are [B, C]; for RMS_NORM scale is the gain [C], and there is no shift.
 template <class T>
 void window(Strip<T> out, Strip<const T> above, Strip<const T> strip, Strip<const T> below, int64_t B, int64_t r,
-            int64_t W, int64_t C, const float *scale, const float *shift, bool activates, int threads) {
+            int64_t W, int64_t C, Norm norm, const float *scale, const float *shift, bool activates, int threads) {
     Pieces pieces(B, r + 2, W, C);
     in_parallel(threads, pieces.count, [&](int64_t index) {
         Piece p = pieces[index];
@@ -98,8 +123,10 @@ void window(Strip<T> out, Strip<const T> above, Strip<const T> strip, Strip<cons
             return;
         }
         const T *x = from.row(p.image, is_inside ? p.row - 1 : 0) + p.first * C;
-        if (scale)
+        if (norm == GROUP_NORM)
             normalise(to, x, p.pixels, C, scale + p.image * C, shift + p.image * C, activates);
+        else if (norm == RMS_NORM)
+            rms_normalise(to, x, p.pixels, C, scale, activates);
         else
             std::memcpy((void *)to, (const void *)x, p.pixels * C * sizeof(T));
     });
@@ -163,7 +190,8 @@ void gradient(T *dx, const T *dy, const T *x, int64_t B, int64_t n, int64_t C, c
 extern "C" {
 
 // out [B, r + 2, W, C] dense <- the first row at above, strip and the first row at below, each scale x + shift and then
-// SiLU where it activates; null for a neighbour gives zeros, a null scale copies.
+// SiLU where it activates; null for a neighbour gives zeros, a null scale copies. Without a shift, scale is the gain [C]
+// of a norm by the root mean square.
 void latentcodec_window(int half, void *out, const void *above, int64_t above_stride, const void *strip,
                         int64_t image_stride, int64_t row_stride, const void *below, int64_t below_stride, int64_t B,
                         int64_t r, int64_t W, int64_t C, const float *scale, const float *shift, int activates,
@@ -171,8 +199,8 @@ void latentcodec_window(int half, void *out, const void *above, int64_t above_st
     auto run = [&](auto type) {
         using T = decltype(type);
         window<T>({(T *)out, (r + 2) * W * C, W * C}, {(const T *)above, above_stride, 0},
-                  {(const T *)strip, image_stride, row_stride}, {(const T *)below, below_stride, 0}, B, r, W, C, scale,
-                  shift, activates, threads);
+                  {(const T *)strip, image_stride, row_stride}, {(const T *)below, below_stride, 0}, B, r, W, C,
+                  !scale ? COPY : shift ? GROUP_NORM : RMS_NORM, scale, shift, activates, threads);
     };
     half ? run(bfloat16{}) : run(float{});
 }
@@ -186,8 +214,11 @@ void latentcodec_normalise(int half, void *out, const void *x, int64_t B, int64_
         in_parallel(threads, pieces.count, [&](int64_t index) {
             Piece p = pieces[index];
             int64_t at = (p.image * n + p.first) * C;
-            normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale + p.image * C, shift + p.image * C,
-                      activates);
+            if (shift)
+                normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale + p.image * C, shift + p.image * C,
+                          activates);
+            else
+                rms_normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale, activates);
         });
     };
     half ? run(bfloat16{}) : run(float{});
