@@ -50,8 +50,7 @@ SIGNATURES = {
     "norm": "pppp pppp nnnn d",
     "gradient_sums": "ippp nnn ppp i",
     "gradient": "ippp nnn p i",
-    "winograd_input": "ii p pnn nnnn nnn i",
-    "winograd_output": "ii p p p pnn nnnn nn i",
+    "winograd_convolve": "ii p pnn nnnn nnn p p pnn nn p i",
     "winograd_weight": "ii pp nn nnnn i",
 }
 """The arguments of each function, by the letters of `TYPES`; what they are stands beside the functions."""
