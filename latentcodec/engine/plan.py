@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentcodec.engine import recordings
 from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
@@ -20,7 +21,7 @@ from latentcodec.engine.memory import free_memory
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
@@ -110,10 +111,23 @@ class Engine:
         widest = max(h * w * _channels_at_once(stage, True) for h, w, stage in stages)
         if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
             return replayed(network, x, plan, partial(joined, dtype=x.dtype))
+        if self._is_recordable(x, stages):
+            return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
         # In inference mode a view is a tensor like any other, and one compiled function fits them all.
         with torch.inference_mode():
             strips = plan()(x)
         return joined(strips, x.dtype)
+
+    def _is_recordable(self, x: Tensor, stages: list[tuple[int, int, Stage]]) -> bool:
+        """Whether a pass is native from end to end, and its maps are single strips; then Python is what takes time."""
+        largest = max(h * w * max(stage.in_channels, stage.out_channels) for h, w, stage in stages)
+        return (
+            self.compiled
+            and x.dtype == torch.float32
+            and len(x) * largest * x.dtype.itemsize <= STRIP_BYTES["cpu"]
+            and self.kernels(x.device) is not REFERENCE_KERNELS
+            and x.device.type == "cpu"
+        )
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 
@@ -65,7 +65,9 @@ class StripPass:
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
     workspace: Workspace | None = None
-    """For Winograd's convolutions, which are not used without it."""
+    """For native convolutions, which are not used without it."""
+    convolutions: dict[nn.Module, WindowConvolution] = field(default_factory=dict)
+    """By layer: those that a pass has used, for the next one with the same weights."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
@@ -169,7 +171,12 @@ class StripPass:
                 yield convolve(window, moments)
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
+        weight, bias = layer.conv.weight, layer.conv.bias
+        if layer.conv not in self.convolutions:
+            self.convolutions[layer.conv] = window_upsample_convolution(
+                weight, bias, self.dtype, self.workspace
+            )
+        convolve = self.convolutions[layer.conv]
         moments = self.kernels.moments()
 
         def strips(last: bool) -> Iterator[Tensor]:
@@ -197,10 +204,11 @@ class StripPass:
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
-        columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
-        return window_convolution(
-            layer.weight, layer.bias, layer.stride[0], columns, self.dtype, self.workspace
-        )
+        if layer not in self.convolutions:
+            columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
+            settings = layer.stride[0], columns, self.dtype, self.workspace
+            self.convolutions[layer] = window_convolution(layer.weight, layer.bias, *settings)
+        return self.convolutions[layer]
 
     # ---- strips
 
@@ -292,7 +300,7 @@ def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
                 yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
                 parts, missing = [], rows
     if parts:
-        yield torch.cat(parts, 1)
+        yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from latentcodec.ops.native.winograd import WinogradConvolution, Workspace
+from latentcodec.ops.native.build import library
+from latentcodec.ops.native.convolution import MOST_TAPS, DirectConvolution, NativeConvolution, Workspace
+from latentcodec.ops.native.winograd import WinogradConvolution
 from latentcodec.ops.onednn import (
     Convolution,
     packed_convolution,
@@ -31,7 +33,7 @@ from latentcodec.ops.pointwise import Moments
 WindowConvolution = Callable[..., Tensor]
 """[B, rows, W, C], moments that count the result in, and a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
-Prepared = Convolution | WinogradConvolution
+Prepared = Convolution | NativeConvolution
 
 PROBES = 1024  # values of a weight that are looked at to see whether it has changed
 
@@ -53,8 +55,8 @@ def window_convolution(
     [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image. Winograd's
     convolutions are chosen only where there is a `workspace` for them.
     """
-    prepare = partial(_prepare_direct, stride=stride, columns=columns)
-    return _window_convolution(weight, bias, dtype, prepare, workspace)
+    settings = {"stride": stride, "columns": columns}
+    return _window_convolution(weight, bias, dtype, partial(_prepare_direct, **settings), workspace, settings)
 
 
 def window_upsample_convolution(
@@ -66,7 +68,7 @@ def window_upsample_convolution(
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace)
+    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {})
 
 
 def _window_convolution(
@@ -75,8 +77,9 @@ def _window_convolution(
     dtype: torch.dtype,
     prepare: Callable[..., Prepared],
     workspace: Workspace | None,
+    settings: dict[str, int],
 ) -> WindowConvolution:
-    run = _prepared_convolution(weight, dtype, prepare, workspace)
+    run = _prepared_convolution(weight, dtype, prepare, workspace, settings)
     assert bias is not None  # every convolution of an AutoencoderKL has one
     bias = bias.detach().to(dtype)
 
@@ -94,13 +97,17 @@ def _window_convolution(
 
 
 def _prepared_convolution(
-    weight: Tensor, dtype: torch.dtype, prepare: Callable[..., Prepared], workspace: Workspace | None
+    weight: Tensor,
+    dtype: torch.dtype,
+    prepare: Callable[..., Prepared],
+    workspace: Workspace | None,
+    settings: dict[str, int],
 ) -> Convolution:
     """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
     if weight.device.type != "cpu":  # where there is no packing
         return cast(Convolution, prepare(weight.detach(), dtype))
     version = 0 if weight.is_inference() else weight._version
-    state = weight.data_ptr(), version, dtype, workspace is None
+    state = weight.data_ptr(), version, dtype, workspace is None, settings
     known, probed, total, run = _prepared.get(weight, (None, None, None, None))
     if known != state or probed.sum().item() != total:
         run, probed = (
@@ -108,19 +115,24 @@ def _prepared_convolution(
             _probed(weight.detach()),
         )
         _prepared[weight] = state, probed, probed.sum().item(), run
-    if workspace is not None and isinstance(run, WinogradConvolution):
+    if workspace is not None and isinstance(run, NativeConvolution):
+        workspace.convolutions.append(run)
         return run.using(workspace)
     return cast(Convolution, run)
 
 
-def _probed(weight: Tensor) -> Tensor:
-    """A view of values from all over [C', C, k, k], as integers: adapters write to `.data`, which counts no version.
-
-    The step through the memory has no factor in common with C k k, so every tap and every channel has its turn.
-    """
+def probing_step(weight: Tensor) -> int:
+    """How many values lie between two that are looked at; without a factor in common with C k k, so that every tap and
+    every channel has its turn."""
     step = max(1, weight.numel() // PROBES)
     while math.gcd(step, weight[0].numel()) > 1:
         step += 1
+    return step
+
+
+def _probed(weight: Tensor) -> Tensor:
+    """A view of values from all over [C', C, k, k], as integers: adapters write to `.data`, which counts no version."""
+    step = probing_step(weight)
     memory = weight.as_strided((weight.numel(),), (1,))  # of either layout, without a copy
     return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])[::step]
 
@@ -131,7 +143,11 @@ def _prepare_direct(
     weight = weight if weight.ndim == 4 else weight[:, :, -1]
     direct = partial(_direct, weight, dtype, stride, columns)
     is_suited = winograd and dtype == torch.float32 and stride == columns == 1 and weight.shape[2:] == (3, 3)
-    return WinogradConvolution.best(weight, False, direct) or direct() if is_suited else direct()
+    is_native = winograd and dtype == torch.float32 and weight[0].numel() <= MOST_TAPS
+    best: Prepared | None = WinogradConvolution.best(weight, False, direct) if is_suited else None
+    if best is None and is_native and (native := library()) is not None:
+        best = DirectConvolution(native, weight, stride, columns, direct)
+    return best or direct()
 
 
 def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:

@@ -9,32 +9,7 @@
 
 namespace {
 
-constexpr int PANEL = 16;            // outputs that are summed up at a time
-constexpr int WIDTH = PANEL / LANES;  // the same in registers
 constexpr int MARGIN = 16;
-#if defined(__AVX512F__)
-constexpr int ROWS = 14;  // tiles that are summed up at a time: as many as there are registers for
-#else
-constexpr int ROWS = 6;
-#endif
-
-// m [ROWS, PANEL] <- v [ROWS, C] u [C, PANEL]; rows of m lie O apart.
-inline void multiply_panel(float *m, const float *v, const float *u, int64_t C, int64_t O) {
-    Vector sums[ROWS][WIDTH]{};
-    for (int64_t c = 0; c < C; c++, u += PANEL) {
-        Vector weights[WIDTH];
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; j++) weights[j] = load(u + j * LANES, LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < WIDTH; j++) sums[i][j] += v[i * C + c] * weights[j];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; j++) store(m + i * O + j * LANES, sums[i][j], LANES);
-}
 
 // V [P^2 planes] <- matrix d matrix^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
 template <int P, int K>
@@ -81,7 +56,7 @@ struct Block {
     int64_t rows, v_plane, m_plane, size;
 
     Block(int64_t together, int64_t planes, int64_t C, int64_t O) {
-        rows = (together + ROWS - 1) / ROWS * ROWS;
+        rows = whole_rows(together);
         v_plane = rows * C + MARGIN;
         m_plane = rows * O + MARGIN;
         size = planes * (v_plane + m_plane) + C;  // and zeros, for what lies outside of the map
@@ -106,8 +81,8 @@ void convolve(Kind kind, const Map &y, const Map &x, const float *U, const float
         for (int p = 0; p < P * P; p++)
             for (int64_t o = 0; o < O; o += PANEL)
                 for (int64_t t = 0; t < count; t += ROWS)
-                    multiply_panel(products + p * block.m_plane + t * O + o, V + p * block.v_plane + t * C,
-                                   U + p * (C * O + MARGIN) + o * C, C, O);
+                    multiply_panel(products + p * block.m_plane + t * O + o, O, V + p * block.v_plane + t * C,
+                                   U + p * (C * O + MARGIN) + o * C, C);
         for (int64_t t = 0; t < count; t++)
             transform_back(kind.output, y, tiling.image(first + t), tiling.row(first + t) * M,
                            tiling.column(first + t) * M, products + t * O, block.m_plane, bias, added);

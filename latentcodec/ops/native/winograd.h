@@ -15,7 +15,7 @@
 
 #pragma once
 
-#include "vector.h"
+#include "panels.h"
 
 template <int ROWS, int COLUMNS>
 struct Matrix {
@@ -139,16 +139,6 @@ inline void transform(const Matrix<R, K> &matrix, const Vector *from, Vector *to
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) multiply(matrix, half + i * K, 1, to + i * R, 1);
 }
-
-struct Map {
-    float *values;
-    int64_t image_stride, row_stride;  // in values
-    int64_t B, H, W, C;
-
-    float *at(int64_t b, int64_t row, int64_t column) const {
-        return values + b * image_stride + row * row_stride + column * C;
-    }
-};
 
 struct Tiling {
     int64_t rows, columns;  // of tiles in an image

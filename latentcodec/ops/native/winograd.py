@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentcodec.ops.native.build import library
+from latentcodec.ops.native.convolution import PANEL, ROWS, NativeConvolution, Workspace
 from latentcodec.ops.onednn import Convolution
 
-PANEL = 16  # what the numbers of input and output channels are multiples of
-MARGIN, ROWS = 16, 14  # as in winograd.cpp; of ROWS, the most
+MARGIN = 16  # as in winograd.cpp
 BLOCK_BYTES = 1 << 20  # of the tiles and products that a thread has in hand
 FEW_TILES, MANY_TILES = 18, 96  # for which a weight is read: in the cache, and where they do not fit into it
-MIN_TILES = 16  # below which a weight is read for too little
+MIN_TILES = 16  # below which it does not pay to transform a weight
 KEPT_VALUES = (
     1 << 18
-)  # of a weight whose transform is kept between passes: a larger one pays for itself in each pass
+)  # of a weight whose transform is kept; that of a larger one pays for itself in each pass
 LARGEST_ERROR = 1e-5  # of a channel's values on noise, root mean square: direct convolutions have some 2e-7
 CHANNELS_TRIED = 32  # of the output, those with the most uneven weights
 
@@ -53,34 +53,14 @@ class Scheme:
         return f"F({self.outputs}x{self.outputs}, 3x3)" + (" of a doubled map" if self.doubles else "")
 
 
-class Workspace:
-    """Memory that the convolutions of one pass use again and again: fresh memory costs as much as the transforms."""
-
-    def __init__(self) -> None:
-        self.tiles = torch.empty(0)
-        self.weights: list[Tensor] = []  # that no convolution holds now
-
-    def memory(self, size: int) -> Tensor:
-        """At least `size` float32 values, the same at each call."""
-        if self.tiles.numel() < size:
-            self.tiles = torch.empty(size)
-        return self.tiles
-
-    def borrow_weight(self, size: int) -> Tensor:
-        """`size` float32 values, to be given back into `weights`."""
-        memory = self.weights.pop() if self.weights else torch.empty(0)
-        return memory if memory.numel() >= size else torch.empty(size)
-
-
-class WinogradConvolution:
+class WinogradConvolution(NativeConvolution):
     """A 3x3 convolution of windows [B, r + 2, W, C]: Winograd's where there are tiles enough, else the direct one."""
 
     def __init__(
         self, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, direct: Callable[[], Convolution]
     ) -> None:
-        self.library, self.weight, self.scheme = library, weight, scheme
-        self.prepare_direct = direct
-        self.direct: Convolution | None = None
+        super().__init__(library, direct)
+        self.weight, self.scheme = weight, scheme
         self.kept = None if weight.numel() > KEPT_VALUES else self.transformed(torch.empty(self.size))
 
     @classmethod
@@ -109,11 +89,6 @@ class WinogradConvolution:
         """As it runs in one pass."""
         return _Running(self, workspace)
 
-    def directly(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if self.direct is None:
-            self.direct = self.prepare_direct()
-        return self.direct(window, bias, residual)
-
 
 class _Running:
     """A `WinogradConvolution` during one pass, which holds memory for its weight as long as it is alive."""
@@ -127,9 +102,9 @@ class _Running:
         prepared = self.convolution
         images, rows, columns, _ = window.shape
         area = images * (rows - 2) * columns * prepared.scheme.times**2
-        if area < MIN_TILES * prepared.scheme.outputs**2:
-            return prepared.directly(window, bias, residual)
         if self.weight is None:
+            if area < MIN_TILES * prepared.scheme.outputs**2:
+                return prepared.by_other_means(window, bias, residual)
             self.memory = self.workspace.borrow_weight(prepared.size)
             self.weight = prepared.transformed(self.memory)
         return convolve(
