@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,8 +23,8 @@ from latentcodec.ops.convolutions import probing_step
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.recorder import Recorder
 
-Pass = Callable[[Tensor], list[Tensor]]
-"""Computes the strips of a network's result from its input."""
+Plan = Callable[[], partial[list[Tensor]]]
+"""Makes what computes the strips of a network's result from its input: a method of a pass, and the network."""
 
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "padding_mode"),
@@ -35,8 +36,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 class Recording:
     """One pass over inputs [B, C, H, W] of one shape, with the weights as they were."""
 
-    def __init__(self, run: Pass, x: Tensor) -> None:
-        self.run = run  # which holds the memory and the prepared weights of the pass
+    def __init__(self, run: partial[list[Tensor]], x: Tensor) -> None:
+        self.held = run.args[0]  # the pass, with its memory and its prepared weights, but not the network
         self.input = torch.empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).copy_(x)
         run(self.input)  # weights are prepared, and memory is there
         with Recorder() as self.recorder:
@@ -65,9 +66,7 @@ class Known:
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
-def replayed(
-    network: nn.Module, x: Tensor, plan: Callable[[], Pass], join: Callable[[list[Tensor]], Tensor]
-) -> Tensor:
+def replayed(network: nn.Module, x: Tensor, plan: Plan, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """join(plan()(x)); recorded when an input like x comes for the second time in a row, and replayed from then on.
 
     Of several threads that call at once, one replays, and the others run as if nothing were recorded.
@@ -82,7 +81,12 @@ def replayed(
             known.lock.release()
 
 
-def _strips(known: Known, network: nn.Module, x: Tensor, plan: Callable[[], Pass]) -> list[Tensor]:
+def forget(network: nn.Module) -> None:
+    """Let the recording of a network go."""
+    _known.pop(network, None)
+
+
+def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Tensor]:
     weights: list[Tensor] = []
     settings = [_setting(module, weights) for module in modules_within(network)]
     places = [(weight.data_ptr(), _version(weight)) for weight in weights]

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.convolution import MOST_TAPS, DirectConvolution, NativeConvolution, Workspace
-from latentcodec.ops.native.winograd import WinogradConvolution
+from latentcodec.ops.native.winograd import KEPT_VALUES, Scheme, WinogradConvolution, weight_values
 from latentcodec.ops.onednn import (
     Convolution,
     packed_convolution,
@@ -48,19 +48,26 @@ def window_convolution(
     columns: int,
     dtype: torch.dtype,
     workspace: Workspace | None = None,
+    keep: bool = True,
 ) -> WindowConvolution:
     """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
 
     weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Of a weight
     [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image. Winograd's
-    convolutions are chosen only where there is a `workspace` for them.
+    convolutions are chosen only where there is a `workspace` for them. What was made of the weight is kept for the next
+    call unless `keep` is False.
     """
     settings = {"stride": stride, "columns": columns}
-    return _window_convolution(weight, bias, dtype, partial(_prepare_direct, **settings), workspace, settings)
+    prepare = partial(_prepare_direct, **settings)
+    return _window_convolution(weight, bias, dtype, prepare, workspace, settings, keep)
 
 
 def window_upsample_convolution(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, workspace: Workspace | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    keep: bool = True,
 ) -> WindowConvolution:
     """Nearest neighbour times two, then the 3x3 convolution: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
 
@@ -68,7 +75,7 @@ def window_upsample_convolution(
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {})
+    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {}, keep)
 
 
 def _window_convolution(
@@ -78,8 +85,9 @@ def _window_convolution(
     prepare: Callable[..., Prepared],
     workspace: Workspace | None,
     settings: dict[str, int],
+    keep: bool,
 ) -> WindowConvolution:
-    run = _prepared_convolution(weight, dtype, prepare, workspace, settings)
+    run = _prepared_convolution(weight, dtype, prepare, workspace, settings, keep)
     assert bias is not None  # every convolution of an AutoencoderKL has one
     bias = bias.detach().to(dtype)
 
@@ -102,6 +110,7 @@ def _prepared_convolution(
     prepare: Callable[..., Prepared],
     workspace: Workspace | None,
     settings: dict[str, int],
+    keep: bool,
 ) -> Convolution:
     """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
     if weight.device.type != "cpu":  # where there is no packing
@@ -109,16 +118,31 @@ def _prepared_convolution(
     version = 0 if weight.is_inference() else weight._version
     state = weight.data_ptr(), version, dtype, workspace is None, settings
     known, probed, total, run = _prepared.get(weight, (None, None, None, None))
-    if known != state or probed.sum().item() != total:
-        run, probed = (
-            prepare(weight.detach(), dtype, winograd=workspace is not None),
-            _probed(weight.detach()),
-        )
+    if not keep:
+        _prepared.pop(weight, None)
+        run = prepare(weight.detach(), dtype, winograd=workspace is not None)
+    elif known != state or probed.sum().item() != total:
+        run = prepare(weight.detach(), dtype, winograd=workspace is not None, keep=True)
+        probed = _probed(weight.detach())
         _prepared[weight] = state, probed, probed.sum().item(), run
     if workspace is not None and isinstance(run, NativeConvolution):
-        workspace.convolutions.append(run)
+        if workspace.records:
+            workspace.convolutions.append(run)
         return run.using(workspace)
     return cast(Convolution, run)
+
+
+def prepared_bytes(weight: Tensor, dtype: torch.dtype, winograd: bool, keep: bool) -> tuple[int, int]:
+    """Bytes that stay after a pass for a convolution with this weight, and that are needed while it runs, at most."""
+    if weight.device.type != "cpu":
+        return 0, weight.numel() * dtype.itemsize
+    folded = weight.numel() * (2 if weight.shape[-1] == 3 else 1)  # with room for the taps of a doubled map
+    stays = passes = folded * dtype.itemsize
+    if winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3):
+        transformed = dtype.itemsize * weight_values(Scheme(4), *weight.shape[:2])
+        passes += transformed
+        stays = max(stays, transformed) if weight.numel() <= KEPT_VALUES else 0
+    return (stays, passes) if keep else (0, passes)
 
 
 def probing_step(weight: Tensor) -> int:
@@ -138,13 +162,13 @@ def _probed(weight: Tensor) -> Tensor:
 
 
 def _prepare_direct(
-    weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False
+    weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False, keep: bool = False
 ) -> Prepared:
     weight = weight if weight.ndim == 4 else weight[:, :, -1]
     direct = partial(_direct, weight, dtype, stride, columns)
     is_suited = winograd and dtype == torch.float32 and stride == columns == 1 and weight.shape[2:] == (3, 3)
     is_native = winograd and dtype == torch.float32 and weight[0].numel() <= MOST_TAPS
-    best: Prepared | None = WinogradConvolution.best(weight, False, direct) if is_suited else None
+    best: Prepared | None = WinogradConvolution.best(weight, False, direct, keep) if is_suited else None
     if best is None and is_native and (native := library()) is not None:
         best = DirectConvolution(native, weight, stride, columns, direct)
     return best or direct()
@@ -164,10 +188,12 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
     return convolve
 
 
-def _prepare_upsample(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Prepared:
+def _prepare_upsample(
+    weight: Tensor, dtype: torch.dtype, winograd: bool = False, keep: bool = False
+) -> Prepared:
     direct = partial(_direct_upsample, weight, dtype)
     is_suited = winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3)
-    return WinogradConvolution.best(weight, True, direct) or direct() if is_suited else direct()
+    return WinogradConvolution.best(weight, True, direct, keep) or direct() if is_suited else direct()
 
 
 def _direct_upsample(weight: Tensor, dtype: torch.dtype) -> Convolution:

@@ -1,13 +1,15 @@
 """Recorded passes give what the class itself gives: for new inputs, new weights, new settings, and many threads."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from stock_pairs import pair
 from torch import nn
 
-from latentcodec import optimize_vae
+from latentcodec import optimize_vae, restore_vae
 from latentcodec.engine import recordings
 from latentcodec.engine.strips import StripPass
 from latentcodec.ops.native.recorder import Recorder
@@ -167,3 +169,11 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
         del view
         assert torch.empty(100).data_ptr() == address
     assert recorder.is_complete
+
+
+def test_a_recording_goes_with_its_network(recorded):
+    _, vae = recorded
+    encoder = weakref.ref(vae.encoder)
+    restore_vae(vae)
+    gc.collect()
+    assert encoder() is None

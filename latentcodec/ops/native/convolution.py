@@ -24,12 +24,11 @@ TOGETHER = 48  # results whose pixels a thread lays side by side
 class Workspace:
     """Memory that the convolutions of one pass use again and again: fresh memory costs as much as the transforms."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: bool = False) -> None:
+        self.records = records
         self.values = torch.empty(0)
         self.weights: list[Tensor] = []  # that no convolution holds now
-        self.convolutions: list[
-            NativeConvolution
-        ] = []  # that have run, so that their weights stay where they are
+        self.convolutions: list[NativeConvolution] = []  # of a recording: their weights stay where they are
 
     def memory(self, size: int) -> Tensor:
         """At least `size` float32 values, the same at each call."""

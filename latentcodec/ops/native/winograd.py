@@ -57,15 +57,21 @@ class WinogradConvolution(NativeConvolution):
     """A 3x3 convolution of windows [B, r + 2, W, C]: Winograd's where there are tiles enough, else the direct one."""
 
     def __init__(
-        self, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, direct: Callable[[], Convolution]
+        self,
+        library: ctypes.CDLL,
+        weight: Tensor,
+        scheme: Scheme,
+        direct: Callable[[], Convolution],
+        keep: bool = True,
     ) -> None:
         super().__init__(library, direct)
         self.weight, self.scheme = weight, scheme
-        self.kept = None if weight.numel() > KEPT_VALUES else self.transformed(torch.empty(self.size))
+        keep = keep and weight.numel() <= KEPT_VALUES
+        self.kept = self.transformed(torch.empty(self.size)) if keep else None
 
     @classmethod
     def best(
-        cls, weight: Tensor, doubles: bool, direct: Callable[[], Convolution]
+        cls, weight: Tensor, doubles: bool, direct: Callable[[], Convolution], keep: bool = True
     ) -> WinogradConvolution | None:
         """With the fewest multiplications among those that are exact enough for this weight [O, C, 3, 3]."""
         native = library()
@@ -73,7 +79,7 @@ class WinogradConvolution(NativeConvolution):
             return None
         for scheme in (Scheme(4, doubles), Scheme(2, doubles)):
             if error(native, weight.float(), scheme) <= LARGEST_ERROR:
-                return cls(native, weight, scheme, direct)
+                return cls(native, weight, scheme, direct, keep)
         return None
 
     @property
@@ -197,6 +203,12 @@ def tiles_together(scheme: Scheme, tiles: int, channels: int, outputs: int, thre
 def block_values(scheme: Scheme, together: int, channels: int, outputs: int) -> int:
     """Of the memory of one thread."""
     return scheme.products * ((together + ROWS) * (channels + outputs) + 2 * MARGIN) + channels
+
+
+def spare_bytes(weight: Tensor) -> int:
+    """What the memory of all threads is larger than the tiles and products of a strip, for a weight [O, C, k, k]."""
+    outputs, channels = weight.shape[:2]
+    return 4 * torch.get_num_threads() * block_values(Scheme(4), 0, channels, outputs)
 
 
 def weight_values(scheme: Scheme, outputs: int, channels: int) -> int:
