@@ -39,6 +39,7 @@ from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
+from latentcodec.engine.recordings import forget
 from latentcodec.engine.sharing import (
     require_parameters_of,
     share_paddings,
@@ -109,15 +110,22 @@ def adopt(vae: Any) -> Any:
     return vae
 
 
-def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool = False) -> Any:
+def optimize_vae(
+    vae: Any, max_memory: int | float | str = "auto", check: bool = False, keep_packed: bool = True
+) -> Any:
     """Run a VAE of any covered class on the engine, in place: same class, same keys, same numbers, faster.
 
     Without gradients it runs in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside: a number, text such
-    as "6GB" or "1.5 GiB", or "auto", half of what is free. Inner feature maps that do not fit are computed twice
-    instead of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints
-    how far the results are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes
-    run so on single images and first frames; clips of several frames run on the class's own code.
+    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, with the encoder's or the decoder's
+    weights and all that is prepared of them: a number, text such as "6GB" or "1.5 GiB", or "auto", half of what is
+    free for what comes on top of the weights. Inner feature maps that do not fit are computed twice instead of kept,
+    and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints how far the results
+    are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes run so on single
+    images and first frames; clips of several frames run on the class's own code.
+
+    On CPUs a fast convolution reads its weight in another order. What was made of the weights stays in memory beside
+    them; with `keep_packed=False` each pass makes it anew, layer by layer, and nothing is held twice between calls.
+    The VAE's own weights stay as they are either way: saving, copying and training see them.
 
     Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises, and ValueError for a `max_memory` that
     is no size.
@@ -125,7 +133,8 @@ def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool =
     bound = parse_bytes(max_memory)
     adopt(vae)
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
-        holder.engine = Engine(max_memory=bound, compiled=True)
+        forget(holder)
+        holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
     if check:
         _print_differences(vae)
     return vae

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
-from latentcodec.engine.plan import ATTENTION_MAPS, QUERIES_AT_ONCE, Engine, joined
+from latentcodec.engine.needs import ATTENTION_MAPS
+from latentcodec.engine.plan import QUERIES_AT_ONCE, Engine, joined
 from latentcodec.engine.streams import StreamPass
 from latentcodec.ops.functional import is_ordinary
 from latentcodec.ops.native.winograd import Workspace

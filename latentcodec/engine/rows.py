@@ -72,7 +72,7 @@ def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
                 yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
                 parts, missing = [], rows
     if parts:
-        yield torch.cat(parts, 1)
+        yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:

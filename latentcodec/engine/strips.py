@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from latentcodec.engine.rows import Ends, ends_for, ends_of, padded, regrouped, seen_ends, with_neighbours
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 
@@ -69,13 +69,17 @@ class StripPass:
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
     workspace: Workspace | None = None
-    """For Winograd's convolutions, which are not used without it."""
+    """For native convolutions, which are not used without it."""
+    convolutions: dict[nn.Module, WindowConvolution] = field(default_factory=dict)
+    """By layer, where the pass is recorded: those that it has used."""
+    keeps_packed: bool = True
+    """Whether what is made of the weights stays after the pass."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
         stages, width = list(encoder.down_blocks), x.shape[3]
         self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
-        feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width))
+        feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width, x.shape[1]))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
             for layer in stage.downsamplers:
@@ -90,7 +94,7 @@ class StripPass:
         """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
         stages, width = list(decoder.up_blocks), z.shape[3]
         self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
-        feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width))
+        feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width, z.shape[1]))
         feature = self._mid_block(decoder.mid_block, feature)
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
@@ -153,14 +157,16 @@ class StripPass:
     def _attention(self, layer: Attention, feature: Map) -> Map:
         """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
         strips = list(feature.strips(True))
+        shapes = [strip.shape for strip in strips]
         x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
+        strips.clear()
         normed = torch.empty_like(x)
         self.kernels.normalise_(normed, x, _norm(feature.moments, layer.group_norm, None))
         q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
         seen = self.kernels.attend(q, k, v, self.score_bytes)
         out = _linear(layer.to_out[0], seen).add_(x)
-        parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
-        result = [part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True)]
+        parts = out.split([shape[1] * shape[2] for shape in shapes], 1)
+        result = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         moments = self.kernels.moments()
         for strip in result:
             moments.add(strip)
@@ -177,7 +183,10 @@ class StripPass:
                 yield convolve(window, moments)
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
+        settings = self.dtype, self.workspace, self.keeps_packed
+        convolve = self._ready(
+            layer.conv, lambda conv: window_upsample_convolution(conv.weight, conv.bias, *settings)
+        )
         moments, padding = self.kernels.moments(), layer.conv.padding_mode
         if padding == "reflect":
             padding = "replicate"  # mirrored at its border, a doubled map has that border again
@@ -206,15 +215,22 @@ class StripPass:
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
         columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
-        return window_convolution(
-            layer.weight, layer.bias, layer.stride[0], columns, self.dtype, self.workspace
-        )
+        settings = layer.stride[0], columns, self.dtype, self.workspace, self.keeps_packed
+        return self._ready(layer, lambda conv: window_convolution(conv.weight, conv.bias, *settings))
+
+    def _ready(self, layer: nn.Conv2d, make: Callable[[nn.Conv2d], WindowConvolution]) -> WindowConvolution:
+        """make(layer), once for all passes where they are recorded."""
+        if self.workspace is None or not self.workspace.records:
+            return make(layer)
+        if layer not in self.convolutions:
+            self.convolutions[layer] = make(layer)
+        return self.convolutions[layer]
 
     # ---- strips
 
-    def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
-        """Of a strip in `stage`: even, so that strips can be halved."""
-        row_bytes = len(x) * width * _widest(stage) * self.dtype.itemsize
+    def _rows(self, stage: Stage, x: Tensor, width: int, given: int = 0) -> int:
+        """Of a strip in `stage`, which is given maps of `given` channels: even, so that strips can be halved."""
+        row_bytes = len(x) * width * max(_widest(stage), given) * self.dtype.itemsize
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
@@ -234,9 +250,14 @@ class StripPass:
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
+        given = [
+            x.shape[1],
+            *[0] * len(stages),
+        ]  # the first convolution may read more channels than any makes
         largest = max(
-            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(_widest(stage), x.shape[1])
-            for stage, height, width in stages  # the first convolution may read more channels than any makes
+            (min(height, self._rows(stage, x, width, channels)) + 2)
+            * ((width + 1) * max(_widest(stage), channels))
+            for (stage, height, width), channels in zip(stages, given, strict=False)
         )
         self.scratch.resize_(len(x) * largest)
 

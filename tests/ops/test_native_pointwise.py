@@ -79,6 +79,19 @@ def test_windows(dice, dtype):
     close(*results, dtype)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_halving_windows(dice, dtype):
+    batch, rows, columns, channels = size = shape(dice)
+    middle = strip(dice, dtype, size)
+    below = (
+        strip(dice, dtype, (batch, dice.randint(1, 3), columns, channels)) if dice.random() < 0.7 else None
+    )
+    results = [torch.full((batch, rows + 1, columns + 1, channels), 7.0, dtype=dtype) for _ in range(2)]
+    for kernels, out in zip((NATIVE, REFERENCE_KERNELS), results, strict=True):
+        kernels.halving_window_(out, middle, below)
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normalised_maps(dice, dtype):
     size = shape(dice)

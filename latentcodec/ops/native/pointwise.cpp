@@ -147,6 +147,18 @@ void add_moments(double *sums, const float *pivot, Strip<const T> x, int64_t B, 
     });
 }
 
+// sums [2, B, C] <- 0, pivot [B, C] <- the mean of the first row of x.
+template <class T>
+void begin_moments(double *sums, float *pivot, Strip<const T> x, int64_t B, int64_t W, int64_t C) {
+    std::fill(sums, sums + 2 * B * C, 0.0);
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            Vector sum{};
+            for (int64_t i = 0; i < W; i++) sum += load(x.row(b, 0) + i * C + c, C - c);
+            store(pivot + b * C + c, sum / (float)W, C - c);
+        }
+}
+
 template <class T>
 void gradient_sums(double *sums, const T *dy, const T *x, int64_t B, int64_t n, int64_t C, const float *scale,
                    const float *shift, const float *mean, int threads) {
@@ -205,6 +217,24 @@ void latentcodec_window(int half, void *out, const void *above, int64_t above_st
     half ? run(bfloat16{}) : run(float{});
 }
 
+// out [B, r + 1, (W + 1) C] dense <- strip [B, r, W C], the first row at below or zeros, and zeros right of them. Sizes
+// and strides are in bytes: `pixel` is that of C values, `row` that of W C values.
+void latentcodec_halving_window(int64_t pixel, void *out, const void *strip, int64_t image_stride, int64_t row_stride,
+                                const void *below, int64_t below_stride, int64_t B, int64_t r, int64_t row,
+                                int threads) {
+    in_parallel(threads, B * (r + 1), [&](int64_t index) {
+        int64_t b = index / (r + 1), i = index % (r + 1);
+        const char *from = i < r ? (const char *)strip + b * image_stride + i * row_stride
+                                 : below ? (const char *)below + b * below_stride : nullptr;
+        char *to = (char *)out + index * (row + pixel);
+        if (from)
+            std::memcpy(to, from, row);
+        else
+            std::memset(to, 0, row);
+        std::memset(to + row, 0, pixel);
+    });
+}
+
 // out [B, n, C] <- x [B, n, C] in the same way, both dense.
 void latentcodec_normalise(int half, void *out, const void *x, int64_t B, int64_t n, int64_t C, const float *scale,
                            const float *shift, int activates, int threads) {
@@ -224,11 +254,13 @@ void latentcodec_normalise(int half, void *out, const void *x, int64_t B, int64_
     half ? run(bfloat16{}) : run(float{});
 }
 
-// sums += those of x - pivot and of its square, for x [B, r, W, C].
-void latentcodec_add_moments(int half, double *sums, const float *pivot, const void *x, int64_t image_stride,
+// sums += those of x - pivot and of its square, for x [B, r, W, C]. Where x `is_first`, sums become zero before that,
+// and pivot the mean of its first row.
+void latentcodec_add_moments(int half, int is_first, double *sums, float *pivot, const void *x, int64_t image_stride,
                              int64_t row_stride, int64_t B, int64_t r, int64_t W, int64_t C, int threads) {
     auto run = [&](auto type) {
         using T = decltype(type);
+        if (is_first) begin_moments<T>(sums, pivot, {(const T *)x, image_stride, row_stride}, B, W, C);
         add_moments<T>(sums, pivot, {(const T *)x, image_stride, row_stride}, B, r, W, C, threads);
     };
     half ? run(bfloat16{}) : run(float{});
@@ -276,5 +308,20 @@ void latentcodec_gradient(int half, void *dx, const void *dy, const void *x, int
         gradient((T *)dx, (const T *)dy, (const T *)x, B, n, C, known, threads);
     };
     half ? run(bfloat16{}) : run(float{});
+}
+
+// sum <- the sum of what lies at every table[3 i] + 4 j table[3 i + 1] as integers, j < table[3 i + 2]: values from all
+// over some weights.
+void latentcodec_checksum(int64_t count, const int64_t *table, int64_t *sum) {
+    uint64_t total = 0;
+    for (int64_t i = 0; i < count; i++, table += 3) {
+        const char *at = (const char *)table[0];
+        for (int64_t j = 0; j < table[2]; j++, at += 4 * table[1]) {
+            uint32_t value;
+            std::memcpy(&value, at, 4);
+            total = total * 31 + value;
+        }
+    }
+    *sum = (int64_t)total;
 }
 }

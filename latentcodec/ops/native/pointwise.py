@@ -33,11 +33,12 @@ class NativeMoments(Moments):
             return None
         strip = _with_dense_rows(strip)
         images, rows, columns, channels = strip.shape
-        if not self.pixels:
-            self.pivot = strip[:, :1].mean(2, keepdim=True, dtype=torch.float32)  # [B, 1, 1, C]
-            self.sums = torch.zeros(2, images, channels, dtype=torch.float64)
+        is_first = not self.pixels
+        if is_first:
+            self.pivot = torch.empty(images, 1, 1, channels)
+            self.sums = torch.empty(2, images, channels, dtype=torch.float64)
         self.library.add_moments(
-            DTYPES[strip.dtype],
+            *(DTYPES[strip.dtype], is_first),
             self.sums.data_ptr(),
             self.pivot.data_ptr(),
             *_place(strip),
@@ -105,6 +106,18 @@ class NativeKernels(Kernels):
             *(norm is not None and norm.activation is not None, torch.get_num_threads()),
         )
         return None
+
+    def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
+        strip = _with_dense_rows(strip)
+        below = None if below is None else _with_dense_rows(below[:, :1])
+        images, rows, columns, channels = strip.shape
+        size = strip.itemsize
+        self.library.halving_window(
+            *(channels * size, out.data_ptr()),
+            *(strip.data_ptr(), strip.stride(0) * size, strip.stride(1) * size),
+            *((None, 0) if below is None else (below.data_ptr(), below.stride(0) * size)),
+            *(images, rows, columns * channels * size, torch.get_num_threads()),
+        )
 
     def gradient_sums(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
         """[2, B, 1, C] float64."""
