@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
+from latentcodec.pixels import UnreadableImage, find_images, labelled_grid, load_image, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
 from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.training.data.crops import centre_crop
@@ -56,17 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_image(result, settings.out / "results" / f"{index}.png")
         for row, picture in zip(rows, (x, y, result), strict=True):
             row.append(picture[0])
-    save_image(
-        image_grid([p for row in rows for p in row], columns=len(images)), settings.out / "pipeline.png"
-    )
+    labelled = list(zip(("original", "codec", "through the pipeline"), rows, strict=True))
+    save_image(labelled_grid(labelled), settings.out / "pipeline.png")
     pipe.save_pretrained(settings.out / "pipe")
     stock = AutoencoderKL.from_pretrained(settings.out / "pipe", subfolder="vae").eval()
     with torch.no_grad():
         difference = (stock(images[0]).sample - codec.vae(images[0]).sample).abs().max().item()
     decibel = torch.stack([psnr(x, y[None]) for x, y in zip(images, rows[1], strict=True)]).mean().item()
-    print(
-        f"{len(images)} pictures, from top to bottom original, codec, pipeline: {settings.out / 'pipeline.png'}"
-    )
+    print(f"{len(images)} pictures, as they were and as they come back: {settings.out / 'pipeline.png'}")
     print(
         f"diffusers alone, on the saved pipeline's VAE, differs by at most {difference:.1e} of a range of 2"
     )

@@ -7,6 +7,7 @@ from typing import Any
 from latentcodec.files import write_whole
 from latentcodec.report.page import Page
 from latentcodec.report.pages import (
+    classic,
     comparison,
     diffusability,
     inspection,
@@ -22,6 +23,8 @@ from latentcodec.report.results import finite, free_stem, write_json
 def build_page(data: Mapping[str, Any]) -> Page:
     """The page of a result. Raises ValueError naming a kind that has none."""
     match data["bench"]:
+        case "classic_vae":
+            return classic.build(data)
         case "compare":
             return comparison.build(data)
         case "diffusability":
