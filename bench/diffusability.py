@@ -29,10 +29,10 @@ from latentcodec.machine import use_cores
 from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality.features import (
     Features,
+    features_of_all,
     frechet_distance,
     gaussian_like,
     network_features,
-    of_all,
     pixel_statistics,
 )
 from latentcodec.quality.perceptual import SMALLEST_SIDE, load_lpips
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     if len(channels) > 1:
         raise ValueError(f"--codec: on one page all take the same image channels, not {sorted(channels)}")
     train, held_out = open_crops(options.images, budget, channels.pop())
-    reference = of_all(features, held_out)
+    reference = features_of_all(features, held_out)
     entries, pictures = [], []
     for name, codec in codecs.items():
         entry, samples = measure(name, codec, train, held_out, reference, features, budget, steps, options)
@@ -191,7 +191,7 @@ def measure(
         y = torch.cat(
             [codec.decode(part, size=(size, size)).clamp(-1, 1).cpu() for part in latents.split(BATCH)]
         )
-        return frechet_distance(of_all(features, y), reference), y
+        return frechet_distance(features_of_all(features, y), reference), y
 
     floor, _ = distance(torch.cat([codec.encode(part) for part in held_out.split(BATCH)]))
     gaussian, _ = distance(gaussian_like(z.cpu(), count, seed=0))

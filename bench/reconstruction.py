@@ -292,7 +292,7 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
         "klt_ssim": {"mean": klt.mean("ssim"), "min": min(klt.values("ssim"))},
         "psnr_over_klt": own.mean("psnr") - klt.mean("psnr"),
         "psnr_over_klt_interval": interval(over),
-        "rivals": {form: _rival(entries, result.latent_bytes) for form, entries in result.rivals.items()},
+        "rivals": {form: _format_summary(entries, result.latent_bytes) for form, entries in result.rivals.items()},
         "round_trips_psnr": trips,
         "colour_shift_levels": torch.tensor(shifts).mean(0).tolist(),
         "legibility": legible,
@@ -306,7 +306,7 @@ def _spread(scores: Evaluation, metric: Literal["psnr", "ssim", "lpips"], worst:
     return {"mean": scores.mean(metric), worst: extreme, "interval": interval(values)}
 
 
-def _rival(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -> dict[str, float]:
+def _format_summary(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -> dict[str, float]:
     """Mean PSNR of a format, and how many images it could not make as small."""
     too_large = sum(entry["bytes"] > size for entry, size in zip(entries, sizes, strict=True))
     return {"psnr": sum(entry["psnr"] for entry in entries) / len(entries), "too_large": too_large}

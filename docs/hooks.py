@@ -33,6 +33,7 @@ train:
 
 
 PACKAGE = Path(__file__).parents[1] / "latentcodec"
+CURES = Path(__file__).with_name("cures.md")
 FOR_USERS = {
     "ValueError",
     "OSError",
@@ -56,13 +57,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def messages() -> str:
-    """Markdown: a section for each room of the package with the messages of its errors, sorted."""
+    """Markdown: a section for each room of the package with cause and cure, and the messages of its errors, sorted.
+
+    Raises KeyError for a room whose messages have no cure in `cures.md`.
+    """
+    sections = CURES.read_text().split("\n## ")[1:]
+    cures = {room: text.strip() for room, _, text in (section.partition("\n") for section in sections)}
     rooms: dict[str, set[str]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
         rooms.setdefault(room, set()).update(_messages(file))
     return "\n\n".join(
-        "\n".join([f"### {room}", "", *(f"- `{text}`" for text in sorted(texts))])
+        "\n".join([f"### {room}", "", cures[room], "", *(f"- `{text}`" for text in sorted(texts))])
         for room, texts in rooms.items()
         if texts
     )

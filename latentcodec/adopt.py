@@ -12,7 +12,6 @@ Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw la
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -40,9 +39,17 @@ from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
+from latentcodec.engine.recordings import forget
+from latentcodec.engine.sharing import (
+    require_parameters_of,
+    share_paddings,
+    share_parameters,
+    share_processors,
+)
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
 from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
-from latentcodec.vae.layers import ACTIVATIONS, Attention
+from latentcodec.vae.layers import ACTIVATIONS
+from latentcodec.vae.padding import PADDING_KEY, padding_modes, set_padding_mode
 
 CLASSES: dict[str, Any] = {
     KL.name: AutoencoderKL,
@@ -71,10 +78,12 @@ def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
     """
     kind = CLASSES[family_named(name).name]
     unknown = set(config) - set(kind._get_init_keys(kind)) - {"_class_name", "_diffusers_version"}
-    if unknown:
+    if unknown - {PADDING_KEY}:
         raise ValueError(f"{name} has no configuration key {', '.join(sorted(unknown))}")
     _check(config)
-    return adopt(kind.from_config(dict(config)))
+    vae = _stock(name, config)
+    set_padding_mode(vae, config.get(PADDING_KEY, "zeros"))
+    return adopt(vae)
 
 
 def adopt(vae: Any) -> Any:
@@ -91,6 +100,8 @@ def adopt(vae: Any) -> Any:
     if family_of(vae).has_frames:
         _adopt_images(vae)
     elif not isinstance(vae.encoder, EngineEncoder):
+        if not padding_modes(vae):  # diffusers hands on our key, and does not follow it
+            set_padding_mode(vae, vae.config.get(PADDING_KEY, "zeros"))
         with torch.device("meta"):  # only the structure: the parameters come from vae
             encoder, decoder = EngineEncoder(vae.config), EngineDecoder(_decoder_config(vae.config))
         _replace_networks(vae, encoder, decoder)
@@ -99,15 +110,22 @@ def adopt(vae: Any) -> Any:
     return vae
 
 
-def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool = False) -> Any:
+def optimize_vae(
+    vae: Any, max_memory: int | float | str = "auto", check: bool = False, keep_packed: bool = True
+) -> Any:
     """Run a VAE of any covered class on the engine, in place: same class, same keys, same numbers, faster.
 
     Without gradients it runs in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, weights aside: a number, text such
-    as "6GB" or "1.5 GiB", or "auto", half of what is free. Inner feature maps that do not fit are computed twice
-    instead of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints
-    how far the results are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes
-    run so on single images and first frames; clips of several frames run on the class's own code.
+    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, with the encoder's or the decoder's
+    weights and all that is prepared of them: a number, text such as "6GB" or "1.5 GiB", or "auto", half of what is
+    free for what comes on top of the weights. Inner feature maps that do not fit are computed twice instead of kept,
+    and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints how far the results
+    are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes run so on single
+    images and first frames; clips of several frames run on the class's own code.
+
+    On CPUs a fast convolution reads its weight in another order. What was made of the weights stays in memory beside
+    them; with `keep_packed=False` each pass makes it anew, layer by layer, and nothing is held twice between calls.
+    The VAE's own weights stay as they are either way: saving, copying and training see them.
 
     Returns `vae`, which `restore_vae` turns back; raises what `adopt` raises, and ValueError for a `max_memory` that
     is no size.
@@ -115,7 +133,8 @@ def optimize_vae(vae: Any, max_memory: int | float | str = "auto", check: bool =
     bound = parse_bytes(max_memory)
     adopt(vae)
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
-        holder.engine = Engine(max_memory=bound, compiled=True)
+        forget(holder)
+        holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
     if check:
         _print_differences(vae)
     return vae
@@ -129,7 +148,7 @@ def restore_vae(vae: Any) -> Any:
     family = family_of(vae)
     if not family.has_frames and isinstance(vae.encoder, EngineEncoder):
         with torch.device("meta"):
-            stock = CLASSES[family.name].from_config(vae.config)
+            stock = _stock(family.name, vae.config)
         _replace_networks(vae, stock.encoder, stock.decoder)
     for name in ("_tiled_encode", "tiled_decode", "_encode", "_decode", "image_networks"):
         vae.__dict__.pop(name, None)
@@ -158,9 +177,9 @@ def _replace_networks(vae: Any, encoder: nn.Module, decoder: nn.Module) -> None:
                 "optimise the VAE first, then add hooks or offload it"
             )
     for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
-        _share_parameters(new, old)
-        _share_processors(new, old)
-        _share_paddings(new, old)
+        share_parameters(new, old)
+        share_processors(new, old, EQUAL_PROCESSORS)
+        share_paddings(new, old)
         new.train(old.training)
         new.gradient_checkpointing = old.gradient_checkpointing
         if old.gradient_checkpointing:
@@ -188,9 +207,9 @@ def _adopt_images(vae: Any) -> None:
     if "image_networks" in vae.__dict__:
         return
     with torch.device("meta"):
-        stock = CLASSES[family_of(vae).name].from_config(vae.config)
+        stock = _stock(family_of(vae).name, vae.config)
     for part in ("encoder", "decoder"):
-        _require_parameters_of(getattr(stock, part), getattr(vae, part))
+        require_parameters_of(getattr(stock, part), getattr(vae, part))
     vae.image_networks = ImageNetworks(
         ImageEncoder(vae.encoder),
         ImageDecoder(vae.decoder),
@@ -221,13 +240,24 @@ def _decode_frames(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
 # ---- what both need
 
 
+def stock_copy(vae: Any, dtype: torch.dtype) -> Any:
+    """The same weights, in `dtype`, in an object of the class as diffusers builds it, in evaluation mode."""
+    stock = _stock(family_of(vae).name, vae.config)
+    stock.load_state_dict(vae.state_dict())
+    share_paddings(stock, vae)
+    nn.Module.to(stock, vae.device, dtype)  # diffusers' own `to` warns about casting
+    return stock.eval()
+
+
+def _stock(name: str, config: Mapping[str, Any]) -> Any:
+    """A new object of the class, without the key that diffusers would warn of; it pads with zeros."""
+    return CLASSES[name].from_config({key: value for key, value in config.items() if key != PADDING_KEY})
+
+
 def _print_differences(vae: Any) -> None:
     """How far `vae`, and diffusers' own class in the same dtype, are from that class in float32."""
     family, config = family_of(vae), vae.config
-    exact = CLASSES[family.name].from_config(config).eval()
-    exact.load_state_dict(vae.state_dict())
-    exact.to(vae.device)
-    stock = restore_vae(copy.deepcopy(vae))
+    exact, stock = stock_copy(vae, torch.float32), stock_copy(vae, vae.dtype)
     frames, side = (1,) if family.has_frames else (), 256 // family.raw_factor(config)
     x = torch.rand(1, family.image_channels(config), *frames, 256, 256, device=vae.device) * 2 - 1
     z = torch.randn(1, family.raw_channels(config), *frames, side, side, device=vae.device)
@@ -244,43 +274,6 @@ def _print_differences(vae: Any) -> None:
             f"{what} in {vae.dtype}: {errors[0]:.1e} of the range from diffusers in float32"
             f" (diffusers itself in {vae.dtype}: {errors[1]:.1e})"
         )
-
-
-def _share_parameters(ours: nn.Module, theirs: nn.Module) -> None:
-    """Register the parameters of `theirs` in `ours`, under the same names."""
-    _require_parameters_of(ours, theirs)
-    for name, parameter in theirs.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        ours.get_submodule(module).register_parameter(leaf, parameter)
-
-
-def _require_parameters_of(ours: nn.Module, theirs: nn.Module) -> None:
-    """Raise ValueError where `theirs` has not the parameters that `ours` was built with from the configuration."""
-    parameters = dict(theirs.named_parameters())
-    expected = {name: parameter.shape for name, parameter in ours.named_parameters()}
-    if {name: parameter.shape for name, parameter in parameters.items()} != expected:
-        differing = sorted(set(expected).symmetric_difference(parameters)) or sorted(
-            name for name in expected if expected[name] != parameters[name].shape
-        )
-        raise ValueError(
-            f"the VAE's parameters are not those of its config, first at {differing[0]!r}: adopt it before adding "
-            "adapters or replacing layers"
-        )
-
-
-def _share_processors(new: nn.Module, old: nn.Module) -> None:
-    """`attn_processors` of the VAE lists the same objects, under the same names, as before."""
-    for name, module in new.named_modules():
-        if isinstance(module, Attention):
-            module.equal_processors = EQUAL_PROCESSORS
-            module.set_processor(old.get_submodule(name).processor)
-
-
-def _share_paddings(new: nn.Module, old: nn.Module) -> None:
-    """Convolutions pad as before: people set other modes than zeros on them, for textures without seams."""
-    for name, module in old.named_modules():
-        if isinstance(module, nn.Conv2d):
-            cast(nn.Conv2d, new.get_submodule(name)).padding_mode = module.padding_mode
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
 from latentcodec.loading import load_vae
+from latentcodec.model_card import model_card, zero_padded
 from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.families import KL, Family, family_of
+from latentcodec.vae.padding import padding_mode, set_padding_mode
 
 
 class LatentCodec:
@@ -224,9 +227,15 @@ class LatentCodec:
         All files are written in full before any takes its name, config.json last, so a save that fails or is killed
         while writing leaves what was there; of several processes that save at once, the files of one remain. Other
         files in `folder` stay, but the index of a codec in several files, which would be loaded in place of this one.
-        Raises OSError where the disk refuses, and ValueError for weights that are not finite, or not here (offloaded).
+        A padding mode other than zeros, which no class of diffusers can hold, goes into the configuration under a key
+        of ours, with a warning: diffusers alone would load the codec with zero padding.
+        Raises OSError where the disk refuses, and ValueError for weights that are not finite, or not here (offloaded),
+        and for convolutions that pad by several modes.
         """
         folder = Path(folder)
+        if (mode := padding_mode(self.vae)) != "zeros":
+            warnings.warn(f"{folder}: {zero_padded(mode)}", stacklevel=2)
+        set_padding_mode(self.vae, mode)
         if away := [name for name, value in self.vae.state_dict().items() if value.device.type == "meta"]:
             raise ValueError(f"{folder}: not saved, for {away[0]} is offloaded; save before offloading")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.vae.state_dict().items()}
@@ -244,41 +253,7 @@ class LatentCodec:
 
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
-        parameters = sum(parameter.numel() for parameter in self.vae.parameters())
-        return _CARD.format(
-            f=self.downsampling_factor,
-            c=self.latent_channels,
-            channels=self.image_channels,
-            argument="" if self.image_channels == 3 else f", channels={self.image_channels}",
-            parameters=f"{parameters:,}",
-            widths=", ".join(map(str, self.family.widths(self.vae.config))),
-            name=self.family.name,
-            details=f"{details.strip()}\n\n" if details else "",
-        )
-
-
-_CARD = """---
-library_name: diffusers
-tags: [latentcodec, autoencoder, vae]
----
-# A latent codec: f{f}, {c} latent channels
-
-An `{name}` with {parameters} parameters (widths {widths}): an image of {channels} channels and H x W pixels
-becomes {c} latents of H/{f} x W/{f}.
-
-{details}## Use
-
-```python
-from diffusers import {name}                     # as any VAE of a pipeline
-vae = {name}.from_pretrained("path/to/this/folder")
-
-from latentcodec import LatentCodec, load_image, save_image   # normalised latents, any image size
-codec = LatentCodec.from_pretrained("path/to/this/folder")
-x = load_image("photo.jpg"{argument})
-z = codec.encode(x)
-save_image(codec.decode(z, size=x.shape[-2:]), "reconstruction.png")
-```
-"""
+        return model_card(self.vae, details)
 
 
 def _family_to_replace(vae: Any) -> Family | None:

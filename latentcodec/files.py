@@ -18,8 +18,8 @@ import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 
@@ -154,19 +154,16 @@ def make_durable(path: Path) -> None:
         return
     try:
         descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         _warn_unless_failed(error, path, "flushes no folder: a power cut may undo the last renames")
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        _warn_unless_failed(error, path, "flushes no folder: a power cut may undo the last renames")
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes that ask for it in this way; nobody where folders cannot be locked."""
     try:
         import fcntl  # Windows has none
@@ -191,13 +188,13 @@ def write_files(folder: Path, contents: Mapping[str, bytes], last: str) -> None:
     then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_litter(folder)
+    _remove_leftovers(folder)
     staged = folder / f"{STAGED}{os.getpid()}-{platform.node()}"
     staged.mkdir(exist_ok=True)
     try:
         for name, content in contents.items():
             write_file(staged / name, content)
-        with alone_in(folder):
+        with locked(folder):
             for name in sorted(contents, key=lambda name: name == last):
                 move_file(staged / name, folder / name)
     finally:
@@ -205,7 +202,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], last: str) -> None:
     make_durable(folder)
 
 
-def _remove_litter(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """What `write_files` left in `folder` when its process was killed on this machine."""
     for litter in folder.glob(f"{STAGED}*"):
         process, _, node = litter.name.removeprefix(STAGED).partition("-")
@@ -213,15 +210,13 @@ def _remove_litter(folder: Path) -> None:
             shutil.rmtree(litter, ignore_errors=True)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading, but no FIFO, device or socket, which may have no end or keep one waiting.
 
     Raises `OSError` with the reason.
     """
-    waiting = getattr(os, "O_NONBLOCK", 0) | getattr(
-        os, "O_BINARY", 0
-    )  # opening a FIFO would wait for a writer
-    descriptor = os.open(path, os.O_RDONLY | waiting)
+    binary, at_once = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)  # a FIFO waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | binary | at_once)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -232,6 +227,11 @@ def open_regular(path: str | Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise `OSError` as `open_regular` does, for a file that a library will open by its name."""
+    open_regular(path).close()
 
 
 def read_regular(path: str | Path) -> bytes:

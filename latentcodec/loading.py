@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from latentcodec.adopt import CLASSES
 from latentcodec.finite import require_finite
-from latentcodec.model_folder import CONFIG, check_folder, check_numbers, variant_of
+from latentcodec.model_folder import CONFIG, check_folder, check_numbers, only_variant, variant_of
 from latentcodec.single_file import load_single_file
 from latentcodec.vae.families import KL, covered
 from latentcodec.vae_config import check_config, class_named_in
@@ -93,8 +94,30 @@ def _from_hub(name: str, subfolders: tuple[str | None, ...]) -> Any:
             reason = reason or str(error.__context__ or error)  # diffusers' own words blame a missing file
             unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
         else:
-            return _from_diffusers(name, subfolder)
-    raise ValueError(f"{name!r} is no file and no folder here, and cannot be had from the hub: {reason}")
+            return _with_the_weights_there_are(name, subfolder)
+    raise ValueError(f"{name!r} is no file and no folder here, and cannot be fetched from the hub: {reason}")
+
+
+def _with_the_weights_there_are(name: str, subfolder: str | None) -> Any:
+    """From the hub, where only the weights of one variant may lie, such as fp16: its name is asked for then."""
+    try:
+        return _from_diffusers(name, subfolder)
+    except ValueError:
+        variant = only_variant(_names_on_hub(name, subfolder), f"{name}/{subfolder}" if subfolder else name)
+        if variant is None:
+            raise
+    return _from_diffusers(name, subfolder, variant)
+
+
+def _names_on_hub(name: str, subfolder: str | None) -> list[str]:
+    """The files of a folder on the hub; of its cache here, where the hub cannot be asked."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        files = huggingface_hub.list_repo_files(name)
+    except Exception:  # the network's errors are of many types
+        cached = huggingface_hub.try_to_load_from_cache(name, f"{prefix}{CONFIG}")
+        return [file.name for file in Path(cached).parent.iterdir()] if isinstance(cached, str) else []
+    return [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
 
 
 def _from_diffusers(place: str, subfolder: str | None, variant: str | None = None) -> Any:

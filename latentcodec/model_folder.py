@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from latentcodec.files import read_regular
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+VARIANT = re.compile(
+    r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
+)
 LARGEST_JSON = 10_000_000  # bytes; an index of a thousand shards has fewer
 LARGEST_NUMBER = 2**20  # of any count or width in a configuration
 LARGEST_DEPTH = 1000  # layers of a stage, stages
@@ -26,7 +30,7 @@ def check_folder(folder: Path) -> None:
     """Raises `ValueError` naming the file and the key that no VAE can have, before anything of it is built."""
     config = read_json(folder / CONFIG)
     check_numbers(config, str(folder / CONFIG))
-    for index in folder.glob("*.index.json"):
+    for index in folder.glob("*.index*.json"):
         _check_index(folder, index)
 
 
@@ -66,14 +70,20 @@ def variant_of(folder: Path) -> str | None:
 
     Raises `ValueError` naming the files where there are several.
     """
-    if (folder / WEIGHTS).is_file() or (folder / f"{WEIGHTS}.index.json").is_file():
+    return only_variant([file.name for file in folder.iterdir() if file.is_file()], str(folder))
+
+
+def only_variant(names: Iterable[str], place: str) -> str | None:
+    """The same of a folder's file names, wherever the folder is."""
+    names = set(names)
+    if WEIGHTS in names or f"{WEIGHTS}.index.json" in names:
         return None
-    stem, suffix = WEIGHTS.split(".")
-    variants = sorted(file.name.split(".")[1] for file in folder.glob(f"{stem}.*.{suffix}"))
-    if len(variants) > 1:
-        files = ", ".join(str(folder / f"{stem}.{name}.{suffix}") for name in variants)
-        raise ValueError(f"{folder} holds weights of several variants; give the path of one of them: {files}")
-    return variants[0] if variants else None
+    # diffusion_pytorch_model.fp16.safetensors, or its index and its parts: ...fp16-00001-of-00002.safetensors
+    found = {match[1] for name in names if (match := VARIANT.fullmatch(name))}
+    if len(found) > 1:
+        files = ", ".join(f"{place}/{name}" for name in sorted(names) if VARIANT.fullmatch(name))
+        raise ValueError(f"{place} holds weights of several variants; give the path of one of them: {files}")
+    return found.pop() if found else None
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:

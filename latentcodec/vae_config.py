@@ -12,6 +12,7 @@ import torch
 from latentcodec.adopt import CLASSES, build
 from latentcodec.vae.families import FAMILIES, KL, family_named
 from latentcodec.vae.networks import DOWN_BLOCKS, UP_BLOCKS
+from latentcodec.vae.padding import PADDING_KEY
 
 
 def class_named_in(config: Mapping[str, Any], origin: str) -> str:
@@ -32,7 +33,7 @@ def check_config(config: Any, origin: str) -> dict[str, Any]:
         raise ValueError(f"{origin} is not a JSON object")
     name = class_named_in(config, origin)
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    hints = get_type_hints(CLASSES[name].__init__) | {"sample_size": int | tuple[int]}
+    hints = get_type_hints(CLASSES[name].__init__) | {"sample_size": int | tuple[int], PADDING_KEY: str}
     for key, value in arguments.items():
         if key not in hints:
             raise ValueError(f"{origin}: {name} has no configuration key {key!r}")

@@ -282,7 +282,7 @@ MUTANTS = [
     ),
     Mutant(
         "a damaged checkpoint is used",
-        "training/checkpoint.py",
+        "training/manifest.py",
         "if found != expected:",
         "if False:",
         "test_checkpoint.py::test_every_damage_is_noticed_and_the_checkpoint_before_is_used",
@@ -470,6 +470,56 @@ MUTANTS = [
         "            and not torch.is_grad_enabled()\n",
         "",
         "test_strips.py",
+    ),
+    # ---- what a run notices
+    Mutant(
+        "a run that stands still is not ended",
+        "training/watchdog.py",
+        "            end(FAILED)\n",
+        "            del end\n",
+        "test_watchdog.py::test_a_standstill_ends_the_process_and_says_what_it_was_at",
+    ),
+    Mutant(
+        "the time in which a process was stopped counts as standstill",
+        "training/watchdog.py",
+        "min(now - before, 2 * TICK_SECONDS)",
+        "now - before",
+        "test_watchdog.py::test_the_time_in_which_the_process_was_stopped_does_not_count",
+    ),
+    Mutant(
+        "a download counts as standstill",
+        "training/watchdog.py",
+        "_now.signs_of_life or not _now.timed:",
+        "_now.signs_of_life:",
+        "test_watchdog.py::test_a_download_takes_as_long_as_it_takes",
+    ),
+    Mutant(
+        "exchanged images are not noticed",
+        "training/data/images.py",
+        "for index, length in enumerate(source.lengths()):",
+        "for index, length in ():",
+        "test_faults.py::test_a_folder_whose_images_were_exchanged_is_not_resumed_on",
+    ),
+    Mutant(
+        "an exchanged held-out image of the same length is not noticed",
+        "training/data/images.py",
+        'found.update(_digest(self.val_source, index) or b"unreadable")',
+        "found.update(b'')",
+        "test_faults.py::test_a_held_out_image_that_was_exchanged_for_one_of_its_length_is_noticed",
+    ),
+    Mutant(
+        "null is taken for a value",
+        "training/config.py",
+        "elif value is None and type(None) not in",
+        "elif value is None and type(None) in",
+        "test_faults.py::test_a_configuration_that_cannot_be_meant_is_refused_in_one_line",
+    ),
+    Mutant(
+        "a JPEG XL picture is decoded before its size is judged",
+        "pixels/containers.py",
+        "refuse_bomb(*jxl.stated_size(file.read()))",
+        "jxl.stated_size(file.read())",
+        "test_containers.py::test_a_picture_too_large_is_refused_before_its_pixels_are_decoded",
     ),
 ]
 

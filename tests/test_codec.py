@@ -309,6 +309,15 @@ def test_from_the_hub_a_model_and_the_vae_of_a_pipeline(codec, folder, hub, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
+@pytest.mark.parametrize("subfolder", [None, "vae"])
+def test_an_id_with_the_weights_of_one_variant_alone_is_loaded(codec, folder, hub, tmp_path, subfolder):
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    shutil.copytree(folder, tmp_path / "half" / (subfolder or ""))
+    hub("someone/half", tmp_path / "half")
+    assert same_weights(LatentCodec.from_pretrained("someone/half"), codec)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
 def test_an_id_that_the_hub_does_not_have_is_named(hub, monkeypatch):
     asked = []
     load = AutoencoderKL.load_config

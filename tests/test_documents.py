@@ -101,3 +101,12 @@ def test_the_site_builds_and_opens_from_disk(tmp_path):
     assert 'href="use.html"' in start  # not a folder, which a browser does not open from disk
     assert not re.search(r'(?:src|href)="https?://(?!github|pytorch)[^"]*\.(?:js|css|woff2?)', start)
     assert "<code>train.max_steps</code>" in (tmp_path / "configuration.html").read_text()
+
+
+def test_every_group_of_messages_has_a_cause_and_a_cure():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    rooms = re.findall(r"^### (\w+)\n\n(?!- )", hooks.messages(), re.M)
+    assert rooms == re.findall(r"^### (\w+)\n", hooks.messages(), re.M)
+    assert set(rooms) == set(re.findall(r"^## (\w+)\n", (ROOT / "docs/cures.md").read_text(), re.M))

@@ -1,6 +1,7 @@
 """Folders of models that are broken, hostile or unusual are loaded right, or refused in one line and at once."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -91,6 +92,33 @@ FAULTS = {
     "an index that leads out": (
         write(INDEX, '{"weight_map": {"a": "../a.safetensors"}}'),
         "no .safetensors file",
+    ),
+    "an index of pickled weights of a variant": (
+        write("diffusion_pytorch_model.safetensors.index.fp16.json", '{"weight_map": {"a": "a.bin"}}'),
+        "names a.bin, which is no .safetensors",
+    ),
+    "an index that names a device": (
+        write(INDEX, '{"weight_map": {"a": "/dev/zero"}}'),
+        "names /dev/zero, which is no .safetensors",
+    ),
+    "an index whose part is a device": (
+        lambda f: (
+            (f / "a.safetensors").symlink_to("/dev/zero"),
+            (f / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}'),
+        ),
+        "a.safetensors, which is not there",
+    ),
+    "weights that are a device": (
+        lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to("/dev/zero")),
+        "no file named",
+    ),
+    "weights that are a FIFO": (
+        lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)),
+        "no file named",
+    ),
+    "a configuration that is a FIFO": (
+        lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)),
+        "config.json",
     ),
     "an index to nothing": (
         write(INDEX, '{"weight_map": {"a": "a.safetensors"}}'),

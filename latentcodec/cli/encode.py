@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+import latentcodec.cli.encode_options as option
 from latentcodec.cli.output import DONE, LOOK, Codec, Json, counting, say_json, warn
 
 if TYPE_CHECKING:
@@ -19,79 +18,34 @@ if TYPE_CHECKING:
 FAR_BELOW = 10.0  # dB under the mean of the sample: such a picture is named
 
 
-def _option(text: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
-
-
-SIZE, STORED, SOURCE, RUN = "Size of the pictures", "What is stored", "Data sets", "How it runs"
-
-
 def encode(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, image files, patterns, .tar and .parquet files, data sets of `datasets`."
-        ),
-    ],
+    sources: option.Sources,
     codec: Codec,
-    out: Annotated[Path, _option("Folder of the store.", "--out", "-o", show_default=False)],
-    size: Annotated[
-        int | None,
-        _option("Pixels of the square centre, after the shorter side was scaled to it.", panel=SIZE),
-    ] = None,
-    area: Annotated[
-        int | None, _option("Pixels of a bucket: sides that keep about the picture's ratio.", panel=SIZE)
-    ] = None,
-    multiple: Annotated[
-        int | None, _option("Pixels that a bucket's sides are multiples of.", panel=SIZE)
-    ] = None,
-    min_side: Annotated[int, _option("Leave out pictures with a shorter side.", panel=SIZE)] = 0,
-    dtype: Annotated[
-        str,
-        _option(
-            "float32, float16, bfloat16, int8 (range of each picture and channel), float8.", panel=STORED
-        ),
-    ] = "float16",
-    std: Annotated[
-        bool,
-        _option("Store the posterior's deviation too, so that training draws fresh samples.", panel=STORED),
-    ] = False,
-    mirrored: Annotated[
-        bool, _option("Store the latents of the mirrored pictures too.", panel=STORED)
-    ] = False,
-    no_codec: Annotated[
-        bool, _option("Put no copy of the codec into the store.", "--no-codec", panel=STORED)
-    ] = False,
-    shard_size: Annotated[int, _option("Pictures of a shard.", panel=STORED)] = 1024,
-    check: Annotated[
-        int, _option("Pictures that are decoded again, to measure the loss.", panel=STORED)
-    ] = 16,
-    image_column: Annotated[str | None, _option("Column with the pictures.", panel=SOURCE)] = None,
-    caption_column: Annotated[str | None, _option("Column with the captions.", panel=SOURCE)] = None,
-    label_column: Annotated[str | None, _option("Column with whole numbers.", panel=SOURCE)] = None,
-    subset: Annotated[str | None, _option("Subset of the data set.", panel=SOURCE)] = None,
-    split: Annotated[str, _option("Split of the data set.", panel=SOURCE)] = "train",
-    device: Annotated[
-        str | None, _option("cpu or cuda; by default a GPU where there is one.", panel=RUN)
-    ] = None,
-    batch: Annotated[int, _option("Pictures encoded at once; 0: by their size.", panel=RUN)] = 0,
-    precision: Annotated[
-        str | None, _option("float32 or bfloat16; by default what the machine is fast in.", panel=RUN)
-    ] = None,
-    threads: Annotated[
-        int | None, _option("Threads of the model on a CPU; by default the cores.", panel=RUN)
-    ] = None,
-    workers: Annotated[
-        int | None, _option("Processes that decode pictures; by default the cores.", panel=RUN)
-    ] = None,
-    rank: Annotated[
-        int | None, _option("This process, counted from 0; else from the launcher.", panel=RUN)
-    ] = None,
-    world: Annotated[int | None, _option("Number of processes; else from the launcher.", panel=RUN)] = None,
-    engine: Annotated[str, _option("local or ray.", panel=RUN)] = "local",
-    dry_run: Annotated[
-        bool, _option("Say what would be done, and do nothing.", "--dry-run", panel=RUN)
-    ] = False,
+    out: option.Out,
+    size: option.Size = None,
+    area: option.Area = None,
+    multiple: option.Multiple = None,
+    min_side: option.MinSide = 0,
+    dtype: option.Dtype = "float16",
+    std: option.Std = False,
+    mirrored: option.Mirrored = False,
+    no_codec: option.NoCodec = False,
+    shard_size: option.ShardSize = 1024,
+    check: option.Check = 16,
+    image_column: option.ImageColumn = None,
+    caption_column: option.CaptionColumn = None,
+    label_column: option.LabelColumn = None,
+    subset: option.Subset = None,
+    split: option.Split = "train",
+    device: option.Device = None,
+    batch: option.Batch = 0,
+    precision: option.Precision = None,
+    threads: option.Threads = None,
+    workers: option.Workers = None,
+    rank: option.Rank = None,
+    world: option.World = None,
+    engine: option.Engine = "local",
+    dry_run: option.DryRun = False,
     as_json: Json = False,
 ) -> int:
     """Encode pictures into a store of latents.

@@ -16,8 +16,8 @@ from latentcodec.vae.layers import ACTIVATIONS
 LAYERS: set[type[nn.Module]] = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
 """The types of layers without children that the engine can compute; a module list may be empty."""
 
-PADDINGS = ("zeros", "reflect", "replicate")
-"""The padding modes of convolutions that strips know; `circular` would need the other end of the map."""
+PADDINGS = ("zeros", "reflect", "replicate", "circular")
+"""The padding modes of convolutions that strips know: all that torch has."""
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
-from latentcodec.engine.plan import ATTENTION_MAPS, QUERIES_AT_ONCE, Engine, joined
+from latentcodec.engine.needs import ATTENTION_MAPS
+from latentcodec.engine.plan import QUERIES_AT_ONCE, Engine, joined
 from latentcodec.engine.streams import StreamPass
 from latentcodec.ops.functional import is_ordinary
+from latentcodec.ops.native.winograd import Workspace
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
@@ -98,4 +100,5 @@ class ImageNetworks:
                 f"{needed:,}"
             )
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        return StreamPass(dtype, self.engine.kernels(x.device), strip_bytes, score_bytes, scratch)
+        workspace = Workspace() if self.engine.compiled and device == "cpu" else None
+        return StreamPass(dtype, self.engine.kernels(x.device), strip_bytes, score_bytes, scratch, workspace)

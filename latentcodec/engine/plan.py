@@ -5,7 +5,6 @@ The strips themselves are in `strips.py`. Shapes: B batch, C channels, H W rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,24 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentcodec.engine import recordings
 from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.memory import free_memory
+from latentcodec.engine.needs import channels_at_once, needs_of
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
+from latentcodec.ops.native.winograd import KEPT_VALUES
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 96 << 20}  # of a strip: fits into a CPU's cache, keeps a GPU busy
 QUERIES_AT_ONCE = {"cpu": 0, "cuda": 4096}  # of attention, whose scores are kept
-STRIPS_AT_ONCE = 12  # that a block holds at most: windows, results and neighbours
 SHARE_OF_FREE_MEMORY = 0.5  # the bound of a pass where the user gave none
-ATTENTION_MAPS = (
-    7  # of the input's size that attention holds: x, norm(x), q, k, v, the weighted sum, its projection
-)
 # What strips can run: the layers of `checks.py`, put together by these blocks.
 BLOCKS: set[type[nn.Module]] = {
     nn.ModuleList,
@@ -49,7 +47,10 @@ class Engine:
     """How an Encoder or a Decoder runs when no gradient is asked for; `optimize_vae` sets it."""
 
     max_memory: int | None = None
-    """Bytes of feature maps; None: up to half of the free memory."""
+    """Bytes of a network's weights, of what is prepared of them, and of feature maps; None: half of what is free for
+    the latter two."""
+    keep_packed: bool = True
+    """Whether weights that were made ready for the convolutions stay in memory between calls."""
     compiled: bool = False
     """Whether the pointwise functions are compiled at their first use, and small images replayed on GPUs."""
 
@@ -82,7 +83,7 @@ class Engine:
         return x.dtype if x.device.type != "cpu" or is_fast(x.dtype) else torch.float32
 
     def bound(self, device: torch.device) -> int:
-        """Bytes that the feature maps of a pass may take."""
+        """Bytes that a pass may take."""
         return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
 
     def kernels(self, device: torch.device) -> Kernels:
@@ -104,51 +105,62 @@ class Engine:
         return self._run(decoder, z, stages, StripPass.decode)
 
     def _run(self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any) -> Tensor:
-        def plan() -> Callable[[Tensor], list[Tensor]]:
-            return partial(direction, self._plan(x, stages, network.mid_block), network)
+        def plan() -> partial[list[Tensor]]:
+            return partial(direction, self._plan(x, stages, network), network)
 
-        widest = max(h * w * _channels_at_once(stage, True) for h, w, stage in stages)
+        widest = max(h * w * channels_at_once(stage, True) for h, w, stage in stages)
         if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
             return replayed(network, x, plan, partial(joined, dtype=x.dtype))
+        if self._is_recordable(network, x, stages):
+            return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
         # In inference mode a view is a tensor like any other, and one compiled function fits them all.
         with torch.inference_mode():
             strips = plan()(x)
         return joined(strips, x.dtype)
 
-    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], middle: Any) -> StripPass:
-        """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
-        device = x.device.type
-        dtype, bound = self.dtype(x), self.bound(x.device)
-        strip_bytes = min(STRIP_BYTES[device], max(1, bound // (4 * STRIPS_AT_ONCE)))
-        lowest = min(h * w for h, w, _ in stages)
-        widest = middle.resnets[0].conv1.out_channels
-        attended = lowest * widest * ATTENTION_MAPS if middle.attentions else 0
-        score_bytes = min(4 * lowest * QUERIES_AT_ONCE[device], bound // 8) if middle.attentions else 0
-        kept, remade = (
-            max(attended, *(h * w * _channels_at_once(stage, keeps) for h, w, stage in stages))
-            * (len(x) * dtype.itemsize)
-            + max(STRIPS_AT_ONCE * strip_bytes, 2 * score_bytes)  # the latter with the weights of attention
-            for keeps in (True, False)
+    def _is_recordable(self, network: nn.Module, x: Tensor, stages: list[tuple[int, int, Stage]]) -> bool:
+        """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
+        largest = max(h * w * max(stage.in_channels, stage.out_channels) for h, w, stage in stages)
+        return (
+            self.compiled
+            and self.keep_packed
+            and self.max_memory is None
+            and x.dtype == torch.float32
+            and len(x) * largest * x.dtype.itemsize <= STRIP_BYTES["cpu"]
+            and self.kernels(x.device) is not REFERENCE_KERNELS
+            and x.device.type == "cpu"
+            and all(weight.numel() <= KEPT_VALUES for weight in network.parameters())
         )
-        if self.max_memory is not None and remade > self.max_memory:
+
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StripPass:
+        """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
+        device, dtype, bound = x.device.type, self.dtype(x), self.bound(x.device)
+        is_native = self.compiled and device == "cpu"
+        needs = needs_of(network, x, dtype, stages, is_native, self.keep_packed)
+        if self.max_memory is None:
+            bound += needs.weights  # which are there, or are to be prepared
+        elif needs.least > bound:
             raise ValueError(
-                f"max_memory {self.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: the widest "
-                f"feature map alone needs {remade:,}"
+                f"max_memory {bound:,} bytes is too little for {tuple(x.shape)} in {dtype}: it needs {needs.least:,}, "
+                f"of which weights take {needs.weights:,}"
             )
+        strip_bytes = needs.strip_bytes(bound, STRIP_BYTES[device])
+        score_bytes = needs.score_bytes(bound, QUERIES_AT_ONCE[device])
         scratch = torch.empty(0, dtype=dtype, device=x.device)
-        workspace = Workspace() if self.compiled and device == "cpu" else None
-        kernels = self.kernels(x.device)
-        return StripPass(dtype, kernels, strip_bytes, score_bytes, kept <= bound, scratch, workspace)
+        workspace = Workspace(self._is_recordable(network, x, stages)) if is_native else None
+        return StripPass(
+            dtype,
+            self.kernels(x.device),
+            strip_bytes,
+            score_bytes,
+            needs.keeps(bound, strip_bytes, score_bytes),
+            scratch,
+            workspace,
+            keeps_packed=self.keep_packed,
+        )
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Strips [B, r, W, C] -> [B, C, H, W] contiguous, and fit for autograd wherever the caller is."""
     rows = [strip.to(dtype).permute(0, 3, 1, 2) for strip in strips]
     return torch.cat(rows, 2).contiguous(memory_format=torch.contiguous_format)
-
-
-def _channels_at_once(stage: Stage, keeps: bool) -> int:
-    """Channels of all maps that a block of a stage holds at most, its input being freed as it is read."""
-    if stage.attentions:
-        return ATTENTION_MAPS * stage.out_channels
-    return max(stage.in_channels, 2 * stage.out_channels) if keeps else stage.out_channels

@@ -4,7 +4,7 @@ A norm by the root mean square over channels needs no statistics of the map. So 
 begins: each asks the layer before it for a strip, with a row of each neighbour, and hands one on. What is in memory at
 a time are some strips of each layer; only attention gathers its whole map, at the lowest resolution.
 
-The layers are those of `vae/causal.py`; the windows and convolutions of a strip are those of `strips.py`.
+The layers are those of `vae/causal.py`; the neighbours of a strip are found as in `strips.py`, by `rows.py`.
 
 Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n = H W. Strips are [B, r, W, C].
 """
@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.engine.strips import FUNCTIONS, regrouped, with_neighbours
+from latentcodec.engine.rows import regrouped, with_neighbours
+from latentcodec.engine.strips import FUNCTIONS
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
+from latentcodec.ops.native.winograd import Workspace
 from latentcodec.ops.pointwise import RMS, Kernels
 from latentcodec.vae.causal import (
     Attention,
@@ -52,6 +54,8 @@ class StreamPass:
     """Of attention scores at a time, in float32."""
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
+    workspace: Workspace | None = None
+    """For Winograd's convolutions, which are not used without it."""
 
     def encode(self, encoder: ImageEncoder, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's parameters [B, H // g, W // g, 2s], before `quant_conv`."""
@@ -136,7 +140,9 @@ class StreamPass:
             strips = self._residual(block, strips)
         if stage.resample is None:
             return strips
-        convolve = window_upsample_convolution(stage.resample.weight, stage.resample.bias, self.dtype)
+        convolve = window_upsample_convolution(
+            stage.resample.weight, stage.resample.bias, self.dtype, self.workspace
+        )
         rows = max(1, rows // 2)
         around = None if before is None else _through(stage.shortcut, regrouped(before, rows))
         return self._convolved(convolve, regrouped(strips, rows), None, around)
@@ -181,7 +187,7 @@ class StreamPass:
         """`layer`, with the last temporal tap where it has several, for windows without columns beside them."""
         source = getattr(layer, "source", layer)
         return window_convolution(
-            source.weight, source.bias, layer.stride[0], int(layer.padding[1]), self.dtype
+            source.weight, source.bias, layer.stride[0], int(layer.padding[1]), self.dtype, self.workspace
         )
 
     def _rows(self, stage: Stage, x: Tensor, width: int) -> int:

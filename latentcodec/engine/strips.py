@@ -18,15 +18,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcodec.engine.rows import Ends, ends_for, ends_of, padded, regrouped, seen_ends, with_neighbours
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
 
@@ -47,6 +49,8 @@ class Map:
     moments: Moments
     strips: Callable[[bool], Iterator[Tensor]]
     """From the top; with True for the last time, so that each is freed once it has been read."""
+    ends: Callable[[], Ends]
+    """To be asked for before the last time."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,17 @@ class StripPass:
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
     workspace: Workspace | None = None
-    """For Winograd's convolutions, which are not used without it."""
+    """For native convolutions, which are not used without it."""
+    convolutions: dict[nn.Module, WindowConvolution] = field(default_factory=dict)
+    """By layer, where the pass is recorded: those that it has used."""
+    keeps_packed: bool = True
+    """Whether what is made of the weights stays after the pass."""
 
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
         stages, width = list(encoder.down_blocks), x.shape[3]
         self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
-        feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width))
+        feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width, x.shape[1]))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
             for layer in stage.downsamplers:
@@ -86,7 +94,7 @@ class StripPass:
         """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
         stages, width = list(decoder.up_blocks), z.shape[3]
         self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
-        feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width))
+        feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width, z.shape[1]))
         feature = self._mid_block(decoder.mid_block, feature)
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
@@ -99,8 +107,10 @@ class StripPass:
 
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
-        strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
-        windows = (self._window(*part, None, layer.padding_mode) for part in with_neighbours(strips))
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        ends = ends_for(layer, lambda: (pixels[:, :1], pixels[:, -1:]))
+        parts = with_neighbours(pixels.split(rows, dim=1), ends=ends)
+        windows = (self._window(*part, None, layer.padding_mode) for part in parts)
         return _kept(moments, (convolve(window, moments) for window in windows))
 
     def _blocks(self, stage: Any, feature: Map) -> Map:
@@ -128,16 +138,18 @@ class StripPass:
         inner, moments = self.kernels.moments(inner=True), self.kernels.moments()
 
         def branches(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-            for above, strip, below in with_neighbours(feature.strips(last)):
+            ends = ends_for(block.conv1, feature.ends)
+            for above, strip, below in with_neighbours(feature.strips(last), ends=ends):
                 h = conv1(self._window(above, strip, below, norm1, block.conv1.padding_mode), inner)
                 yield h, shortcut(strip) if last else strip
 
-        pairs = self._kept_or_remade(branches)
+        pairs, inner_ends = self._kept_or_remade(branches, itemgetter(0))
         norm2 = _norm(inner, block.norm2, activation)
+        around = ends_for(block.conv2, inner_ends)
 
         def joined() -> Iterator[Tensor]:
-            for above, (h, residual), below in with_neighbours(pairs, lambda pair: _last_row(pair[0])):
-                window = self._window(above, h, below and below[0], norm2, block.conv2.padding_mode)
+            for above, (h, residual), below in with_neighbours(pairs, itemgetter(0), around):
+                window = self._window(above, h, below, norm2, block.conv2.padding_mode)
                 yield conv2(window, moments, residual)
 
         return _kept(moments, joined())
@@ -145,14 +157,16 @@ class StripPass:
     def _attention(self, layer: Attention, feature: Map) -> Map:
         """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
         strips = list(feature.strips(True))
+        shapes = [strip.shape for strip in strips]
         x = torch.cat([strip.flatten(1, 2) for strip in strips], 1)  # [B, n, C]
+        strips.clear()
         normed = torch.empty_like(x)
         self.kernels.normalise_(normed, x, _norm(feature.moments, layer.group_norm, None))
         q, k, v = (_linear(part, normed) for part in (layer.to_q, layer.to_k, layer.to_v))
         seen = self.kernels.attend(q, k, v, self.score_bytes)
         out = _linear(layer.to_out[0], seen).add_(x)
-        parts = out.split([strip.shape[1] * strip.shape[2] for strip in strips], 1)
-        result = [part.reshape(strip.shape) for part, strip in zip(parts, strips, strict=True)]
+        parts = out.split([shape[1] * shape[2] for shape in shapes], 1)
+        result = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         moments = self.kernels.moments()
         for strip in result:
             moments.add(strip)
@@ -169,44 +183,54 @@ class StripPass:
                 yield convolve(window, moments)
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
-        convolve = window_upsample_convolution(layer.conv.weight, layer.conv.bias, self.dtype, self.workspace)
-        moments = self.kernels.moments()
+        settings = self.dtype, self.workspace, self.keeps_packed
+        convolve = self._ready(
+            layer.conv, lambda conv: window_upsample_convolution(conv.weight, conv.bias, *settings)
+        )
+        moments, padding = self.kernels.moments(), layer.conv.padding_mode
+        if padding == "reflect":
+            padding = "replicate"  # mirrored at its border, a doubled map has that border again
 
         def strips(last: bool) -> Iterator[Tensor]:
-            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2))):
-                if layer.conv.padding_mode == "zeros":
-                    yield convolve(self._window(*part), moments)
-                else:  # beyond its border a doubled map has its border twice, mirrored or repeated
-                    y = convolve(self._window(*part, None, "replicate"))[:, :, 2:-2].contiguous()
+            ends = ends_for(layer.conv, feature.ends)
+            for part in with_neighbours(regrouped(feature.strips(last), max(1, rows // 2)), ends=ends):
+                y = convolve(self._window(*part, None, padding), moments if padding == "zeros" else None)
+                if padding != "zeros":  # the window was doubled with the columns beside it
+                    y = y[:, :, 2:-2].contiguous()
                     moments.add(y)
-                    yield y
+                yield y
 
         if self.keeps:
             return _kept(moments, strips(True))
-        for _ in strips(False):
-            pass
-        return Map(moments, strips)
+        ends = seen_ends(strips(False))
+        return Map(moments, strips, lambda: ends)
 
     def _conv_out(self, network: Any, feature: Map) -> list[Tensor]:
         norm = _norm(feature.moments, network.conv_norm_out, FUNCTIONS[type(network.conv_act)])
         convolve = self._convolution(network.conv_out)
-        padding = network.conv_out.padding_mode
-        return [
-            convolve(self._window(*part, norm, padding)) for part in with_neighbours(feature.strips(True))
-        ]
+        padding, ends = network.conv_out.padding_mode, ends_for(network.conv_out, feature.ends)
+        parts = with_neighbours(feature.strips(True), ends=ends)
+        return [convolve(self._window(*part, norm, padding)) for part in parts]
 
     def _convolution(self, layer: nn.Conv2d) -> WindowConvolution:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
         columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
-        return window_convolution(
-            layer.weight, layer.bias, layer.stride[0], columns, self.dtype, self.workspace
-        )
+        settings = layer.stride[0], columns, self.dtype, self.workspace, self.keeps_packed
+        return self._ready(layer, lambda conv: window_convolution(conv.weight, conv.bias, *settings))
+
+    def _ready(self, layer: nn.Conv2d, make: Callable[[nn.Conv2d], WindowConvolution]) -> WindowConvolution:
+        """make(layer), once for all passes where they are recorded."""
+        if self.workspace is None or not self.workspace.records:
+            return make(layer)
+        if layer not in self.convolutions:
+            self.convolutions[layer] = make(layer)
+        return self.convolutions[layer]
 
     # ---- strips
 
-    def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
-        """Of a strip in `stage`: even, so that strips can be halved."""
-        row_bytes = len(x) * width * _widest(stage) * self.dtype.itemsize
+    def _rows(self, stage: Stage, x: Tensor, width: int, given: int = 0) -> int:
+        """Of a strip in `stage`, which is given maps of `given` channels: even, so that strips can be halved."""
+        row_bytes = len(x) * width * max(_widest(stage), given) * self.dtype.itemsize
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
@@ -222,13 +246,18 @@ class StripPass:
         batch, rows, columns, channels = strip.shape
         window = self._scratch(batch, rows + 2, columns, channels)
         self.kernels.window_(window, above, strip, below, norm)
-        return window if padding == "zeros" else _padded(window, above is None, below is None, padding)
+        return window if padding == "zeros" else padded(window, above is None, below is None, padding)
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
+        given = [
+            x.shape[1],
+            *[0] * len(stages),
+        ]  # the first convolution may read more channels than any makes
         largest = max(
-            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(_widest(stage), x.shape[1])
-            for stage, height, width in stages  # the first convolution may read more channels than any makes
+            (min(height, self._rows(stage, x, width, channels)) + 2)
+            * ((width + 1) * max(_widest(stage), channels))
+            for (stage, height, width), channels in zip(stages, given, strict=False)
         )
         self.scratch.resize_(len(x) * largest)
 
@@ -237,13 +266,15 @@ class StripPass:
         would leave holes that no strip fits into."""
         return self.scratch[: math.prod(shape)].view(shape)
 
-    def _kept_or_remade(self, make: Callable[[bool], Iterator[T]]) -> Iterator[T]:
-        """All that `make` yields, after it has run to its end once: kept since then, or made again."""
+    def _kept_or_remade(
+        self, make: Callable[[bool], Iterator[T]], strip_of: Callable[[T], Tensor]
+    ) -> tuple[Iterator[T], Callable[[], Ends]]:
+        """All that `make` yields, after it has run to its end once: kept since then, or made again; and its ends."""
         if self.keeps:
-            return _drained(deque(make(True)))
-        for _ in make(False):
-            pass
-        return make(True)
+            kept = deque(make(True))
+            return _drained(kept), lambda: ends_of(strip_of(kept[0]), strip_of(kept[-1]))
+        ends = seen_ends(map(strip_of, make(False)))
+        return make(True), lambda: ends
 
 
 def _norm(moments: Moments, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
@@ -258,54 +289,9 @@ def _widest(stage: Stage) -> int:
 def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
     """The map of strips that are counted in as they are made."""
     kept = deque(strips)
-    return Map(moments, lambda last: _drained(kept) if last else iter(kept))
-
-
-def _last_row(strip: Tensor) -> Tensor:
-    """[B, 1, W, C], in memory of its own, so that the strip can be freed."""
-    return strip[:, -1:].clone()
-
-
-def with_neighbours(
-    items: Iterable[T], last_row: Callable[[Any], Tensor] = _last_row
-) -> Iterator[tuple[Tensor | None, T, T | None]]:
-    """Each item between the last row before it and the item after it."""
-    iterator = iter(items)
-    above, item = None, next(iterator, None)
-    while item is not None:
-        below = next(iterator, None)
-        yield above, item, below
-        above, item = (None if below is None else last_row(item)), below
-
-
-def regrouped(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
-    """The same rows in strips of `rows`, the last one of what is left."""
-    parts: list[Tensor] = []
-    missing = rows
-    for strip in strips:
-        start = 0
-        while start < strip.shape[1]:
-            part = strip[:, start : start + missing]
-            parts.append(part)
-            start, missing = start + part.shape[1], missing - part.shape[1]
-            if not missing:
-                yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                parts, missing = [], rows
-    if parts:
-        yield torch.cat(parts, 1)
-
-
-def _padded(window: Tensor, top: bool, bottom: bool, mode: str) -> Tensor:
-    """[B, r + 2, W, C] -> [B, r + 2, W + 2, C]: columns as a convolution of that padding mode would pad them, and rows
-    where the window ends at the top or the bottom of the map."""
-    inner = 2 if mode == "reflect" else 1  # how far from the border the row lies that is repeated there
-    if window.shape[1] == 3 and top and bottom and mode == "reflect":
-        F.pad(window[:, 1:2].permute(0, 3, 1, 2), (0, 0, 1, 1), mode)  # a map of one row: torch's own error
-    if top:
-        window[:, 0] = window[:, inner]
-    if bottom:
-        window[:, -1] = window[:, -1 - inner]
-    return F.pad(window.permute(0, 3, 1, 2), (1, 1, 0, 0), mode).permute(0, 2, 3, 1).contiguous()
+    return Map(
+        moments, lambda last: _drained(kept) if last else iter(kept), lambda: ends_of(kept[0], kept[-1])
+    )
 
 
 def _drained(items: deque[T]) -> Iterator[T]:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from latentcodec.ops.native.winograd import WinogradConvolution, Workspace
+from latentcodec.ops.native.build import library
+from latentcodec.ops.native.convolution import MOST_TAPS, DirectConvolution, NativeConvolution, Workspace
+from latentcodec.ops.native.winograd import KEPT_VALUES, Scheme, WinogradConvolution, weight_values
 from latentcodec.ops.onednn import (
     Convolution,
     packed_convolution,
@@ -31,7 +33,7 @@ from latentcodec.ops.pointwise import Moments
 WindowConvolution = Callable[..., Tensor]
 """[B, rows, W, C], moments that count the result in, and a residual [B, rows', W', C'] -> [B, rows', W', C']."""
 
-Prepared = Convolution | WinogradConvolution
+Prepared = Convolution | NativeConvolution
 
 PROBES = 1024  # values of a weight that are looked at to see whether it has changed
 
@@ -46,19 +48,26 @@ def window_convolution(
     columns: int,
     dtype: torch.dtype,
     workspace: Workspace | None = None,
+    keep: bool = True,
 ) -> WindowConvolution:
     """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
 
     weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Of a weight
     [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image. Winograd's
-    convolutions are chosen only where there is a `workspace` for them.
+    convolutions are chosen only where there is a `workspace` for them. What was made of the weight is kept for the next
+    call unless `keep` is False.
     """
-    prepare = partial(_prepare_direct, stride=stride, columns=columns)
-    return _window_convolution(weight, bias, dtype, prepare, workspace)
+    settings = {"stride": stride, "columns": columns}
+    prepare = partial(_prepare_direct, **settings)
+    return _window_convolution(weight, bias, dtype, prepare, workspace, settings, keep)
 
 
 def window_upsample_convolution(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, workspace: Workspace | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    keep: bool = True,
 ) -> WindowConvolution:
     """Nearest neighbour times two, then the 3x3 convolution: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
 
@@ -66,7 +75,7 @@ def window_upsample_convolution(
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace)
+    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {}, keep)
 
 
 def _window_convolution(
@@ -75,8 +84,10 @@ def _window_convolution(
     dtype: torch.dtype,
     prepare: Callable[..., Prepared],
     workspace: Workspace | None,
+    settings: dict[str, int],
+    keep: bool,
 ) -> WindowConvolution:
-    run = _prepared_convolution(weight, dtype, prepare, workspace)
+    run = _prepared_convolution(weight, dtype, prepare, workspace, settings, keep)
     assert bias is not None  # every convolution of an AutoencoderKL has one
     bias = bias.detach().to(dtype)
 
@@ -94,44 +105,73 @@ def _window_convolution(
 
 
 def _prepared_convolution(
-    weight: Tensor, dtype: torch.dtype, prepare: Callable[..., Prepared], workspace: Workspace | None
+    weight: Tensor,
+    dtype: torch.dtype,
+    prepare: Callable[..., Prepared],
+    workspace: Workspace | None,
+    settings: dict[str, int],
+    keep: bool,
 ) -> Convolution:
     """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
     if weight.device.type != "cpu":  # where there is no packing
         return cast(Convolution, prepare(weight.detach(), dtype))
     version = 0 if weight.is_inference() else weight._version
-    state = weight.data_ptr(), version, dtype, workspace is None
+    state = weight.data_ptr(), version, dtype, workspace is None, settings
     known, probed, total, run = _prepared.get(weight, (None, None, None, None))
-    if known != state or probed.sum().item() != total:
-        run, probed = (
-            prepare(weight.detach(), dtype, winograd=workspace is not None),
-            _probed(weight.detach()),
-        )
+    if not keep:
+        _prepared.pop(weight, None)
+        run = prepare(weight.detach(), dtype, winograd=workspace is not None)
+    elif known != state or probed.sum().item() != total:
+        run = prepare(weight.detach(), dtype, winograd=workspace is not None, keep=True)
+        probed = _probed(weight.detach())
         _prepared[weight] = state, probed, probed.sum().item(), run
-    if workspace is not None and isinstance(run, WinogradConvolution):
+    if workspace is not None and isinstance(run, NativeConvolution):
+        if workspace.records:
+            workspace.convolutions.append(run)
         return run.using(workspace)
     return cast(Convolution, run)
 
 
-def _probed(weight: Tensor) -> Tensor:
-    """A view of values from all over [C', C, k, k], as integers: adapters write to `.data`, which counts no version.
+def prepared_bytes(weight: Tensor, dtype: torch.dtype, winograd: bool, keep: bool) -> tuple[int, int]:
+    """Bytes that stay after a pass for a convolution with this weight, and that are needed while it runs, at most."""
+    if weight.device.type != "cpu":
+        return 0, weight.numel() * dtype.itemsize
+    folded = weight.numel() * (2 if weight.shape[-1] == 3 else 1)  # with room for the taps of a doubled map
+    stays = passes = folded * dtype.itemsize
+    if winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3):
+        transformed = dtype.itemsize * weight_values(Scheme(4), *weight.shape[:2])
+        passes += transformed
+        stays = max(stays, transformed) if weight.numel() <= KEPT_VALUES else 0
+    return (stays, passes) if keep else (0, passes)
 
-    The step through the memory has no factor in common with C k k, so every tap and every channel has its turn.
-    """
+
+def probing_step(weight: Tensor) -> int:
+    """How many values lie between two that are looked at; without a factor in common with C k k, so that every tap and
+    every channel has its turn."""
     step = max(1, weight.numel() // PROBES)
     while math.gcd(step, weight[0].numel()) > 1:
         step += 1
+    return step
+
+
+def _probed(weight: Tensor) -> Tensor:
+    """A view of values from all over [C', C, k, k], as integers: adapters write to `.data`, which counts no version."""
+    step = probing_step(weight)
     memory = weight.as_strided((weight.numel(),), (1,))  # of either layout, without a copy
     return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])[::step]
 
 
 def _prepare_direct(
-    weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False
+    weight: Tensor, dtype: torch.dtype, stride: int, columns: int, winograd: bool = False, keep: bool = False
 ) -> Prepared:
     weight = weight if weight.ndim == 4 else weight[:, :, -1]
     direct = partial(_direct, weight, dtype, stride, columns)
     is_suited = winograd and dtype == torch.float32 and stride == columns == 1 and weight.shape[2:] == (3, 3)
-    return WinogradConvolution.best(weight, False, direct) or direct() if is_suited else direct()
+    is_native = winograd and dtype == torch.float32 and weight[0].numel() <= MOST_TAPS
+    best: Prepared | None = WinogradConvolution.best(weight, False, direct, keep) if is_suited else None
+    if best is None and is_native and (native := library()) is not None:
+        best = DirectConvolution(native, weight, stride, columns, direct)
+    return best or direct()
 
 
 def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Convolution:
@@ -148,10 +188,12 @@ def _direct(weight: Tensor, dtype: torch.dtype, stride: int, columns: int) -> Co
     return convolve
 
 
-def _prepare_upsample(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Prepared:
+def _prepare_upsample(
+    weight: Tensor, dtype: torch.dtype, winograd: bool = False, keep: bool = False
+) -> Prepared:
     direct = partial(_direct_upsample, weight, dtype)
     is_suited = winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3)
-    return WinogradConvolution.best(weight, True, direct) or direct() if is_suited else direct()
+    return WinogradConvolution.best(weight, True, direct, keep) or direct() if is_suited else direct()
 
 
 def _direct_upsample(weight: Tensor, dtype: torch.dtype) -> Convolution:

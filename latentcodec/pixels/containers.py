@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 import latentcodec.pixels.jpeg as jpeg
+import latentcodec.pixels.jxl as jxl
 import latentcodec.pixels.png as png
 import latentcodec.pixels.webp as webp
 from latentcodec.files import open_regular
@@ -64,8 +65,18 @@ def open_image(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
         yield image
 
 
+def refuse_bomb(width: int, height: int) -> None:
+    """Pillow only warns between one and two times its limit; a few kilobytes would unfold to 300 MB."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"{width * height} pixels ({width} x {height}) are more than PIL.Image.MAX_IMAGE_PIXELS"
+            f" = {limit}; set that higher if you trust the file"
+        )
+
+
 @lru_cache
-def reads(plugin: Plugin) -> bool:
+def enable(plugin: Plugin) -> bool:
     """Whether the package is here; if so, Pillow knows its format from now on."""
     try:
         module = importlib.import_module(plugin.module)
@@ -83,7 +94,7 @@ def looks_like_a_picture(start: bytes) -> bool:
     return is_pillows or _plugin(start) is not None
 
 
-def advice(plugin: Plugin) -> str:
+def install_hint(plugin: Plugin) -> str:
     """What makes a file readable that nothing here reads."""
     return f"needs the package {plugin.package}: pip install 'latentcodec[formats]'"
 
@@ -93,9 +104,12 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
     file.seek(0)
     formats: tuple[str, ...] = FORMATS
     if plugin := _plugin(start):
-        if not reads(plugin):
-            raise ValueError(f"a {plugin.format} picture {advice(plugin)}")
+        if not enable(plugin):
+            raise ValueError(f"a {plugin.format} picture {install_hint(plugin)}")
         formats = (plugin.format,)
+    if plugin is JPEG_XL:  # whose package decodes a picture before it says how large it is
+        refuse_bomb(*jxl.stated_size(file.read()))
+        file.seek(0)
     if start.startswith(png.SIGNATURE):
         return _open_png(file, name)
     if start.startswith(jpeg.SIGNATURE):
@@ -166,7 +180,7 @@ def _open_webp(file: BinaryIO, name: str) -> Image.Image:
 
 def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
     content = file.read()
-    if not jpeg.needs_a_look(content):
+    if not jpeg.is_suspicious(content):
         return _pillow(io.BytesIO(content), name)
     found = jpeg.structure(content)
     if found.scans > jpeg.MOST_SCANS:
@@ -174,13 +188,13 @@ def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
             f"more than {jpeg.MOST_SCANS} scans, as no encoder writes; refused for the time they take"
         )
     stripped = content.rstrip(b"\xff")  # which may be the first half of the marker
-    if not found.is_ended and found.is_told_whole and _is_indifferent_to_its_tail(stripped, name):
+    if not found.is_ended and found.describes_all_coefficients and _has_all_its_data(stripped, name):
         note(name, "no end marker; its pixels are whole")
         content = stripped + jpeg.END
     return _pillow(io.BytesIO(content), name)
 
 
-def _is_indifferent_to_its_tail(content: bytes, name: str) -> bool:
+def _has_all_its_data(content: bytes, name: str) -> bool:
     """Whether more image data would change nothing: then none is missing. Where some is, a decoder fills in."""
     pictures = []
     for tail in jpeg.TAILS:

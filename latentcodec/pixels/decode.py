@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
 from latentcodec.pixels.colour import Colours
-from latentcodec.pixels.containers import open_image
+from latentcodec.pixels.containers import open_image, refuse_bomb
 from latentcodec.pixels.notes import UnreadableImage, note, pillow_warnings_named, reason
 
 TURNS = {  # EXIF orientation, as stored -> what makes the picture upright
@@ -60,7 +60,7 @@ def decode_image(
         if isinstance(source, Image.Image):
             return _read(source, channels, name)
         with open_image(source, name) as image:
-            _refuse_bomb(*image.size)
+            refuse_bomb(*image.size)
             return _read(image, channels, name)
     except Exception as error:  # Pillow's decoders raise nearly every type; one bad file must not end a run
         raise UnreadableImage(f"{name}: {reason(error)}") from error
@@ -87,16 +87,6 @@ def _name(source: object) -> str:
     if isinstance(source, str | Path):
         return str(source)
     return str(getattr(source, "filename", "")) or f"image ({type(source).__name__})"
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    """Pillow only warns between one and two times its limit; a few kilobytes would unfold to 300 MB."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(
-            f"{width * height} pixels ({width} x {height}) are more than PIL.Image.MAX_IMAGE_PIXELS"
-            f" = {limit}; set that higher if you trust the file"
-        )
 
 
 def _read(image: Image.Image, channels: int, name: str) -> Tensor:

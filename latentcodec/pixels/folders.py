@@ -1,6 +1,6 @@
 """Which image files a folder holds, and which files in it look like pictures and are not read.
 
-Shapes: none; no file is opened but those whose name has no suffix.
+Shapes: none; only files are opened whose suffix says nothing, to see whether they begin as a picture does.
 """
 
 import os
@@ -11,62 +11,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentcodec.files import read_start
-from latentcodec.pixels.containers import PLUGINS, advice, looks_like_a_picture, reads
+from latentcodec.pixels.containers import PLUGINS, enable, install_hint, looks_like_a_picture
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
 """Of files that are always read; `containers.PLUGINS` has more, if their packages are here."""
 # Pictures of kinds that are not read: convert them first.
-OTHER_SUFFIXES = frozenset(
-    {
-        ".jp2",
-        ".j2k",
-        ".jpf",
-        ".jpx",
-        ".jpm",
-        ".jxr",
-        ".psd",
-        ".psb",
-        ".xcf",
-        ".exr",
-        ".hdr",
-        ".tga",
-        ".dds",
-        ".dib",
-    }
-    | {
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pfm",
-        ".ico",
-        ".svg",
-        ".eps",
-        ".fits",
-        ".qoi",
-        ".jpe",
-        ".jif",
-        ".jpg_large",
-    }
-    | {
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".pef",
-        ".srw",
-        ".avci",
-        ".avifs",
-        ".heics",
-    }
-)
-ARCHIVE_SUFFIXES = frozenset({".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst"})
+OTHERS = """
+.jp2 .j2k .j2c .jpc .jpf .jpx .jpm .jxr .wdp .hdp .jls .jpe .jif .jpg_large .psd .psb .xcf .kra .ai .exr .hdr .tga .dds
+.ktx .dib .pcx .ppm .pgm .pbm .pnm .pfm .ico .cur .icns .svg .eps .wmf .emf .pdf .djvu .fits .dcm .qoi .bpg .flif .avci
+.avifs .heics .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .3fr .iiq .x3f .raw
+"""
+ARCHIVES = ".zip .rar .7z .gz .tgz .bz2 .xz .zst"
+# What lies beside pictures and is none, so that it is not opened to find out.
+COMPANIONS = """
+.txt .caption .json .jsonl .csv .tsv .xml .html .htm .md .yaml .yml .toml .ini .log .url .py .npy .npz .pt .pth .db
+.safetensors .arrow .mp4 .mov .webm .mkv .avi .mp3 .wav
+"""
+OTHER_SUFFIXES, ARCHIVE_SUFFIXES = frozenset(OTHERS.split()), frozenset(ARCHIVES.split())
+COMPANION_SUFFIXES = frozenset(COMPANIONS.split())
 SHARD_SUFFIXES = frozenset({".tar", ".parquet"})
 
 
@@ -99,7 +63,7 @@ def find_images(folder: str | Path) -> list[Path]:
     found = search_folder(folder)
     if not found.images:
         raise ValueError(
-            f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){but(found.left_out)}"
+            f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){left_out_clause(found.left_out)}"
         )
     return found.images
 
@@ -125,13 +89,13 @@ def search_folder(folder: str | Path) -> Found:
 
 def is_read(suffix: str) -> bool:
     """Whether files of this suffix, in lower case, are images that are read here."""
-    return suffix in IMAGE_SUFFIXES or (suffix in PLUGINS and reads(PLUGINS[suffix]))
+    return suffix in IMAGE_SUFFIXES or (suffix in PLUGINS and enable(PLUGINS[suffix]))
 
 
 def not_read(suffix: str) -> str | None:
     """Why files of this suffix, which look like pictures, are not read; None for those that are, and for others."""
-    if suffix in PLUGINS and not reads(PLUGINS[suffix]):
-        return f"{suffix} {advice(PLUGINS[suffix])}"
+    if suffix in PLUGINS and not enable(PLUGINS[suffix]):
+        return f"{suffix} {install_hint(PLUGINS[suffix])}"
     if suffix in OTHER_SUFFIXES:
         return f"{suffix} files are not read; convert them"
     if suffix in ARCHIVE_SUFFIXES:
@@ -139,7 +103,7 @@ def not_read(suffix: str) -> str | None:
     return None
 
 
-def but(left_out: list[LeftOut]) -> str:
+def left_out_clause(left_out: list[LeftOut]) -> str:
     """ ", but ..." for the message that nothing is there to read; nothing if nothing was left out."""
     return f"; left out: {counted(left_out)}" if left_out else ""
 
@@ -154,7 +118,7 @@ def counted(left_out: list[LeftOut]) -> str:
 
 
 def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """All that is no folder below `folder`; raises `ValueError` naming the folder that cannot be listed."""
+    """All that is no folder below `folder`, links to folders too. Raises `ValueError` for one that cannot be listed."""
     pending = [str(folder)]
     while pending:
         here = pending.pop()
@@ -166,19 +130,23 @@ def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
         for entry in listed:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(entry.path)
-            elif not (entry.is_symlink() and entry.is_dir()):
+            else:
                 yield entry
 
 
 def _why_not(entry: os.DirEntry[str], suffix: str) -> str | None:
     """Why a file that looks like a picture is not read; None for one that is, and for what is no picture."""
+    if entry.is_dir():  # only a link to one comes here
+        return "a link to a folder, which is not followed; give the folder that it leads to"
     is_picture = suffix in IMAGE_SUFFIXES or suffix in PLUGINS
     if (is_picture or suffix in SHARD_SUFFIXES) and not entry.is_file() and (kind := _kind(entry)):
         return f"a {kind}, which is never opened"
     if reason := not_read(suffix):
         return reason
-    if not suffix and entry.is_file() and looks_like_a_picture(read_start(entry.path)):
-        return "a picture whose name has no suffix; give it one"
+    if is_picture or suffix in SHARD_SUFFIXES | COMPANION_SUFFIXES or not entry.is_file():
+        return None
+    if looks_like_a_picture(read_start(entry.path)):
+        return "a picture whose name has not the suffix of one; rename it"
     return None
 
 

@@ -27,13 +27,13 @@ class JPEGStructure:
     """(component, coefficient) -> how many of its low bits no scan so far has told."""
 
     @property
-    def is_told_whole(self) -> bool:
+    def describes_all_coefficients(self) -> bool:
         """Whether the scans, if they are whole, tell every bit of every coefficient."""
         places = [(c, k) for c in self.components for k in range(COEFFICIENTS)]
         return bool(places) and all(self.precision.get(place) == 0 for place in places)
 
 
-def needs_a_look(content: bytes) -> bool:
+def is_suspicious(content: bytes) -> bool:
     """Whether a file does not end with the end marker, or may have too many scans: nearly none needs one."""
     return not content.endswith(END) or content.count(START_OF_SCAN) > MOST_SCANS
 
@@ -58,7 +58,7 @@ def structure(content: bytes) -> JPEGStructure:
         if kind in FRAMES:
             found.components = set(segment[6::3])
         elif kind == START_OF_SCAN[1]:
-            _take_in(found, segment)
+            _add_scan(found, segment)
             marker = AFTER_ENTROPY_CODED.search(content, place)
             if marker is None:
                 return found
@@ -67,7 +67,7 @@ def structure(content: bytes) -> JPEGStructure:
     return found
 
 
-def _take_in(found: JPEGStructure, header: bytes) -> None:
+def _add_scan(found: JPEGStructure, header: bytes) -> None:
     """Count a scan by its header: components, first and last coefficient, bits told before and by it."""
     found.scans += 1
     if len(header) < 4:

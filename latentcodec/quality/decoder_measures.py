@@ -43,7 +43,7 @@ Progress = Callable[[int], None]
 """Is told of each number of images that has been encoded or decoded."""
 
 
-def silent(images: int) -> None:
+def no_progress(images: int) -> None:
     """Progress that nobody sees."""
 
 
@@ -54,7 +54,7 @@ def batches(count: int, pixels: int) -> list[slice]:
 
 
 @torch.inference_mode()
-def posteriors(codec: Inspectable, x: Tensor, progress: Progress = silent) -> tuple[Tensor, Tensor]:
+def posteriors(codec: Inspectable, x: Tensor, progress: Progress = no_progress) -> tuple[Tensor, Tensor]:
     """x [N, C, H, W] -> mean and deviation of the posterior, [N, c, h, w] float32 on the CPU, batch by batch."""
     means, stds = [], []
     for part in batches(len(x), x[0, 0].numel()):
@@ -66,7 +66,7 @@ def posteriors(codec: Inspectable, x: Tensor, progress: Progress = silent) -> tu
 
 
 @torch.inference_mode()
-def decoded(codec: Inspectable, z: Tensor, size: tuple[int, int], progress: Progress = silent) -> Tensor:
+def decoded(codec: Inspectable, z: Tensor, size: tuple[int, int], progress: Progress = no_progress) -> Tensor:
     """z [N, c, h, w] -> [N, C, *size] as a viewer gets it: clamped to [-1, 1] and rounded to 8 bits, on the CPU."""
     images = []
     for part in batches(len(z), size[0] * size[1]):
@@ -86,7 +86,7 @@ def decoder_spread(x: Tensor, y: Tensor) -> float:
 
 
 def channel_drops(
-    codec: Inspectable, x: Tensor, z: Tensor, mean: Tensor, progress: Progress = silent
+    codec: Inspectable, x: Tensor, z: Tensor, mean: Tensor, progress: Progress = no_progress
 ) -> list[float]:
     """dB of PSNR lost where channel k of z [N, c, h, w] is replaced by its `mean` [c]: what the decoder makes of it."""
     size = (x.shape[-2], x.shape[-1])
@@ -100,7 +100,7 @@ def channel_drops(
 
 
 def noise_curve(
-    codec: Inspectable, x: Tensor, z: Tensor, std: Tensor, whole: float, progress: Progress = silent
+    codec: Inspectable, x: Tensor, z: Tensor, std: Tensor, whole: float, progress: Progress = no_progress
 ) -> list[tuple[float, float]]:
     """(a, mean PSNR of D(z + a s eps)) for a of `NOISES`, s the channels' own deviation `std` [c]; first (0, whole)."""
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z) * std[:, None, None].to(z)
@@ -141,7 +141,7 @@ def int8_in_blocks(z: Tensor) -> Tensor:
     return torch.cat(rows, 2)
 
 
-def equivariance_errors(codec: Inspectable, x: Tensor, progress: Progress = silent) -> dict[str, float]:
+def equivariance_errors(codec: Inspectable, x: Tensor, progress: Progress = no_progress) -> dict[str, float]:
     """|T E(x) - E(T x)|^2 / |E(T x)|^2 for T = halving, a quarter turn and mirroring, the sums over all of x.
 
     Two published kinds of it disagree, and it says little of generation: it is shown, and nothing is judged by it.

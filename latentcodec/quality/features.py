@@ -41,7 +41,7 @@ def network_features(network: nn.Module) -> Features:
     return features
 
 
-def of_all(features: Features, images: Tensor) -> Tensor:
+def features_of_all(features: Features, images: Tensor) -> Tensor:
     """`features` of [N, C, H, W], batch by batch."""
     return torch.cat([features(part) for part in images.split(BATCH)])
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from latentcodec.quality import decoder_measures as decoding
 from latentcodec.quality import latent_measures as latents
-from latentcodec.quality.decoder_measures import Inspectable, Progress, silent
+from latentcodec.quality.decoder_measures import Inspectable, Progress, no_progress
 from latentcodec.quality.precision import certify
-from latentcodec.quality.verdicts import death, verdicts
+from latentcodec.quality.verdicts import verdicts, why_dead
 
 WINDOW = 256  # pixels a side of what is looked at of each image
 DISTURBED = 16  # windows that are decoded with draws, noise and 8 bits
@@ -84,7 +84,7 @@ def measure_health(
     x: Tensor,
     labels: Sequence[int] | None = None,
     masks: Tensor | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> tuple[Health, Windows]:
     """Look at `codec` on windows x [N, C, H, W] in [-1, 1]; sides are multiples of f.
 
@@ -106,7 +106,7 @@ def measure_health(
         channel["drop_db"] = drop
     health.measures["equivariance_error"] = decoding.equivariance_errors(codec, x[:DISTURBED], progress)
     _certificate(codec, x[:CERTIFIED], health)
-    _note_deaths(health)
+    _note_dead_channels(health)
     return health, windows
 
 
@@ -154,14 +154,14 @@ def posterior_health(
         health.measures["viv_by_class"] = latents.viv(mean, labels)
     if masks is not None:
         health.measures["srss"] = latents.foreground_similarity(mean, masks)
-    _note_deaths(health)
+    _note_dead_channels(health)
     return health
 
 
 def _measures(channels: list[dict[str, Any]], mean: Tensor, std: Tensor, f: int) -> dict[str, Any]:
     """Over all channels; medians and means over those that live, or over all where none does."""
     count, c, height, width = mean.shape
-    live = [channel for channel in channels if death(channel, channels) is None] or channels
+    live = [channel for channel in channels if why_dead(channel, channels) is None] or channels
 
     def over(key: str) -> list[float]:
         return [channel[key] for channel in live]
@@ -239,9 +239,9 @@ def _certificate(codec: Inspectable, x: Tensor, health: Health) -> None:
     )
 
 
-def _note_deaths(health: Health) -> None:
+def _note_dead_channels(health: Health) -> None:
     for channel in health.channels:
-        channel["dead"] = death(channel, health.channels)
+        channel["dead"] = why_dead(channel, health.channels)
     dead = sum(channel["dead"] is not None for channel in health.channels)
     health.measures["dead_share"] = dead / len(health.channels)
 

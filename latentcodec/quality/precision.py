@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.adopt import CLASSES
+from latentcodec.adopt import stock_copy
 from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.quality.metrics import psnr
-from latentcodec.vae.families import downsampling_factor, family_of
+from latentcodec.vae.families import downsampling_factor
 
 LARGEST_FLOAT16 = 65504.0
 HEADROOM = 8.0  # other images than these may need more
@@ -104,7 +104,7 @@ def certify(vae: Any, crops: Sequence[Tensor]) -> Certificate:
     """
     real = torch.stack(list(crops)).to(vae.device, torch.float32)
     extreme = extreme_images(*real.shape[1:]).to(real)
-    plain = _plain(vae, torch.float32)
+    plain = stock_copy(vae, torch.float32)
     peaks = []
     for x in (real, extreme):
         with _largest_activations(plain) as largest:
@@ -115,18 +115,10 @@ def certify(vae: Any, crops: Sequence[Tensor]) -> Certificate:
     corners = torch.cat([real, extreme])[:, :, :side, :side]
     return Certificate(
         activations={name: (peaks[0][name].item(), peaks[1][name].item()) for name in peaks[0]},
-        float16=_half_precision(plain, _plain(vae, torch.float16), corners),
-        bfloat16=_half_precision(plain, _plain(vae, torch.bfloat16), corners),
+        float16=_half_precision(plain, stock_copy(vae, torch.float16), corners),
+        bfloat16=_half_precision(plain, stock_copy(vae, torch.bfloat16), corners),
         crops=len(crops),
     )
-
-
-def _plain(vae: Any, dtype: torch.dtype) -> Any:
-    """The same weights on diffusers' own layers."""
-    plain = CLASSES[family_of(vae).name].from_config(dict(vae.config))
-    plain.load_state_dict(vae.state_dict())
-    nn.Module.to(plain, vae.device, dtype)  # diffusers' own `to` warns about casting
-    return plain.eval()
 
 
 def _half_precision(plain: Any, half: Any, x: Tensor) -> HalfPrecision:

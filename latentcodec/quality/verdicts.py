@@ -18,9 +18,8 @@ Meaning = Literal["failure", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("healthy", "warning", "failure")
 HEADLINES = ("diffusion", "sampling", "storage")
 
-SMALLEST_SHARE = (
-    0.05  # of signal in a channel's variance. Burda's 0.01 in raw units calls noise an active channel
-)
+# Of signal in a channel's variance. Burda's 0.01 in raw units calls noise an active channel.
+SMALLEST_SHARE = 0.05
 SMALLEST_SPREAD = 0.05  # of the decoded means against the images
 SMALLEST_DROP = 0.01  # dB that a channel is worth
 CONSTANT = 0.01  # of the median channel's deviation
@@ -98,7 +97,7 @@ def verdicts(measures: Measures, channels: Channels) -> dict[str, dict[str, Any]
 def findings(measures: Measures, channels: Channels) -> list[Finding]:
     """Every rule that is broken, by the measures and channels of `health.Health`."""
     collapsed = _posterior_collapse(measures, channels)
-    live = [channel for channel in channels if death(channel, channels) is None]
+    live = [channel for channel in channels if why_dead(channel, channels) is None]
     rules: list[Callable[[Measures, Channels], Finding | None]]
     if collapsed:  # of latents that say nothing, nothing else is worth saying
         return [finding for finding in (collapsed, _provisional(measures, channels)) if finding]
@@ -119,7 +118,7 @@ def findings(measures: Measures, channels: Channels) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def death(channel: Mapping[str, Any], channels: Channels) -> str | None:
+def why_dead(channel: Mapping[str, Any], channels: Channels) -> str | None:
     """Why a channel is dead: "noise", "constant" or "ignored" by the decoder; None for one that lives."""
     if channel["std"] < CONSTANT * median(other["std"] for other in channels):
         return "constant"
@@ -148,7 +147,7 @@ def _posterior_collapse(measures: Measures, channels: Channels) -> Finding | Non
 
 def _dead_channels(measures: Measures, channels: Channels) -> Finding | None:
     del measures
-    dead = {channel["name"]: why for channel in channels if (why := death(channel, channels)) is not None}
+    dead = {channel["name"]: why for channel in channels if (why := why_dead(channel, channels)) is not None}
     if not dead:
         return None
     share = len(dead) / len(channels)
@@ -171,14 +170,8 @@ def _nearly_autoencoder(measures: Measures, channels: Channels) -> Finding | Non
         f"Nearly an autoencoder: {rate:.1f} bits an element, noise of {2**-rate:.1e} deviations; between its codes "
         "nothing was trained."
     )
-    return Finding(
-        "nearly_autoencoder",
-        text,
-        "rate_bits",
-        rate,
-        LARGEST_RATE,
-        "raise loss.kl_weight, or loss.target_bits: 2",
-    )
+    cure = "raise loss.kl_weight, or loss.target_bits: 2"
+    return Finding("nearly_autoencoder", text, "rate_bits", rate, LARGEST_RATE, cure)
 
 
 def _too_noisy(measures: Measures, channels: Channels) -> Finding | None:
@@ -254,14 +247,8 @@ def _not_normalised(measures: Measures, channels: Channels) -> Finding | None:
         f"{len(shifted)} a mean off zero; channel {worst['name']} has mean {worst['mean']:+.2f}, deviation "
         f"{worst['std']:.2f}."
     )
-    return Finding(
-        "not_normalised",
-        text,
-        "std",
-        worst["std"],
-        None,
-        "finish.normalise: whitened, and more statistics_images",
-    )
+    cure = "finish.normalise: whitened, and more statistics_images"
+    return Finding("not_normalised", text, "std", worst["std"], None, cure)
 
 
 def _unsafe_fp16(measures: Measures, channels: Channels) -> Finding | None:
@@ -271,14 +258,8 @@ def _unsafe_fp16(measures: Measures, channels: Channels) -> Finding | None:
         return None
     peak = measures["largest_activation"]
     text = f"Unsafe in float16: activations reach {peak:.3g} of 65504, or the decoded picture differs."
-    return Finding(
-        "unsafe_fp16",
-        text,
-        "largest_activation",
-        peak,
-        65504 / 8,
-        "keep force_upcast: true; run it in bfloat16 or float32",
-    )
+    cure = "keep force_upcast: true; run it in bfloat16 or float32"
+    return Finding("unsafe_fp16", text, "largest_activation", peak, 65504 / 8, cure)
 
 
 def _int8_loss(measures: Measures, channels: Channels) -> Finding | None:

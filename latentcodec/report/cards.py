@@ -69,7 +69,12 @@ def _reconstruction(data: Mapping[str, Any]) -> str:
 
 
 def _inspection(data: Mapping[str, Any]) -> str:
-    lines = ["## Latents", "", f"Looked at on {data['measures']['images']} images of {data['folder']}.", ""]
+    lines = [
+        "## Latents",
+        "",
+        f"OpenedImages at on {data['measures']['images']} images of {data['folder']}.",
+        "",
+    ]
     for key, verdict in data["verdicts"].items():
         lines.append(f"- {TITLES[key]}: **{LEVELS[verdict['level']][0].lower()}**")
         lines += [f"  - {reason['text']}" for reason in verdict["reasons"]]

@@ -22,7 +22,7 @@ from torch import Tensor
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import UnreadableImage, find_images, load_image, to_uint8
 from latentcodec.quality import latent_measures as latents
-from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, silent
+from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, no_progress
 from latentcodec.quality.health import Health, Windows, cut_windows, measure_health, passes
 from latentcodec.quality.klt import KLT
 from latentcodec.report.pictures import channel_picture, crop_around, principal_colours, tiles, webp
@@ -37,7 +37,7 @@ CURVE_POINTS = 300  # of each training curve
 
 
 @dataclass(frozen=True)
-class Looked:
+class OpenedImages:
     """The images of a folder, ready to be looked at."""
 
     x: Tensor
@@ -50,7 +50,7 @@ class Looked:
     """What could not be used, and why."""
 
 
-def open_images(folder: Path, channels: int, f: int, limit: int | None = None) -> Looked:
+def open_images(folder: Path, channels: int, f: int, limit: int | None = None) -> OpenedImages:
     """Evenly spaced images below `folder`, as many as `limit` or as the time allows; labels are names of subfolders.
 
     Raises ValueError where none can be used.
@@ -81,7 +81,7 @@ def open_images(folder: Path, channels: int, f: int, limit: int | None = None) -
     groups = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in kept]
     label_names = sorted({*groups})
     labels = [label_names.index(group) for group in groups] if len(label_names) > 1 else None
-    return Looked(x, [path.name for path in kept], labels, label_names, left_out)
+    return OpenedImages(x, [path.name for path in kept], labels, label_names, left_out)
 
 
 def _spread(count: int) -> list[int]:
@@ -97,7 +97,7 @@ def _coprime(a: int, b: int) -> bool:
 
 
 def inspect_codec(
-    codec: LatentCodec, source: str, folder: Path, looked: Looked, progress: Progress = silent
+    codec: LatentCodec, source: str, folder: Path, looked: OpenedImages, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """The result of kind "inspect": verdicts, measures, channels, curves, pictures and where it comes from."""
     health, windows = measure_health(codec, looked.x, looked.labels, progress=progress)
@@ -126,7 +126,7 @@ def inspect_codec(
     return data
 
 
-def total_passes(looked: Looked, codec: LatentCodec) -> int:
+def total_passes(looked: OpenedImages, codec: LatentCodec) -> int:
     """For a progress bar of `inspect_codec`."""
     return passes(len(looked.x), codec.latent_channels)
 
@@ -135,7 +135,7 @@ def _image_spectrum(x: Tensor, f: int) -> list[tuple[float, float]] | None:
     return latents.radial_spectrum(F.avg_pool2d(x, f))
 
 
-def _image_rows(looked: Looked, windows: Windows) -> list[dict[str, Any]]:
+def _image_rows(looked: OpenedImages, windows: Windows) -> list[dict[str, Any]]:
     scores = decibels(windows.x, windows.y).tolist()
     return [{"file": name, "psnr_db": score} for name, score in zip(looked.names, scores, strict=True)]
 
@@ -217,7 +217,7 @@ def _strips(codec: Inspectable, windows: Windows, health: Health, i: int) -> lis
     return rows
 
 
-def _space(codec: Inspectable, windows: Windows, health: Health, looked: Looked) -> dict[str, Any]:
+def _space(codec: Inspectable, windows: Windows, health: Health, looked: OpenedImages) -> dict[str, Any]:
     """Of 1 x 1 latents: codes in a plane, the plane decoded, draws of N(0, I), traversals, an interpolation."""
     codes = windows.mean[:, :, 0, 0]
     c, side = codes.shape[1], min(windows.x.shape[-1], 64)

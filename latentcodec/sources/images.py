@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latentcodec.pixels import LeftOut, search_folder
-from latentcodec.pixels.folders import IMAGE_SUFFIXES, Found, but
+from latentcodec.pixels.folders import IMAGE_SUFFIXES, Found, left_out_clause
 from latentcodec.sources.arrays import ArraySource, idx_files, is_idx, open_idx, open_npz
 from latentcodec.sources.digits import DigitSource
 from latentcodec.sources.encoded import EncodedSource, ImageSource, file_length
@@ -152,4 +152,4 @@ def _others(sources: list[EncodedSource], chosen: EncodedSource) -> list[LeftOut
 def _nothing(path: Path, found: Found, refused: list[LeftOut]) -> str:
     if refused:
         return f"{path}: nothing in it can be read; {refused[0].path}: {refused[0].reason}"
-    return f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){but(found.left_out)}"
+    return f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){left_out_clause(found.left_out)}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from latentcodec.files import open_regular
 from latentcodec.pixels import LeftOut
-from latentcodec.pixels.folders import but, is_read, not_read
+from latentcodec.pixels.folders import is_read, left_out_clause, not_read
 from latentcodec.sources.encoded import EncodedSource
 
 
@@ -37,8 +37,9 @@ class TarSource(EncodedSource):
             self._walk(number, shard, field)
         if not self.members:
             wanted = f"image named *.{field}" if field else "image"
+            also = left_out_clause(self.left_out)
             raise ValueError(
-                f"{self.shards[0]}: no {wanted} in {len(shards)} tar files (data.image_column){but(self.left_out)}"
+                f"{self.shards[0]}: no {wanted} in {len(shards)} tar files (data.image_column){also}"
             )
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class TarSource(EncodedSource):
 
     def encoded(self, index: int) -> bytes:
         member = self.members[index]
-        with open(self.shards[member.shard], "rb") as shard:
+        with open_regular(self.shards[member.shard]) as shard:
             shard.seek(member.offset)
             return shard.read(member.length)
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from latentcodec.files import require_regular
 from latentcodec.pixels import UnreadableImage
 
 SUFFIXES = (".npz", ".pt", ".safetensors", ".npy")
@@ -94,6 +95,7 @@ def read_latents(path: Path) -> Tensor:
 
 def _content(path: Path) -> dict[str, Any]:
     """The `latents` of a file, and what else it says."""
+    require_regular(path)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             content: dict[str, Any] = {name: arrays[name] for name in arrays.files}

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import xxhash
 
+from latentcodec.files import read_regular
+
 FORMAT = "latentcodec store"
 VERSION = 1
 INDEX, CODEC, REJECTS, DROPPED = "index.json", "codec", "rejects.jsonl", "dropped.json"
@@ -161,7 +163,7 @@ class Index:
         """Reads index.json. Raises StoreError where it is missing, damaged or of another version."""
         path = store / INDEX
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_regular(path))
             if content["format"] != FORMAT:
                 raise StoreError(f"{path}: this is no index of a latent store")
             if content["version"] != VERSION:

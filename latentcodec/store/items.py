@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from latentcodec.files import printable
+from latentcodec.files import open_regular, printable, read_regular
 from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, find_images
 from latentcodec.store.caches import find_caches
 
@@ -195,7 +195,7 @@ def _caption_of_file(entry: Entry) -> str | None:
             if entry.caption_length < 0:
                 return None
             return _read(entry.source, entry.caption_offset, entry.caption_length, entry.path).decode()
-        return _file_of(entry).with_suffix(CAPTION_SUFFIX).read_bytes().decode()
+        return read_regular(_file_of(entry).with_suffix(CAPTION_SUFFIX)).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -204,7 +204,7 @@ def _caption_of_file(entry: Entry) -> str | None:
 
 def _read(file: str, offset: int, length: int, name: str) -> bytes:
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             opened.seek(offset)
             content = opened.read(length)
     except OSError as error:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from latentcodec.files import require_regular
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape, StoreError, shard_file
 from latentcodec.store.items import Entry
 
@@ -76,6 +77,7 @@ class Part:
     def load(cls, path: Path) -> Part:
         """Maps the file. Raises StoreError where it is damaged or of another version."""
         try:
+            require_regular(path)
             with pa.memory_map(str(path)) as mapped:
                 table = pa.ipc.open_file(mapped).read_all()
             table.validate(full=True)

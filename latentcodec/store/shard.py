@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from latentcodec.files import require_regular
 from latentcodec.store.format import (
     CHECKSUM,
     FORMAT,
@@ -43,6 +44,7 @@ class Shard:
         """Maps the file. Raises StoreError where it is missing, cut short, or not what it should be."""
         self.path, self.shape, self.dtype = path, shape, settings.dtype
         try:
+            require_regular(path)
             with pa.memory_map(str(path)) as mapped:  # the mapping outlives the closed file
                 reader = pa.ipc.open_file(mapped)
                 schema = reader.schema

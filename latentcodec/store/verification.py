@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from latentcodec.files import open_regular
 from latentcodec.store.format import Index, ShardEntry, StoreError
 from latentcodec.store.shard import Shard
 
@@ -84,5 +85,5 @@ def checked_entry(store: Path, shard: Shard) -> ShardEntry:
 
 def sha256_of(path: Path) -> str:
     """The digest of a file."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

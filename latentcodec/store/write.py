@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentcodec.files import write_whole
+from latentcodec.files import read_regular, write_whole
 from latentcodec.store.format import (
     CHECKSUM,
     DROPPED,
@@ -157,7 +157,7 @@ def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tup
 def _record_drops(store: Path, plan: Plan, drop: list[str]) -> set[str]:
     """`source` and `id` of all dropped pictures; new ones are on the disk before any shard is touched."""
     path = store / DROPPED
-    dropped: set[str] = set(json.loads(path.read_bytes())) if path.is_file() else set()
+    dropped: set[str] = set(json.loads(read_regular(path))) if path.is_file() else set()
     if drop:
         found = plan.find(drop)
         for name in drop:

@@ -11,7 +11,6 @@ checkpoint holds is the trainer's business: this file knows no model, no optimiz
 """
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -31,26 +30,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentcodec.files import make_durable, move_folder, read_regular, write_file
+from latentcodec.files import make_durable, move_folder, write_file
+from latentcodec.training.manifest import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    DamagedCheckpoint,
+    entry_of,
+    read_file,
+    verify,
+)
 
-STATE = "state.json"
-MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # the step, and the attempt if it was saved again
 UNCOMMITTED = ".tmp-"  # the prefix of folders that are being built or taken down: litter after a kill
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read; `errno` is the system's, the message names the path."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)  # the message alone; an OSError would put the number before it
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A committed checkpoint is not what its manifest says; the message names folder, file and reason."""
-
-    def __init__(self, path: Path, file: str, reason: str) -> None:
-        super().__init__(errno.EBADMSG, f"the checkpoint {path} is damaged: {file}: {reason}")
 
 
 class CheckpointWarning(UserWarning):
@@ -176,8 +168,8 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def read(path: Path) -> Checkpoint:
     """Verify the checkpoint in the folder `path`. Raises DamagedCheckpoint."""
-    _verify(path)
-    return Checkpoint(path, json.loads(_read(path, STATE)))
+    verify(path)
+    return Checkpoint(path, json.loads(read_file(path, STATE)))
 
 
 # --- Writing ---
@@ -192,9 +184,8 @@ def _commit(folder: Path, step: int, contents: Mapping[str, Callable[[], bytes]]
         manifest = {name: _write(unfinished / name, serialise()) for name, serialise in contents.items()}
         _write(unfinished / MANIFEST, _json_bytes(manifest))
         make_durable(unfinished)
-        move_folder(
-            unfinished, path, MANIFEST
-        )  # the commit: before it there is no checkpoint, after it a whole one
+        # The commit: before it there is no checkpoint, after it a whole one.
+        move_folder(unfinished, path, MANIFEST)
         make_durable(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # after the rename there is nothing under this name
@@ -217,11 +208,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
     The digest is that of the bytes in memory, so it also detects a disk that stored something else.
     """
     write_file(path, data)
-    return _manifest_entry(data)
-
-
-def _manifest_entry(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return entry_of(data)
 
 
 # Files are serialised to memory and written by `_write`: the libraries' own writers turn a full disk into
@@ -300,29 +287,6 @@ def _verified(paths: Iterable[Path]) -> Iterator[Checkpoint]:
             yield read(path)
         except DamagedCheckpoint as damage:
             warnings.warn(f"{damage.strerror}; it is passed over", CheckpointWarning, stacklevel=3)
-
-
-def _verify(path: Path) -> None:
-    """Compare every file with the manifest, and so the manifest with every file."""
-    try:
-        manifest = json.loads(_read(path, MANIFEST))
-    except ValueError as error:
-        raise DamagedCheckpoint(path, MANIFEST, f"it is not JSON ({error})") from error
-    if not isinstance(manifest, dict) or STATE not in manifest:
-        raise DamagedCheckpoint(path, MANIFEST, "it is not the manifest of a checkpoint")
-    for name, expected in manifest.items():
-        if Path(name).name != name:
-            raise DamagedCheckpoint(path, MANIFEST, f"it names {name!r}, which is no file in this folder")
-        found = _manifest_entry(_read(path, name))
-        if found != expected:
-            raise DamagedCheckpoint(path, name, f"it is {found}, the manifest says {expected}")
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return read_regular(path / name)
-    except OSError as error:
-        raise DamagedCheckpoint(path, name, str(error.strerror)) from error
 
 
 def _differences(saved: Any, present: Any, key: str = "") -> Iterator[str]:

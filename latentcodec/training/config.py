@@ -14,7 +14,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -45,6 +45,7 @@ class Config:
     finish: FinishConfig = field(default_factory=FinishConfig)
 
     def __post_init__(self) -> None:
+        _require_values(self)
         for key, value in settings_of(self):
             _require_sound(key, value)
         check_numbers(asdict(self.model), "model")
@@ -71,6 +72,17 @@ def _expanded(key: str, path: str) -> str:
         return str(Path(path).expanduser())
     except RuntimeError as error:
         raise ValueError(f"{key} {path}: {error}") from error
+
+
+def _require_values(section: Any, prefix: str = "") -> None:
+    """Refuse `null` for a setting that must have a value: the library lets it pass where the default is a text."""
+    kinds = get_type_hints(type(section))
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            _require_values(value, f"{prefix}{entry.name}.")
+        elif value is None and type(None) not in get_args(kinds[entry.name]):
+            raise ValueError(f"{prefix}{entry.name} cannot be null; leave it out for its default")
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,14 +8,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
+from latentcodec.files import one_line
+
+SECONDS_BETWEEN = 2.0  # two drawings of a line
 INTERRUPTED = "error: interrupted before the first step; what earlier starts saved is untouched\n"
 
 
-class Unbroken:
+class ForgivingStream:
     """A text stream whose failures, of a pipe that was closed or a disk that is full, end nothing."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -47,20 +54,53 @@ class Unbroken:
         return getattr(self._stream, name)
 
 
-def keep_speaking() -> None:
+@contextmanager
+def refreshed(line: tqdm[Any] | None) -> Iterator[None]:
+    """Within, a line is drawn again every two seconds, so that its reader sees that the program lives."""
+    if line is None or line.disable:
+        yield
+        return
+    over, drawn = threading.Event(), line
+
+    def tick() -> None:
+        while not over.wait(SECONDS_BETWEEN):
+            drawn.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def ticking(text: str, shown: bool = True) -> Iterator[None]:
+    """A line with the time so far, if `shown`, while something takes place that has no parts to count."""
+    with tqdm(desc=text, bar_format="{desc}: {elapsed}", disable=not shown) as line, refreshed(line):
+        yield
+
+
+def survive_broken_streams() -> None:
     """Let no failure of stdout or stderr end this process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # as after `>&-`
             stream = open(os.devnull, "w")  # noqa: SIM115
-        if not isinstance(stream, Unbroken):
-            setattr(sys, name, Unbroken(stream))
+        if not isinstance(stream, ForgivingStream):
+            setattr(sys, name, ForgivingStream(stream))
 
 
 def end_at_interrupt() -> None:
     """Until a run takes its own handlers, let Ctrl-C end this process with one line and code 130."""
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, _end)
+
+
+def report_error(error: object) -> None:
+    """ "error: ..." on a line of its own of stderr, even where a bar is being drawn."""
+    tqdm.write(one_line(f"error: {error}"), file=sys.stderr)
 
 
 def _end(number: int, _: FrameType | None) -> None:

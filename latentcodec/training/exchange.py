@@ -11,11 +11,18 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from latentcodec.training.data.stream import Batches
 from latentcodec.training.signals import StopRequest
+from latentcodec.training.watchdog import OTHERS, doing
+
+
+def wait_for_others(processes: Accelerator | PartialState) -> None:
+    """Return when every process of the run has come here."""
+    doing(OTHERS)
+    processes.wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,9 @@ class Exchange:
         self._gathered_at = now
         row = [torch.stack([value.detach().float() for value in numbers.values()])]
         row.append(torch.tensor(notes, device=self.accelerator.device))
+        doing(OTHERS)
         table = self.accelerator.gather(torch.cat(row)[None])  # [processes, numbers]
+        doing("taking a step")
         *means, seconds, _, _, _ = table.mean(0).tolist()
         *_, stopped_by, any_rejected, longest_wait = table.amax(0).tolist()
         named = dict(zip(numbers, means, strict=True))

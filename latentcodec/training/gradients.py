@@ -24,6 +24,7 @@ from latentcodec.training.losses.terms import objective
 from latentcodec.training.optim.schedule import TrainConfig
 from latentcodec.training.progress import phase
 from latentcodec.training.state import TrainState
+from latentcodec.training.watchdog import GRADIENTS, doing
 from latentcodec.vae.posterior import mean_and_logvar
 
 
@@ -80,6 +81,7 @@ class Gradients:
     def _backward(self, batch: Batch, adversary: Adversary | None, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; returns its losses, batch means, without gradient."""
         state, accumulation = self.state, self.config.accumulation
+        doing(GRADIENTS if last and self.accelerator.num_processes > 1 else "computing gradients")
         x = batch["pixels"].to(self.accelerator.device, non_blocking=True, memory_format=self.layout)
         inputs = self.objective.inputs(x, batch["position"], state.draw)
         lesson, inputs = self.teacher.lesson(inputs) if self.teacher else (None, inputs)

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from latentcodec import machine
 from latentcodec.training.checkpoint import Checkpoint
 from latentcodec.training.config import Config
+from latentcodec.training.watchdog import OTHERS, doing
 
 LAUNCHER = (
     "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch --mixed_precision` was told; "no" also by default
@@ -50,6 +51,7 @@ def take_hardware(config: Config, found: Checkpoint | None, state: PartialState)
     """
     train, device = config.train, state.device
     saved = None if found is None else found.state["config"]["train"]["mixed_precision"]
+    doing(OTHERS)
     fast = all(gather_object([machine.fast_dtype(device) == torch.bfloat16]))
     natural = "bf16" if fast else "no"
     told = os.environ.get(LAUNCHER, "no").replace("no", "")  # "no" it also says when it was told nothing

@@ -20,14 +20,23 @@ from contextlib import closing
 
 from latentcodec.finite import NotFinite
 from latentcodec.training.config import Config, parse
-from latentcodec.training.console import end_at_interrupt, keep_speaking
-from latentcodec.training.progress import report_error
+from latentcodec.training.console import end_at_interrupt, refreshed, report_error, survive_broken_streams
 from latentcodec.training.signals import StopRequest, exit_code
 from latentcodec.training.trainer import Diverged, Trainer
+from latentcodec.training.watchdog import watching
 
 DONE, FAILED, WRONG, LOOK = 0, 1, 2, 3  # exit codes
 # Of a path that somebody gave and that is not there, or is not what it should be.
 WRONG_PATH = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+# What torch says of a process that is gone -> what that means and what to do.
+GOES_ON = "the same command goes on from the last checkpoint"
+LOST = {
+    "DataLoader worker": "a data worker was ended from outside, as systems do that are short of memory: lower "
+    f"data.workers or data.prefetch; {GOES_ON}",
+    "Connection closed by peer": f"another process of the run has ended, whose own words say why; {GOES_ON}",
+    "Connection reset by peer": f"another process of the run has ended, whose own words say why; {GOES_ON}",
+}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "train/train.py") -> int:
@@ -35,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
 
     What a user can mend is one line on stderr; everything else keeps its traceback.
     """
-    keep_speaking()
+    survive_broken_streams()
     end_at_interrupt()
     config = parse(arguments, program)
     try:
@@ -46,18 +55,25 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
     except (ValueError, OSError) as error:
         report_error(error)
         return WRONG if isinstance(error, ValueError) or error.errno in WRONG_PATH else FAILED
+    except RuntimeError as error:
+        lost = [cure for words, cure in LOST.items() if words in str(error)]
+        if not lost:
+            raise
+        report_error(f"{lost[0]} ({' '.join(str(error).split())})")
+        return FAILED
 
 
 def run(config: Config, stop: StopRequest) -> int:
     """Begin or resume the run in `config.output_dir` and train it to its end; returns the exit code."""
-    trainer = Trainer(config)
-    trainer.resume()
-    if trainer.finished:
-        more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
-        trainer.journal.say(f"{config.output_dir} is finished; {more}")
-        code = _code_of_complete(trainer)
-    else:
-        code = train(trainer, stop)
+    with watching(config.train.patience_minutes):
+        trainer = Trainer(config)
+        trainer.resume()
+        if trainer.finished:
+            more = "raise train.max_steps or train.max_minutes, whichever ended it, to train it on"
+            trainer.journal.say(f"{config.output_dir} is finished; {more}")
+            code = _code_of_complete(trainer)
+        else:
+            code = train(trainer, stop)
     trainer.accelerator.end_training()
     return code
 
@@ -69,7 +85,7 @@ def train(trainer: Trainer, stop: StopRequest, after_step: Callable[[Trainer], N
     """
     every = trainer.config.train
     # Before the first step there is nothing to save, so until here a signal ends the run at once.
-    with stop, closing(trainer.journal):
+    with stop, closing(trainer.journal), refreshed(trainer.journal.bar):
         for micro_batches in trainer.steps(stop):
             report = trainer.train_step(micro_batches)
             if report is None:  # a number was not finite: nothing has changed

@@ -6,7 +6,7 @@ each other are refused even earlier, in `config.py`. Shapes: f downsampling fact
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
@@ -19,11 +19,14 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcas
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
+from latentcodec.training.data.images import TrainingImages
 from latentcodec.training.data.order import bucket_sizes
 from latentcodec.training.environment import take_environment
+from latentcodec.training.exchange import wait_for_others
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
+from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
 # over in silence, since the weights of the checkpoint take the place of the start, or would leave the codec with the
@@ -62,11 +65,13 @@ FIXED = (
 FIXED_WITH_DISCRIMINATOR = ("discriminator.channels", "discriminator.layers")
 
 
-def new_processes() -> tuple[PartialState, list[str]]:
+def new_processes(config: Config) -> tuple[PartialState, list[str]]:
     """The processes of the run, known to one another, and a line for each variable that is passed over."""
     lines = take_environment()
     # Without `cpu` each process under torchrun would believe to be alone.
-    return PartialState(cpu=not torch.accelerator.is_available()), lines
+    timeout = collective_timeout(config.train.patience_minutes)
+    doing(OTHERS)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timeout), lines
 
 
 def new_accelerator(config: Config, precision: str) -> Accelerator:
@@ -122,14 +127,22 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
+def fetches(config: Config) -> bool:
+    """Whether models or images come from the network, which may take hours without being at a standstill."""
+    model, data = config.model, config.data
+    places = (model.from_pretrained, model.teacher, data.path, data.val_path)
+    return any(place is not None and not Path(place).expanduser().exists() for place in places)
+
+
 def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Checkpoint | None:
     """The checkpoint in output_dir to go on from, None for a new run. Refuses the folder of another run."""
     output = Path(config.output_dir)
+    doing("looking for checkpoints")
     if processes.is_main_process:
         checkpoints.prepare(output / "checkpoints")
         hold(output)
         recover_codec(output / "codec")
-    processes.wait_for_everyone()
+    wait_for_others(processes)
     saved = newest_checkpoint(output / "checkpoints", processes)
     if saved is not None:
         if "optimizer" not in saved.state:
@@ -162,6 +175,7 @@ def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> ch
             choice = [None if saved is None else saved.path.name]
         except checkpoints.CheckpointError as error:
             choice = [error]
+    doing(OTHERS)
     broadcast_object_list(choice)
     if isinstance(choice[0], checkpoints.CheckpointError):
         raise choice[0]
@@ -177,17 +191,22 @@ def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> ch
         ) from damage
 
 
-def require_same_images(found: checkpoints.Checkpoint, now: Sequence[int]) -> None:
-    """Refuse data that have gained or lost images: others would be held out, and trained on before.
-
-    `now`: the numbers of training and of validation images.
-    """
-    before = found.state.get("images")
-    if before is not None and list(before) != list(now):
+def require_same_images(found: checkpoints.Checkpoint, images: TrainingImages) -> None:
+    """Refuse data that have gained, lost or exchanged images: others would be held out, and trained on before."""
+    before, now = found.state.get("images"), images.counts
+    way_out = (
+        "Bring back the images of before, or take another output folder (model.from_pretrained goes on from the "
+        "codec of this one)"
+    )
+    if before is not None and list(before) != now:
         raise ValueError(
             f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
-            f"there are {now[0]} and {now[1]}: others would be held out. Bring back the images of before, or take "
-            "another output folder (model.from_pretrained goes on from the codec of this one)"
+            f"there are {now[0]} and {now[1]}: others would be held out. {way_out}"
+        )
+    if found.state.get("image_digest", images.digest) != images.digest:
+        raise ValueError(
+            f"the checkpoint {found.path} is of as many images as there are now, but some were exchanged or renamed "
+            f"(data.path, data.val_path): others would be held out. {way_out}"
         )
 
 

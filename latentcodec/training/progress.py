@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,43 +9,27 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from latentcodec.files import one_line
+from latentcodec.training.console import ticking
+from latentcodec.training.watchdog import doing
 
 T = TypeVar("T")
-
-SECONDS_BETWEEN = 2.0  # two lines of a phase that has no parts to count
-ELAPSED = "{desc}: {elapsed}"
 
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
     """A line with the time so far, from the main process, while something takes place that has no parts to count."""
-    over = threading.Event()
-    with tqdm(desc=text, bar_format=ELAPSED, disable=not _is_main()) as line:
-
-        def tick() -> None:
-            while not over.wait(SECONDS_BETWEEN):
-                line.refresh()
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    doing(text)
+    with ticking(text, shown=_is_main()):
+        yield
 
 
 def counted(parts: Iterable[T], text: str, total: int, unit: str) -> Iterator[T]:
     """`parts`, `total` of them, under a bar of the main process, which goes away at the end."""
     bar: tqdm[Any] = tqdm(parts, desc=text, total=total, unit=unit, disable=not _is_main(), leave=False)
     with bar:
-        yield from bar
-
-
-def report_error(error: object) -> None:
-    """ "error: ..." on a line of its own of stderr, even where a bar is being drawn."""
-    tqdm.write(one_line(f"error: {error}"), file=sys.stderr)
+        for part in bar:
+            doing(text)
+            yield part
 
 
 def _is_main() -> bool:

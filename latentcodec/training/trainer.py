@@ -26,7 +26,7 @@ from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.data.stream import first_crops, training_batches
-from latentcodec.training.exchange import Exchange
+from latentcodec.training.exchange import Exchange, wait_for_others
 from latentcodec.training.export.exporter import Exporter
 from latentcodec.training.gradients import Gradients
 from latentcodec.training.hardware import settled, take_hardware
@@ -35,6 +35,7 @@ from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start import model as begin
+from latentcodec.training.watchdog import doing
 from latentcodec.vae.families import family_of
 
 BAD_STEPS_BEFORE_ROLLBACK = 3
@@ -50,7 +51,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.output = Path(config.output_dir)
-        processes, passed_over = preflight.new_processes()
+        processes, passed_over = preflight.new_processes(config)
         self.found = preflight.find_checkpoint(config, processes)
         self.hardware = take_hardware(config, self.found, processes)
         self.config = config = settled(config, self.hardware)
@@ -58,6 +59,7 @@ class Trainer:
         self.journal = Journal(self.output, accelerator, config)
         for note in (*passed_over, *self.hardware.notes):
             self.journal.say(note)
+        doing("loading models and opening the images", timed=not preflight.fetches(config))
         parent = begin.load_parent(config.model)
         teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = begin.image_channels(config.model, parent)
@@ -66,6 +68,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)  # the weights that no closed form sets
         adversary = Adversary.of(config.discriminator, channels, smallest, accelerator)
         self.images = open_images(config.data, channels, config.train.seed)
+        doing("preparing the start")
         self.journal.say_left_out(self.images.left_out)
         self.held_out = held_out(self.images, SSIM_WINDOW)
         self.journal.too_small(self.held_out.too_small, SSIM_WINDOW)
@@ -92,7 +95,7 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
-            preflight.require_same_images(self.found, self.images.counts)
+            preflight.require_same_images(self.found, self.images)
             for line in preflight.changed_settings(
                 self.found.state.get("config", {}), self.config, self.found.step
             ):
@@ -146,13 +149,18 @@ class Trainer:
         state, config = self.state, self.config
         if state.step == self.committed:
             return
+        doing("saving a checkpoint")
         if self.accelerator.is_main_process:
             settings = preflight.fixed_settings(config)
-            settings |= {"config": asdict(config), "images": self.images.counts}
+            settings |= {
+                "config": asdict(config),
+                "images": self.images.counts,
+                "image_digest": self.images.digest,
+            }
             settings["machine"] = self.hardware.record()
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
-        self.accelerator.wait_for_everyone()
+        wait_for_others(self.accelerator)
 
     # ---- the step --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ pack p x p raw cells into one, c = s p p and f = g p; everywhere else they are t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,19 +82,19 @@ class Family:
     """Of the class."""
     pipelines: str
     """Whose images it makes, for people."""
-    input_key: str
-    """Key of the channels that the encoder's first convolution reads."""
-    output_key: str
-    """Key of the channels that the decoder's last convolution makes."""
-    raw_key: str
-    """Key of s."""
     architecture: tuple[str, ...]
     """Every key that decides which tensors there are and what the network computes with them."""
     normalisation: tuple[str, ...]
     """Every key that decides how latents are normalised, beside buffers."""
     units: Callable[[Config, Mapping[str, Tensor]], LatentUnits]
     """The canonical formula, from the configuration and the VAE's buffers."""
-    widths: Callable[[Config], list[int]]
+    input_key: str = "in_channels"
+    """Of the channels that the encoder's first convolution reads."""
+    output_key: str = "out_channels"
+    """Of the channels that the decoder's last convolution makes."""
+    raw_key: str = "latent_channels"
+    """Of s."""
+    widths: Callable[[Config], list[int]] = _stage_widths
     """Of the encoder's stages, from the image's resolution down; each after the first halves the resolution."""
     patch: Callable[[Config], int] = _one
     """Pixels, along each side, that are made channels before the first convolution."""
@@ -155,43 +155,22 @@ LAYERS_OF_WAN = (
 KL = Family(
     name="AutoencoderKL",
     pipelines="Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, Lumina, Z-Image, GLM-Image, PRX",
-    input_key="in_channels",
-    output_key="out_channels",
-    raw_key="latent_channels",
     architecture=LAYERS_OF_KL,
     normalisation=("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     units=_by_one_scale_or_per_channel,
-    widths=_stage_widths,
 )
-FLUX2 = Family(
+FLUX2 = replace(
+    KL,
     name="AutoencoderKLFlux2",
     pipelines="FLUX.2, FLUX.3, ERNIE-Image, Ideogram 4, FIBO 2",
-    input_key="in_channels",
-    output_key="out_channels",
-    raw_key="latent_channels",
     architecture=(*LAYERS_OF_KL, "decoder_block_out_channels", "patch_size"),
     normalisation=("batch_norm_eps",),
     units=_by_batch_norm,
-    widths=_stage_widths,
     packing=_packed,
-)
-QWEN_IMAGE = Family(
-    name="AutoencoderKLQwenImage",
-    pipelines="Qwen-Image, Krea 2, Anima, NucleusMoE-Image",
-    input_key="input_channels",
-    output_key="input_channels",
-    raw_key="z_dim",
-    architecture=(*LAYERS_OF_CAUSAL, "input_channels"),
-    normalisation=("latents_mean", "latents_std"),
-    units=_per_channel,
-    widths=_multiplied_widths,
-    has_frames=True,
 )
 WAN = Family(
     name="AutoencoderKLWan",
     pipelines="Wan 2.1 and 2.2, FIBO, JoyImage, Cosmos, SkyReels",
-    input_key="in_channels",
-    output_key="out_channels",
     raw_key="z_dim",
     architecture=LAYERS_OF_WAN,
     normalisation=("latents_mean", "latents_std"),
@@ -200,19 +179,16 @@ WAN = Family(
     patch=_patch,
     has_frames=True,
 )
-QWEN_IMAGE_21 = Family(
-    name="AutoencoderKLQwenImage21",
-    pipelines="Qwen-Image 2.1",
-    input_key="in_channels",
-    output_key="out_channels",
-    raw_key="z_dim",
-    architecture=LAYERS_OF_WAN,
-    normalisation=("latents_mean", "latents_std"),
-    units=_per_channel,
-    widths=_multiplied_widths,
-    patch=_patch,
-    has_frames=True,
+QWEN_IMAGE = replace(
+    WAN,
+    name="AutoencoderKLQwenImage",
+    pipelines="Qwen-Image, Krea 2, Anima, NucleusMoE-Image",
+    input_key="input_channels",
+    output_key="input_channels",
+    architecture=(*LAYERS_OF_CAUSAL, "input_channels"),
+    patch=_one,
 )
+QWEN_IMAGE_21 = replace(WAN, name="AutoencoderKLQwenImage21", pipelines="Qwen-Image 2.1")
 
 FAMILIES = {family.name: family for family in (KL, FLUX2, QWEN_IMAGE, WAN, QWEN_IMAGE_21)}
 

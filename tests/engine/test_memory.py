@@ -1,19 +1,23 @@
 """Sizes as people write them, and a pass that stays within the bytes that were planned for it."""
 
+import re
+import weakref
 from math import inf, nan
 
 import pytest
 import torch
-from stock_pairs import CONFIGS, pair
+from stock_pairs import CONFIGS, config, pair
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentcodec import optimize_vae
-from latentcodec.engine import plan
+from latentcodec.engine import needs, plan, recordings
 from latentcodec.engine.memory import parse_bytes
+from latentcodec.engine.networks import EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
+from latentcodec.ops import convolutions
 
 
 @pytest.mark.parametrize(
@@ -60,18 +64,27 @@ def test_a_bound_as_text_is_the_bound():
     assert vae.encoder.engine.max_memory == vae.decoder.engine.max_memory == 3 * 2**29
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that results of operations held at once, the weights of `model` aside."""
+class Opaque(weakref.ref):
+    """Of a tensor without a storage."""
 
-    def __init__(self, model):
+    def expired(self):
+        return self() is None
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that results of operations held at once, the weights of `model` and what was `given` aside."""
+
+    def __init__(self, model, *given):
         super().__init__()
-        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        self.weights = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *given)}
         self.storages, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.weights:
+            if isinstance(value, torch.Tensor) and value.is_mkldnn:  # a packed weight, which has no storage
+                self.storages[id(value)] = Opaque(value), value.numel() * value.itemsize
+            elif isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.weights:
                 storage = value.untyped_storage()
                 self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
@@ -85,8 +98,8 @@ def peak_and_plan(batch, keeps, monkeypatch):
     monkeypatch.setitem(plan.STRIP_BYTES, "cpu", 1)
     z = torch.randn(batch, vae.config.latent_channels, 16, 16)
     stages = [(16 << i, 16 << i, stage) for i, stage in enumerate(vae.decoder.up_blocks)]
-    maps = max(h * w * plan._channels_at_once(stage, keeps) for h, w, stage in stages) * batch * 4
-    run = Engine()._plan(z, stages, vae.decoder.mid_block)
+    maps = max(h * w * needs.channels_at_once(stage, keeps) for h, w, stage in stages) * batch * 4
+    run = Engine()._plan(z, stages, vae.decoder)
     run = StripPass(run.dtype, run.kernels, run.strip_bytes, run.score_bytes, keeps, run.scratch)
     with torch.inference_mode():
         run.decode(vae.decoder, z)  # weights are packed
@@ -103,13 +116,80 @@ def test_strips_are_freed_as_they_are_read(batch, keeps, monkeypatch):
     assert maps / 2 < peak <= 1.35 * maps
 
 
+def bytes_named(vae, direction, x, max_memory=1):
+    """What the error says that is needed."""
+    optimize_vae(vae, max_memory=max_memory)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"it needs ([\d,]+), of which weights") as error:
+        vae.encode(x) if direction == "encode" else vae.decode(x)
+    return int(re.search(r"it needs ([\d,]+),", str(error.value))[1].replace(",", ""))
+
+
 def test_a_bound_counts_the_whole_batch():
     _, vae = pair(CONFIGS["sd"])
-    stages = [(8 << i, 8 << i, stage) for i, stage in enumerate(vae.decoder.up_blocks)]
+    one, two, three = (bytes_named(vae, "decode", torch.randn(batch, 4, 8, 8)) for batch in (1, 2, 3))
+    assert two > one
+    assert three - two == two - one
 
-    def needed(batch):
-        with pytest.raises(ValueError, match=r"needs ([\d,]+)") as error:
-            Engine(max_memory=1)._plan(torch.randn(batch, 4, 8, 8), stages, vae.decoder.mid_block)
-        return int(str(error.value).split("needs ")[1].replace(",", ""))
 
-    assert needed(4) == pytest.approx(4 * needed(1), rel=0.01)
+WIDE = {
+    "as published": CONFIGS["sd"],
+    "many image channels": config(in_channels=70, out_channels=90),
+    "many latent channels": config(latent=150),
+    "one stage": config(channels=(16,), latent=40),
+    "no attention": config(channels=(16, 48), mid_block_add_attention=False),
+}
+
+
+@pytest.mark.parametrize("keep_packed", [True, False], ids=["packed weights stay", "they go"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("configuration", WIDE.values(), ids=WIDE)
+def test_the_bytes_that_an_error_names_suffice(configuration, direction, compiled, keep_packed):
+    """And the pass stays within them; the first call, in which weights are prepared, too."""
+    _, vae = pair(configuration)
+    network = vae.encoder if direction == "encode" else vae.decoder
+    f = 2 ** (len(configuration["block_out_channels"]) - 1)
+    channels = vae.config.in_channels if direction == "encode" else vae.config.latent_channels
+    x = (
+        torch.randn(2, channels, 96, 80)
+        if direction == "encode"
+        else torch.randn(2, channels, 96 // f, 80 // f)
+    )
+    network.engine = Engine(1, compiled, keep_packed)
+    with torch.no_grad(), pytest.raises(ValueError, match="it needs") as error:
+        network(x)
+    named = int(re.search(r"it needs ([\d,]+),", str(error.value))[1].replace(",", ""))
+    network.engine = Engine(named, compiled, keep_packed)
+    own = sum(weight.numel() * weight.itemsize for weight in network.parameters())
+    with torch.no_grad():
+        network(torch.randn_like(x[:1, :, :f, :f]))  # torch's kernels are there
+        with LiveBytes(vae, x) as live:
+            ours = engine_on(network, x)
+    assert own + live.peak <= named
+    assert named <= 3 * (own + live.peak), "the error names far more than is needed"
+    network.engine = Engine()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, network(x), rtol=1e-4, atol=1e-4)
+    network.engine = Engine(named - 1, compiled, keep_packed)
+    with torch.no_grad(), pytest.raises(ValueError, match="it needs"):
+        network(x)
+
+
+def engine_on(network, x):
+    """The network's pass as `forward` begins it; a dispatch mode would send it to the plain modules."""
+    run = network.engine.encode if isinstance(network, EngineEncoder) else network.engine.decode
+    return run(network, x)
+
+
+def test_packed_weights_go_after_each_pass_if_they_shall():
+    _, vae = pair(CONFIGS["photo-f8c16"])
+    x = torch.randn(1, 3, 64, 64)
+    prepared = []
+    for keep in (True, False):
+        optimize_vae(vae, keep_packed=keep)
+        with torch.no_grad():
+            vae.encode(x), vae.encode(x)
+        prepared.append(sum(weight in convolutions._prepared for weight in vae.encoder.parameters()))
+        assert (vae.encoder in recordings._known) == keep
+    assert prepared[0] > 10
+    assert prepared[1] == 0

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from functools import partial
 
 import pytest
@@ -315,10 +316,13 @@ def test_a_bound_decides_what_is_kept():
     _, ours = pair(CONFIGS["sd"])
     stages = [(8 << i, 8 << i, stage) for i, stage in enumerate(ours.decoder.up_blocks)]
     z = torch.randn(1, 4, 8, 8)
-    plan = partial(Engine._plan, x=z, stages=stages, middle=ours.decoder.mid_block)
+    plan = partial(Engine._plan, x=z, stages=stages, network=ours.decoder)
     widest = 64 * 64 * 32 * 4  # bytes of the map that enters the last stage, and of two within it
-    assert plan(Engine(int(1.4 * widest))).keeps
-    assert not plan(Engine(int(1.2 * widest))).keeps
+    with pytest.raises(ValueError, match="it needs") as error:
+        plan(Engine(1))
+    least = int(re.search(r"it needs ([\d,]+),", str(error.value))[1].replace(",", ""))
+    assert not plan(Engine(least)).keeps
+    assert plan(Engine(least + widest)).keeps
 
 
 # ---- taking it out again

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.pointwise import NativeKernels
-from latentcodec.ops.pointwise import REFERENCE_KERNELS, Norm
+from latentcodec.ops.pointwise import REFERENCE_KERNELS, RMS, Norm
 
 NATIVE = NativeKernels(library())
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,9 +49,13 @@ def strip(dice, dtype, size):
     return torch.randn(size).to(dtype)
 
 
-def norm(dice, batch, channels):
+def norm(dice, batch, channels, dtype):
+    """A group norm, or one by the root mean square whose gain is of the map's dtype."""
+    activation = dice.choice([None, F.silu])
+    if dice.random() < 0.5:
+        return RMS(torch.randn(channels).to(dtype), activation)
     scale, shift = torch.randn(2, batch, 1, channels)
-    return Norm(scale, shift, dice.choice([None, F.silu]))
+    return Norm(scale, shift, activation)
 
 
 def close(ours, theirs, dtype):
@@ -68,18 +72,31 @@ def test_windows(dice, dtype):
         strip(dice, dtype, (batch, dice.randint(1, 3), columns, channels)) if dice.random() < 0.7 else None
         for _ in range(2)
     )
-    given = norm(dice, batch, channels) if dice.random() < 0.7 else None
+    given = norm(dice, batch, channels, dtype) if dice.random() < 0.7 else None
     results = [torch.full((batch, rows + 2, columns, channels), 7.0, dtype=dtype) for _ in range(2)]
     for kernels, out in zip((NATIVE, REFERENCE_KERNELS), results, strict=True):
         kernels.window_(out, above, middle, below, given)
     close(*results, dtype)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_halving_windows(dice, dtype):
+    batch, rows, columns, channels = size = shape(dice)
+    middle = strip(dice, dtype, size)
+    below = (
+        strip(dice, dtype, (batch, dice.randint(1, 3), columns, channels)) if dice.random() < 0.7 else None
+    )
+    results = [torch.full((batch, rows + 1, columns + 1, channels), 7.0, dtype=dtype) for _ in range(2)]
+    for kernels, out in zip((NATIVE, REFERENCE_KERNELS), results, strict=True):
+        kernels.halving_window_(out, middle, below)
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normalised_maps(dice, dtype):
     size = shape(dice)
     x = strip(dice, dtype, size).flatten(1, 2)
-    given = norm(dice, size[0], size[3])
+    given = norm(dice, size[0], size[3], dtype)
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2)]
     for kernels, out in zip((NATIVE, REFERENCE_KERNELS), results, strict=True):
         kernels.normalise_(out, x, given)
@@ -132,6 +149,16 @@ def test_silu_keeps_its_limits():
     ones, zeros, y = torch.ones(1, 1, 5), torch.zeros(1, 1, 5), torch.empty_like(x)
     NATIVE.normalise_(y, x, Norm(ones, zeros, F.silu))
     torch.testing.assert_close(y, F.silu(x), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 100])
+def test_pixels_of_no_length_infinite_and_nan_ones_keep_to_themselves(channels):
+    x = torch.randn(1, 6, channels)
+    x[0, 0], x[0, 1], x[0, 2, 1], x[0, 3, 2] = 0, 1e-18, float("inf"), float("nan")
+    ours, theirs = torch.empty_like(x), torch.empty_like(x)
+    NATIVE.normalise_(ours, x, RMS(torch.ones(channels), None))
+    REFERENCE_KERNELS.normalise_(theirs, x, RMS(torch.ones(channels), None))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_a_number_of_threads_gives_one_result():

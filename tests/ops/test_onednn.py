@@ -15,7 +15,7 @@ WARM_PASS = """
 import sys, torch
 from latentcodec.adopt import build, optimize_vae
 dtype = getattr(torch, sys.argv[1])
-vae = optimize_vae(build({"block_out_channels": (32, 96), "norm_num_groups": 8, "mid_block_add_attention": False,
+vae = optimize_vae(build({"block_out_channels": (32, 160), "norm_num_groups": 8, "mid_block_add_attention": False,
     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2})).to(dtype).eval()
 x, z = torch.rand(1, 3, 136, 120, dtype=dtype), torch.randn(1, 4, 68, 60, dtype=dtype)
 def networks():

@@ -24,10 +24,11 @@ from latentcodec.pixels import (
     collect_notes,
     decode_image,
     image_size,
+    jxl,
     load_image,
 )
 from latentcodec.pixels import decode as decoding
-from latentcodec.pixels.containers import HEIF, JPEG_XL, reads
+from latentcodec.pixels.containers import HEIF, JPEG_XL, enable
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -342,7 +343,7 @@ def test_notes_are_collected_by_each_thread_for_itself():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_formats_of_the_extra_are_read_upright(plugin, orientation):
     pytest.importorskip(plugin.module)
-    assert reads(plugin)
+    assert enable(plugin)
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = {"exif": exif.tobytes()} if plugin is HEIF else {}
@@ -353,9 +354,53 @@ def test_formats_of_the_extra_are_read_upright(plugin, orientation):
     assert (decode_image(file) - expected).abs().mean() < 0.05
 
 
+SIZES = [
+    (1, 1),
+    (8, 8),
+    (48, 32),
+    (33, 17),
+    (600, 1),
+    (1, 600),
+    (520, 390),
+    (640, 360),
+    (1200, 1000),
+    (3, 9000),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"use_container": True}], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_size_that_a_jpeg_xl_file_states_is_that_of_its_picture(size, options):
+    pytest.importorskip(JPEG_XL.module)
+    assert enable(JPEG_XL)
+    file = encoded(Image.new("RGB", size, (9, 200, 3)), "JXL", effort=1, **options)
+    assert jxl.stated_size(file) == size
+
+
+def test_a_jpeg_xl_file_that_states_no_size_is_refused():
+    for start in (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x03jxlc"):
+        with pytest.raises(ValueError, match="does not say how large"):
+            jxl.stated_size(start)
+
+
+@pytest.mark.parametrize("plugin", [HEIF, JPEG_XL], ids=lambda plugin: plugin.format)
+def test_a_picture_too_large_is_refused_before_its_pixels_are_decoded(plugin, monkeypatch):
+    """Noise-free, 40 million pixels are a few kilobytes of JPEG XL."""
+    pytest.importorskip(plugin.module)
+    assert enable(plugin)
+    file = encoded(picture(), plugin.format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    decoder = {"HEIF": "pillow_heif.HeifImageFile.load", "JXL": "pillow_jxl.JpegXLImagePlugin.Decoder"}[
+        plugin.format
+    ]
+    monkeypatch.setattr(decoder, lambda *_, **__: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImage, match=r"1536 pixels( \(48 x 32\) are more than|\) exceeds limit)"):
+        decode_image(file)
+
+
 def test_a_jpeg_packed_as_jpeg_xl_keeps_the_turn_in_its_exif(tmp_path):
     pytest.importorskip(JPEG_XL.module)
-    assert reads(JPEG_XL)
+    assert enable(JPEG_XL)
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "a.jpg"
@@ -373,6 +418,6 @@ def test_a_jpeg_packed_as_jpeg_xl_keeps_the_turn_in_its_exif(tmp_path):
     ],
 )
 def test_a_format_without_its_package_says_what_to_install(start, words, monkeypatch):
-    monkeypatch.setattr("latentcodec.pixels.containers.reads", lambda plugin: False)
+    monkeypatch.setattr("latentcodec.pixels.containers.enable", lambda plugin: False)
     with pytest.raises(UnreadableImage, match=rf"photo: a {words}.*pip install 'latentcodec\[formats\]'"):
         decode_image(start + bytes(100), name="photo")

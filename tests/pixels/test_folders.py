@@ -20,7 +20,7 @@ def reasons(folder):
 
 
 def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentcodec.pixels.folders.reads", lambda plugin: False)
+    monkeypatch.setattr("latentcodec.pixels.folders.enable", lambda plugin: False)
     fill(
         tmp_path,
         "a.jpg",
@@ -43,7 +43,7 @@ def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path, monkeypatch):
 
 
 def test_with_the_extra_its_formats_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentcodec.pixels.folders.reads", lambda plugin: True)
+    monkeypatch.setattr("latentcodec.pixels.folders.enable", lambda plugin: True)
     fill(tmp_path, "a.jpg", "b.HEIC", "c.jxl")
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.HEIC", "c.jxl"]
     assert reasons(tmp_path) == {}
@@ -63,11 +63,15 @@ def test_what_is_no_file_is_listed_and_not_opened(tmp_path):
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "d.png"]
 
 
-def test_a_picture_without_a_suffix_is_listed(tmp_path):
-    fill(tmp_path, "a.png", "0a1b2c", "LICENSE")
+def test_a_picture_without_the_suffix_of_one_is_listed(tmp_path):
+    pictures = ["0a1b2c", "b.jpg?w=200", "c.jpeg~", "d.png.bak", "e.download", "f.jpg!d", "g.bin"]
+    fill(tmp_path, "a.png", *pictures, "LICENSE", "weights.bin", "notes.txt")
     (tmp_path / "LICENSE").write_text("MIT")
+    (tmp_path / "weights.bin").write_bytes(bytes(100))
     os.mkfifo(tmp_path / "pipe")
-    assert reasons(tmp_path) == {"0a1b2c": "a picture whose name has no suffix; give it one"}
+    os.mkfifo(tmp_path / "pipe.tmp")
+    reason = "a picture whose name has not the suffix of one; rename it"
+    assert reasons(tmp_path) == dict.fromkeys(pictures, reason)
 
 
 def test_a_folder_of_other_kinds_says_what_it_holds(tmp_path):
@@ -82,6 +86,9 @@ def test_links_to_folders_are_not_followed(tmp_path):
     fill(tmp_path / "a", "x.png")
     (tmp_path / "a" / "loop.png").symlink_to(tmp_path / "a")
     assert [path.name for path in find_images(tmp_path / "a")] == ["x.png"]
+    assert reasons(tmp_path / "a") == {
+        "loop.png": "a link to a folder, which is not followed; give the folder that it leads to"
+    }
 
 
 def test_reasons_are_counted_the_most_frequent_first(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from latentcodec.report import __main__ as command
 from latentcodec.report import inspection, results
 from latentcodec.report.build import build_page, write_result
 from latentcodec.report.pages import throughput
+from latentcodec.report.plots import inline_svg, panel, plot_style, series
 from latentcodec.report.scales import lines
 
 RESULTS = sorted((Path(__file__).parents[2] / "bench/results").glob("*.json"))
@@ -172,3 +174,30 @@ def test_images_are_spread_evenly_however_many_are_taken():
     order = inspection._spread(100)
     assert sorted(order) == list(range(100))
     assert max(b - a for a, b in zip(sorted(order[:10]), sorted(order[:10])[1:], strict=False)) <= 20
+
+
+HOSTILE = r"a$b$ $\frac{ %d ${x} & <i> \n ' \" _^ {}"
+
+
+def test_a_dollar_in_a_name_is_a_dollar_in_a_plot():
+    """matplotlib would set it as mathematics, or fail on it after everything was measured."""
+    with plot_style():
+        figure, axes = panel(title=HOSTILE, xlabel=HOSTILE, ylabel=HOSTILE)
+        axes.plot([1, 2], [1, 2], label=HOSTILE, **series(0))
+        axes.annotate(HOSTILE, (1, 1))
+        axes.set_xticks([1, 2], [HOSTILE, HOSTILE])
+        axes.legend(title=HOSTILE)
+        figure.suptitle(HOSTILE)
+    svg = inline_svg(figure, HOSTILE, "p-")
+    assert svg.count(">" + escape(HOSTILE, quote=False) + "</text>") == 9
+    assert f'aria-label="{escape(HOSTILE)}"' in svg
+
+
+def test_every_page_survives_names_that_mean_something_to_a_plot(inspected, tmp_path):
+    _, found = inspected
+    for number, data in enumerate((found["map"], results.read_json(RESULTS[-1]))):
+        text = json.dumps(results.finite(data))
+        for name in ("photo-f8c16", "bench/sd.json", "point", "map"):
+            text = text.replace(f'{name}"', f'{json.dumps(HOSTILE)[1:-1]}"')
+        page = build_page(json.loads(text)).render()
+        assert "<svg" in page, number

@@ -5,6 +5,7 @@ Children are forked, not started, so that hundreds of kills take seconds.
 
 import errno
 import itertools
+import json
 import os
 import random
 import resource
@@ -36,7 +37,7 @@ from latentcodec.training.checkpoint import (
     save,
 )
 from latentcodec.training.data.stream import Batches
-from latentcodec.training.signals import StopRequest, exit_code, shield_data_worker
+from latentcodec.training.signals import SIGNALS, StopRequest, exit_code, shield_data_worker
 
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"]
 
@@ -218,6 +219,24 @@ def test_a_manifest_that_promises_nothing_is_damaged(folder: Path, text: str):
     save_step(folder, 1)
     (save_step(folder, 2) / "manifest.json").write_text(text)
     with pytest.warns(CheckpointWarning, match=r"step-00000002 is damaged: manifest\.json"):
+        assert_whole(newest(folder), 1)
+
+
+@pytest.mark.parametrize("kind", ["a name", "a link", "a FIFO"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_manifest_or_a_file_that_leads_to_a_device_is_damage(folder: Path, name: str, kind: str):
+    """/dev/zero has no end, and a FIFO keeps its reader waiting."""
+    save_step(folder, 1)
+    damaged = save_step(folder, 2)
+    if kind == "a name":
+        manifest = json.loads((damaged / "manifest.json").read_text())
+        (damaged / "manifest.json").write_text(json.dumps(manifest | {"/dev/zero": manifest["state.json"]}))
+        words = "it names '/dev/zero'"
+    else:
+        (damaged / name).unlink()
+        (damaged / name).symlink_to("/dev/zero") if kind == "a link" else os.mkfifo(damaged / name)
+        words = f"{name}: a {'device' if kind == 'a link' else 'FIFO'}, not a file"
+    with pytest.warns(CheckpointWarning, match=f"step-00000002 is damaged: .*{words}"):
         assert_whole(newest(folder), 1)
 
 
@@ -538,7 +557,9 @@ def wait_for(file: Path, text: str) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGHUP", 129)]
+)
 def test_a_signal_lets_the_run_save_and_leave_with_its_code(tmp_path: Path, number: str, code: int):
     said = tmp_path / "said"
     child = start_child(lambda: loop(said))
@@ -600,14 +621,24 @@ def test_a_run_without_a_launcher_outlives_its_shell(tmp_path: Path):
     wait_for(said, "saved")
 
 
+def test_a_signal_that_is_ignored_stays_ignored_as_after_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_data_workers_outlive_a_signal_to_the_whole_process_group(tmp_path: Path, number: str):
     said = tmp_path / "said"
 

@@ -188,6 +188,13 @@ def test_words_of_a_configuration_mean_what_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("output_dir: x\ndata: {split: null}\n", "data.split cannot be null; leave it out for its default"),
+        ("output_dir: x\ntrain: {lr: null}\n", "train.lr"),
+        ("output_dir: x\ntrain: {schedule: ~}\n", "train.schedule"),
+        ("output_dir: x\ntrain: {betas: [null, 0.9]}\n", "train.betas"),
+        ("output_dir: x\nmodel: {block_out_channels: [8, null]}\n", "block_out_channels"),
+        ("output_dir: x\nmodel: {block_out_channels: null}\n", "block_out_channels"),
+        ("output_dir: null\n", "output_dir"),
         ("a: &a [x, x]\nb: [*a, *a]\n", r"line 2: an alias \(\*a\)"),
         ("output_dir: x\ntrain: {lr: 1e-3}\ntrain: {lr: 1e-4}\n", "line 3: the key 'train' comes twice"),
         ("a: " + "[" * 100 + "]" * 100, "more than 20 levels"),
@@ -258,6 +265,41 @@ def test_a_folder_that_has_gained_images_is_not_resumed_on(tmp_path):
         start(config)
 
 
+def exchange(folder, name):
+    """Another picture, of another size as a file, under the same name."""
+    write_images(folder.with_name("others"), side=64)
+    (folder.with_name("others") / name).replace(folder / name)
+
+
+def test_a_folder_whose_images_were_exchanged_is_not_resumed_on(tmp_path):
+    folder = write_images(tmp_path / "set")
+    config = small(tmp_path / "run", folder, max_steps=4)
+    train(start(config), stop_at=2)
+    exchange(folder, "03.png")
+    with pytest.raises(ValueError, match=r"some were exchanged or renamed \(data\.path, data\.val_path\)"):
+        start(config)
+
+
+def test_a_held_out_image_that_was_exchanged_for_one_of_its_length_is_noticed(tmp_path):
+    folder = write_images(tmp_path / "set")
+    config = small(tmp_path / "run", folder, max_steps=4)
+    trainer = start(config)
+    name = Path(trainer.held_out.names[0])
+    train(trainer, stop_at=2)
+    content = bytearray(name.read_bytes())
+    content[-20] ^= 1
+    name.write_bytes(content)
+    with pytest.raises(ValueError, match="some were exchanged"):
+        start(config)
+
+
+def test_images_are_the_same_wherever_their_folder_lies(tmp_path):
+    config = small(tmp_path / "run", write_images(tmp_path / "set"), max_steps=4)
+    digest = open_images(config.data, 3, 0).digest
+    moved = (tmp_path / "set").rename(tmp_path / "elsewhere")
+    assert open_images(replace(config.data, path=str(moved)), 3, 0).digest == digest
+
+
 @pytest.mark.parametrize(
     "line", ['{"step": "2"}', '{"total": 1}', "[1]", '{"step": null}', "\x00\x00", '{"step": 1e400}', "\xff"]
 )
@@ -299,7 +341,7 @@ def test_batches_go_through_pipes_where_shared_memory_is_too_small(tmp_path, ima
 
 def test_a_stream_that_fails_ends_nothing(tmp_path):
     script = (
-        "import sys; from latentcodec.training.console import keep_speaking; keep_speaking()\n"
+        "import sys; from latentcodec.training.console import survive_broken_streams; survive_broken_streams()\n"
         "for _ in range(3): print('x' * 100_000)\n"
         "print('end', file=sys.stderr)"
     )
@@ -314,7 +356,8 @@ def test_a_stream_that_fails_ends_nothing(tmp_path):
 
 def test_an_interrupt_before_the_first_step_is_one_line():
     script = (
-        "import os, signal; from latentcodec.training.console import end_at_interrupt; end_at_interrupt()\n"
+        "import os, signal; from latentcodec.training.console import end_at_interrupt\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); end_at_interrupt()\n"  # shells ignore it after `&`
         "os.kill(os.getpid(), signal.SIGINT)"
     )
     done = subprocess.run(

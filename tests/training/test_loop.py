@@ -103,7 +103,9 @@ def rejects(output: Path) -> dict[str, str]:
 # ---- one process ----
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGHUP", 129)]
+)
 def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(tmp_path, images, run_train, name, code):
     output = tmp_path / "run"
     config = write_config(small(output, images, workers=2, max_steps=100_000), tmp_path / "config.yaml")

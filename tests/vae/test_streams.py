@@ -5,6 +5,8 @@ import torch
 from small_vaes import CAUSAL_NAMES, relative_error, small_vae
 
 from latentcodec.engine.streams import StreamPass
+from latentcodec.ops.functional import fastest_kernels
+from latentcodec.ops.native import winograd
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, to_channels, to_pixels
 from latentcodec.vae.families import family_of
@@ -12,8 +14,8 @@ from latentcodec.vae.families import family_of
 WHOLE = 1 << 30
 
 
-def stream(strip_bytes):
-    return StreamPass(torch.float32, REFERENCE_KERNELS, strip_bytes, 1 << 20, torch.empty(0))
+def stream(strip_bytes, kernels=REFERENCE_KERNELS, workspace=None):
+    return StreamPass(torch.float32, kernels, strip_bytes, 1 << 20, torch.empty(0), workspace)
 
 
 def image_of(strips):
@@ -56,3 +58,22 @@ def test_decoders_in_strips_of_every_height_equal_the_class(name, strip_bytes):
         image = image_of(stream(strip_bytes).decode(ImageDecoder(vae.decoder), after))
         image = to_pixels(image, family_of(vae).patch(vae.config)).clamp(-1, 1)
         assert relative_error(image, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("strip_bytes", [1 << 16, WHOLE])
+@pytest.mark.parametrize("name", ["qwen", "wan22"])
+def test_wide_layers_run_as_winograd_s_convolutions(name, strip_bytes, monkeypatch):
+    vae = small_vae(name, base_dim=64, **(dict(decoder_base_dim=64) if name == "wan22" else {}))
+    used, convolve = [], winograd.convolve
+    monkeypatch.setattr(
+        winograd, "convolve", lambda *given: used.append(given[3].doubles) or convolve(*given)
+    )
+    z = torch.randn(1, vae.config.z_dim, 8, 6)
+    with torch.inference_mode():
+        expected = vae.decode(z[:, :, None]).sample[:, :, 0]
+        after = vae.post_quant_conv(z[:, :, None])[:, :, 0]
+        fast = stream(strip_bytes, fastest_kernels("cpu"), winograd.Workspace())
+        image = image_of(fast.decode(ImageDecoder(vae.decoder), after))
+        image = to_pixels(image, family_of(vae).patch(vae.config)).clamp(-1, 1)
+    assert {True, False} <= set(used)  # of doubled maps, and of others
+    assert relative_error(image, expected) <= 1e-4

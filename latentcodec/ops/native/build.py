@@ -17,9 +17,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,16 +48,21 @@ INSTRUCTION_SETS = {
 TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double}
 SIGNATURES = {
     "window": "ip pn pnn pn nnnn pp ii",
+    "halving_window": "n p pnn pn nnn i",
     "normalise": "ipp nnn pp ii",
-    "add_moments": "ipp pnn nnnn i",
+    "add_moments": "iipp pnn nnnn i",
     "norm": "pppp pppp nnnn d",
     "gradient_sums": "ippp nnn ppp i",
     "gradient": "ippp nnn p i",
-    "winograd_input": "ii p pnn nnnn nnn i",
-    "winograd_output": "ii p p p pnn nnnn nn i",
+    "convolve": "p pnn nnnn nnn nnn p p pnn np i",
+    "winograd_convolve": "ii p pnn nnnn nnn p p pnn nn p i",
+    "checksum": "npp",
     "winograd_weight": "ii pp nn nnnn i",
 }
 """The arguments of each function, by the letters of `TYPES`; what they are stands beside the functions."""
+
+recording = threading.local()
+"""Of each thread: `calls`, the list for the calls of native functions, or None (`recorder.py`)."""
 
 
 @cache
@@ -78,8 +86,20 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, f"latentcodec_{name}")
         function.argtypes = [TYPES[letter] for letter in letters.replace(" ", "")]
         function.restype = None
-        setattr(library, name, function)
+        setattr(library, name, _recorded(function))
     return library
+
+
+def _recorded(function: Any) -> Callable[..., None]:
+    """`function`, whose calls are written down where a recorder wants it."""
+    types = function.argtypes
+
+    def call(*given: Any) -> None:
+        function(*given)
+        if (calls := getattr(recording, "calls", None)) is not None:
+            calls.append((function, tuple(kind(value) for kind, value in zip(types, given, strict=True))))
+
+    return call
 
 
 def _compiler() -> list[str] | None:

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t PIECE = 8192;  // values that a thread takes at a time
+constexpr int64_t PIECE = 8192;            // values that a thread takes at a time
+constexpr float SMALLEST_LENGTH = 1e-12f;  // of a pixel, that it is divided by: as torch's `normalize`
 
 template <class T>
 struct Strip {
@@ -54,6 +55,26 @@ void normalise(T *out, const T *x, int64_t pixels, int64_t channels, const float
         }
 }
 
+// Each pixel by its own length over the channels, times gain [C], and SiLU where it activates.
+template <class T>
+void rms_normalise(T *out, const T *x, int64_t pixels, int64_t channels, const float *gain, bool activates) {
+    for (int64_t i = 0; i < pixels; i++, out += channels, x += channels) {
+        Vector squares{};
+        for (int64_t c = 0; c < channels; c += LANES) {
+            Vector value = load(x + c, channels - c);
+            squares += value * value;
+        }
+        float square = 0;
+        for (int k = 0; k < LANES; k++) square += squares[k];
+        float length = __builtin_sqrtf(square), inverse = 1 / (length < SMALLEST_LENGTH ? SMALLEST_LENGTH : length);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            int64_t left = channels - c;
+            Vector y = load(x + c, left) * inverse * load(gain + c, left);
+            store(out + c, activates ? silu(y) : y, left);
+        }
+    }
+}
+
 // sums [2, C] of one image += f(c, i, left): two values of every channel c at each of `pixels` pixels i.
 template <class Function>
 void add_up(double *sums, double *squares, int64_t pixels, int64_t channels, Function function) {
@@ -84,9 +105,13 @@ void add_up_in_parallel(double *sums, int64_t images, int64_t channels, const Pi
         for (int64_t i = 0; i < size; i++) sums[i] += partial[part * size + i];
 }
 
+// What is done to the pixels of a window on the way: a copy of them, a group norm, or each pixel's own.
+enum Norm { COPY, GROUP_NORM, RMS_NORM };
+
+// For GROUP_NORM scale and shift are [B, C]; for RMS_NORM scale is the gain [C], and there is no shift.
 template <class T>
 void window(Strip<T> out, Strip<const T> above, Strip<const T> strip, Strip<const T> below, int64_t B, int64_t r,
-            int64_t W, int64_t C, const float *scale, const float *shift, bool activates, int threads) {
+            int64_t W, int64_t C, Norm norm, const float *scale, const float *shift, bool activates, int threads) {
     Pieces pieces(B, r + 2, W, C);
     in_parallel(threads, pieces.count, [&](int64_t index) {
         Piece p = pieces[index];
@@ -98,8 +123,10 @@ void window(Strip<T> out, Strip<const T> above, Strip<const T> strip, Strip<cons
             return;
         }
         const T *x = from.row(p.image, is_inside ? p.row - 1 : 0) + p.first * C;
-        if (scale)
+        if (norm == GROUP_NORM)
             normalise(to, x, p.pixels, C, scale + p.image * C, shift + p.image * C, activates);
+        else if (norm == RMS_NORM)
+            rms_normalise(to, x, p.pixels, C, scale, activates);
         else
             std::memcpy((void *)to, (const void *)x, p.pixels * C * sizeof(T));
     });
@@ -118,6 +145,18 @@ void add_moments(double *sums, const float *pivot, Strip<const T> x, int64_t B, 
             square += distance * distance;
         });
     });
+}
+
+// sums [2, B, C] <- 0, pivot [B, C] <- the mean of the first row of x.
+template <class T>
+void begin_moments(double *sums, float *pivot, Strip<const T> x, int64_t B, int64_t W, int64_t C) {
+    std::fill(sums, sums + 2 * B * C, 0.0);
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            Vector sum{};
+            for (int64_t i = 0; i < W; i++) sum += load(x.row(b, 0) + i * C + c, C - c);
+            store(pivot + b * C + c, sum / (float)W, C - c);
+        }
 }
 
 template <class T>
@@ -163,7 +202,8 @@ void gradient(T *dx, const T *dy, const T *x, int64_t B, int64_t n, int64_t C, c
 extern "C" {
 
 // out [B, r + 2, W, C] dense <- the first row at above, strip and the first row at below, each scale x + shift and then
-// SiLU where it activates; null for a neighbour gives zeros, a null scale copies.
+// SiLU where it activates; null for a neighbour gives zeros, a null scale copies. Without a shift, scale is the gain [C]
+// of a norm by the root mean square.
 void latentcodec_window(int half, void *out, const void *above, int64_t above_stride, const void *strip,
                         int64_t image_stride, int64_t row_stride, const void *below, int64_t below_stride, int64_t B,
                         int64_t r, int64_t W, int64_t C, const float *scale, const float *shift, int activates,
@@ -171,10 +211,28 @@ void latentcodec_window(int half, void *out, const void *above, int64_t above_st
     auto run = [&](auto type) {
         using T = decltype(type);
         window<T>({(T *)out, (r + 2) * W * C, W * C}, {(const T *)above, above_stride, 0},
-                  {(const T *)strip, image_stride, row_stride}, {(const T *)below, below_stride, 0}, B, r, W, C, scale,
-                  shift, activates, threads);
+                  {(const T *)strip, image_stride, row_stride}, {(const T *)below, below_stride, 0}, B, r, W, C,
+                  !scale ? COPY : shift ? GROUP_NORM : RMS_NORM, scale, shift, activates, threads);
     };
     half ? run(bfloat16{}) : run(float{});
+}
+
+// out [B, r + 1, (W + 1) C] dense <- strip [B, r, W C], the first row at below or zeros, and zeros right of them. Sizes
+// and strides are in bytes: `pixel` is that of C values, `row` that of W C values.
+void latentcodec_halving_window(int64_t pixel, void *out, const void *strip, int64_t image_stride, int64_t row_stride,
+                                const void *below, int64_t below_stride, int64_t B, int64_t r, int64_t row,
+                                int threads) {
+    in_parallel(threads, B * (r + 1), [&](int64_t index) {
+        int64_t b = index / (r + 1), i = index % (r + 1);
+        const char *from = i < r ? (const char *)strip + b * image_stride + i * row_stride
+                                 : below ? (const char *)below + b * below_stride : nullptr;
+        char *to = (char *)out + index * (row + pixel);
+        if (from)
+            std::memcpy(to, from, row);
+        else
+            std::memset(to, 0, row);
+        std::memset(to + row, 0, pixel);
+    });
 }
 
 // out [B, n, C] <- x [B, n, C] in the same way, both dense.
@@ -186,18 +244,23 @@ void latentcodec_normalise(int half, void *out, const void *x, int64_t B, int64_
         in_parallel(threads, pieces.count, [&](int64_t index) {
             Piece p = pieces[index];
             int64_t at = (p.image * n + p.first) * C;
-            normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale + p.image * C, shift + p.image * C,
-                      activates);
+            if (shift)
+                normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale + p.image * C, shift + p.image * C,
+                          activates);
+            else
+                rms_normalise((T *)out + at, (const T *)x + at, p.pixels, C, scale, activates);
         });
     };
     half ? run(bfloat16{}) : run(float{});
 }
 
-// sums += those of x - pivot and of its square, for x [B, r, W, C].
-void latentcodec_add_moments(int half, double *sums, const float *pivot, const void *x, int64_t image_stride,
+// sums += those of x - pivot and of its square, for x [B, r, W, C]. Where x `is_first`, sums become zero before that,
+// and pivot the mean of its first row.
+void latentcodec_add_moments(int half, int is_first, double *sums, float *pivot, const void *x, int64_t image_stride,
                              int64_t row_stride, int64_t B, int64_t r, int64_t W, int64_t C, int threads) {
     auto run = [&](auto type) {
         using T = decltype(type);
+        if (is_first) begin_moments<T>(sums, pivot, {(const T *)x, image_stride, row_stride}, B, W, C);
         add_moments<T>(sums, pivot, {(const T *)x, image_stride, row_stride}, B, r, W, C, threads);
     };
     half ? run(bfloat16{}) : run(float{});
@@ -245,5 +308,20 @@ void latentcodec_gradient(int half, void *dx, const void *dy, const void *x, int
         gradient((T *)dx, (const T *)dy, (const T *)x, B, n, C, known, threads);
     };
     half ? run(bfloat16{}) : run(float{});
+}
+
+// sum <- the sum of what lies at every table[3 i] + 4 j table[3 i + 1] as integers, j < table[3 i + 2]: values from all
+// over some weights.
+void latentcodec_checksum(int64_t count, const int64_t *table, int64_t *sum) {
+    uint64_t total = 0;
+    for (int64_t i = 0; i < count; i++, table += 3) {
+        const char *at = (const char *)table[0];
+        for (int64_t j = 0; j < table[2]; j++, at += 4 * table[1]) {
+            uint32_t value;
+            std::memcpy(&value, at, 4);
+            total = total * 31 + value;
+        }
+    }
+    *sum = (int64_t)total;
 }
 }

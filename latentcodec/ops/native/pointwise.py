@@ -1,6 +1,6 @@
 """The functions of `ops/pointwise.py` for float32 and bfloat16 on CPUs, in native code (`pointwise.cpp`).
 
-Activations other than SiLU, root-mean-square norms and dtypes other than these two are left to the functions in torch.
+Activations other than SiLU and dtypes other than these two are left to the functions in torch.
 
 Shapes: B batch, r rows and n pixels of a strip, W columns, C channels; strips are [B, r, W, C].
 """
@@ -33,11 +33,12 @@ class NativeMoments(Moments):
             return None
         strip = _with_dense_rows(strip)
         images, rows, columns, channels = strip.shape
-        if not self.pixels:
-            self.pivot = strip[:, :1].mean(2, keepdim=True, dtype=torch.float32)  # [B, 1, 1, C]
-            self.sums = torch.zeros(2, images, channels, dtype=torch.float64)
+        is_first = not self.pixels
+        if is_first:
+            self.pivot = torch.empty(images, 1, 1, channels)
+            self.sums = torch.empty(2, images, channels, dtype=torch.float64)
         self.library.add_moments(
-            DTYPES[strip.dtype],
+            *(DTYPES[strip.dtype], is_first),
             self.sums.data_ptr(),
             self.pivot.data_ptr(),
             *_place(strip),
@@ -73,14 +74,14 @@ class NativeKernels(Kernels):
         return NativeMoments(self.library)
 
     def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
-        if isinstance(norm, RMS) or not _is_native(x, norm) or not out.is_contiguous():
+        if not _is_native(x, norm) or not out.is_contiguous():
             return super().normalise_(out, x, norm)
-        x = x.contiguous()
+        x, factors = x.contiguous(), _factors(norm)
         self.library.normalise(
             DTYPES[x.dtype],
             *(out.data_ptr(), x.data_ptr()),
             *x.shape,
-            *(norm.scale.data_ptr(), norm.shift.data_ptr()),
+            *(None if factor is None else factor.data_ptr() for factor in factors),
             *(norm.activation is not None, torch.get_num_threads()),
         )
         return None
@@ -88,11 +89,12 @@ class NativeKernels(Kernels):
     def window_(
         self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | RMS | None
     ) -> None:
-        if isinstance(norm, RMS) or not _is_native(strip, norm):
+        if not _is_native(strip, norm):
             return super().window_(out, above, strip, below, norm)
         strip = _with_dense_rows(strip)
         above = None if above is None else _with_dense_rows(above[:, -1:])
         below = None if below is None else _with_dense_rows(below[:, :1])
+        factors = _factors(norm)
         self.library.window(
             DTYPES[strip.dtype],
             out.data_ptr(),
@@ -100,10 +102,22 @@ class NativeKernels(Kernels):
             *_place(strip),
             *((None, 0) if below is None else _place(below)[:2]),
             *strip.shape,
-            *((None, None) if norm is None else (norm.scale.data_ptr(), norm.shift.data_ptr())),
+            *(None if factor is None else factor.data_ptr() for factor in factors),
             *(norm is not None and norm.activation is not None, torch.get_num_threads()),
         )
         return None
+
+    def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
+        strip = _with_dense_rows(strip)
+        below = None if below is None else _with_dense_rows(below[:, :1])
+        images, rows, columns, channels = strip.shape
+        size = strip.itemsize
+        self.library.halving_window(
+            *(channels * size, out.data_ptr()),
+            *(strip.data_ptr(), strip.stride(0) * size, strip.stride(1) * size),
+            *((None, 0) if below is None else (below.data_ptr(), below.stride(0) * size)),
+            *(images, rows, columns * channels * size, torch.get_num_threads()),
+        )
 
     def gradient_sums(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
         """[2, B, 1, C] float64."""
@@ -136,8 +150,15 @@ class NativeKernels(Kernels):
         return dx
 
 
-def _is_native(x: Tensor, norm: Norm | None) -> bool:
+def _is_native(x: Tensor, norm: Norm | RMS | None) -> bool:
     return x.dtype in DTYPES and (norm is None or norm.activation in (None, F.silu))
+
+
+def _factors(norm: Norm | RMS | None) -> tuple[Tensor | None, Tensor | None]:
+    """What the native functions take as scale and shift; a gain is a scale without a shift."""
+    if norm is None:
+        return None, None
+    return (norm.gain.float().contiguous(), None) if isinstance(norm, RMS) else (norm.scale, norm.shift)
 
 
 def _with_dense_rows(strip: Tensor) -> Tensor:

@@ -1,31 +1,91 @@
-// Winograd's convolutions of float32 maps: the transforms of the input, of the weight and of the result. The products
-// between them are matrix products, which BLAS does. See `winograd.h`.
+// Winograd's convolutions of float32 maps in one pass: some tiles at a time are transformed, multiplied by the
+// transformed weight and transformed back while they are in the cache. The matrices are in `winograd.h`.
 //
 // `outputs` is 4 for F(4x4, 3x3) and 2 for F(2x2, 3x3); `doubles` says that a map is convolved after it was doubled.
+// C and O are multiples of PANEL. A transformed weight is P^2 planes [O / PANEL, C, PANEL], MARGIN values apart: without
+// that, powers of two would put all planes into the same few lines of the cache.
 
 #include "winograd.h"
 
 namespace {
 
-// y <- matrix m matrix^T + bias + added of all tiles m [P, P] of the products.
-template <int M, int P>
-void transform_back(const Matrix<M, P> &matrix, Map y, const float *products, const float *bias,
-                    Map added, Tiling tiling, int threads) {
-    const int64_t tiles = y.B * tiling.rows * tiling.columns, plane = tiles * y.C;
-    in_parallel(threads, tiles, [&](int64_t tile) {
-        int64_t b = tiling.image(tile), row = tiling.row(tile) * M, column = tiling.column(tile) * M;
-        for (int64_t c = 0; c < y.C; c += LANES) {
-            int64_t left = y.C - c;
-            Vector m[P * P], result[M * M], offset = bias ? load(bias + c, left) : Vector{};
-            for (int p = 0; p < P * P; p++) m[p] = load(products + p * plane + tile * y.C + c, left);
-            transform(matrix, m, result);
-            for (int i = 0; i < M && row + i < y.H; i++)
-                for (int j = 0; j < M && column + j < y.W; j++) {
-                    Vector value = result[i * M + j] + offset;
-                    if (added.values) value += load(added.at(b, row + i, column + j) + c, left);
-                    store(y.at(b, row + i, column + j) + c, value, left);
-                }
+constexpr int MARGIN = 16;
+
+// V [P^2 planes] <- matrix d matrix^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
+template <int P, int K>
+void transform_tile(const Matrix<P, K> &matrix, float *V, int64_t plane, const Map &x, int64_t image, int64_t row,
+                    int64_t column, const float *zeros) {
+    const float *pixels[K * K];
+    for (int i = 0; i < K; i++)
+        for (int j = 0; j < K; j++) {
+            int64_t y = row + i, z = column + j;
+            bool is_inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
+            pixels[i * K + j] = is_inside ? x.at(image, y, z) : zeros;
         }
+    for (int64_t c = 0; c < x.C; c += LANES) {
+        Vector d[K * K], result[P * P];
+#pragma GCC unroll 36
+        for (int k = 0; k < K * K; k++) d[k] = load(pixels[k] + c, LANES);
+        transform(matrix, d, result);
+#pragma GCC unroll 36
+        for (int p = 0; p < P * P; p++) store(V + p * plane + c, result[p], LANES);
+    }
+}
+
+// One tile of y at (row, column) <- matrix m matrix^T of m [P^2 planes] + bias + added.
+template <int M, int P>
+void transform_back(const Matrix<M, P> &matrix, const Map &y, int64_t image, int64_t row, int64_t column,
+                    const float *m, int64_t plane, const float *bias, const Map &added) {
+    int64_t rows = std::min<int64_t>(M, y.H - row), columns = std::min<int64_t>(M, y.W - column);
+    for (int64_t c = 0; c < y.C; c += LANES) {
+        Vector products[P * P], result[M * M], offset = bias ? load(bias + c, LANES) : Vector{};
+#pragma GCC unroll 36
+        for (int p = 0; p < P * P; p++) products[p] = load(m + p * plane + c, LANES);
+        transform(matrix, products, result);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) {
+                Vector value = result[i * M + j] + offset;
+                if (added.values) value += load(added.at(image, row + i, column + j) + c, LANES);
+                store(y.at(image, row + i, column + j) + c, value, LANES);
+            }
+    }
+}
+
+// The memory of one thread: transformed tiles and their products, `together` of each, rounded up to ROWS.
+struct Block {
+    int64_t rows, v_plane, m_plane, size;
+
+    Block(int64_t together, int64_t planes, int64_t C, int64_t O) {
+        rows = whole_rows(together);
+        v_plane = rows * C + MARGIN;
+        m_plane = rows * O + MARGIN;
+        size = planes * (v_plane + m_plane) + C;  // and zeros, for what lies outside of the map
+    }
+};
+
+template <class Kind>
+void convolve(Kind kind, const Map &y, const Map &x, const float *U, const float *bias, const Map &added,
+              Tiling tiling, int64_t top, int64_t together, float *memory, int threads) {
+    constexpr int M = Kind::outputs, P = sizeof kind.input.at / sizeof kind.input.at[0];
+    const int64_t C = x.C, O = y.C, tiles = y.B * tiling.rows * tiling.columns;
+    const Block block(together, P * P, C, O);
+    in_parallel(threads, (tiles + together - 1) / together, [&](int64_t index) {
+        float *V = memory + omp_get_thread_num() * block.size, *products = V + P * P * block.v_plane;
+        float *zeros = products + P * P * block.m_plane;
+        std::memset(zeros, 0, C * sizeof(float));
+        const int64_t first = index * together, count = std::min(together, tiles - first);
+        for (int64_t t = 0; t < count; t++) {
+            int64_t row = tiling.row(first + t) * kind.step - top, column = tiling.column(first + t) * kind.step - 1;
+            transform_tile(kind.input, V + t * C, block.v_plane, x, tiling.image(first + t), row, column, zeros);
+        }
+        for (int p = 0; p < P * P; p++)
+            for (int64_t o = 0; o < O; o += PANEL)
+                for (int64_t t = 0; t < count; t += ROWS)
+                    multiply_panel(products + p * block.m_plane + t * O + o, O, V + p * block.v_plane + t * C,
+                                   U + p * (C * O + MARGIN) + o * C, C);
+        for (int64_t t = 0; t < count; t++)
+            transform_back(kind.output, y, tiling.image(first + t), tiling.row(first + t) * M,
+                           tiling.column(first + t) * M, products + t * O, block.m_plane, bias, added);
     });
 }
 
@@ -33,44 +93,41 @@ void transform_back(const Matrix<M, P> &matrix, Map y, const float *products, co
 
 extern "C" {
 
-// V [P^2, T, C] <- B^T d B of x [B, H, W, C], whose tiles begin `top` rows above and one column left of it. `outputs`
-// is 4 or 2; `doubles` says that x is convolved after it has been doubled.
-void latentcodec_winograd_input(int outputs, int doubles, float *V, const float *x,
-                                int64_t image_stride, int64_t row_stride, int64_t B, int64_t H, int64_t W, int64_t C,
-                                int64_t tile_rows, int64_t tile_columns, int64_t top, int threads) {
-    Map map{const_cast<float *>(x), image_stride, row_stride, B, H, W, C};
+// y [B, H', W', O] dense <- x [B, H, W, C] convolved with the weight of which U is the transform, + bias [O] and added
+// [B, H', W', O] where they are given. Tiles begin `top` rows above and one column left of x. `memory` has room for
+// P^2 (together' (C + O) + 2 MARGIN) + C values a thread, together' being `together` rounded up to 14.
+void latentcodec_winograd_convolve(int outputs, int doubles, float *y, const float *x, int64_t x_image_stride,
+                                   int64_t x_row_stride, int64_t B, int64_t H, int64_t W, int64_t C, int64_t y_rows,
+                                   int64_t y_columns, int64_t O, const float *U, const float *bias, const float *added,
+                                   int64_t added_image_stride, int64_t added_row_stride, int64_t top,
+                                   int64_t together, float *memory, int threads) {
+    Map from{const_cast<float *>(x), x_image_stride, x_row_stride, B, H, W, C};
+    Map to{y, y_rows * y_columns * O, y_columns * O, B, y_rows, y_columns, O};
+    Map residual{const_cast<float *>(added), added_image_stride, added_row_stride, B, y_rows, y_columns, O};
+    Tiling tiling{(y_rows + outputs - 1) / outputs, (y_columns + outputs - 1) / outputs};
     with_kind(outputs, doubles, [&](auto kind) {
-        transform_tiles<kind.step>(kind.input, V, map, {tile_rows, tile_columns}, top, 1, threads);
+        convolve(kind, to, from, U, bias, residual, tiling, top, together, memory, threads);
     });
 }
 
-// y [B, H, W, O] dense <- A^T m A of the products [P^2, T, O], + bias [O] and added [B, H, W, O] where they are given.
-void latentcodec_winograd_output(int outputs, int doubles, float *y, const float *products,
-                                 const float *bias, const float *added, int64_t image_stride, int64_t row_stride,
-                                 int64_t B, int64_t H, int64_t W, int64_t O, int64_t tile_rows, int64_t tile_columns,
-                                 int threads) {
-    Map map{y, H * W * O, W * O, B, H, W, O};
-    Map residual{const_cast<float *>(added), image_stride, row_stride, B, H, W, O};
-    with_kind(outputs, doubles, [&](auto kind) {
-        transform_back(kind.output, map, products, bias, residual, {tile_rows, tile_columns}, threads);
-    });
-}
-
-// U [P^2, C, O] <- G w G^T of w [O, C, 3, 3] with any strides.
+// U <- G w G^T of w [O, C, 3, 3] with any strides.
 void latentcodec_winograd_weight(int outputs, int doubles, float *U, const float *w, int64_t O, int64_t C,
                                  int64_t o_stride, int64_t c_stride, int64_t row_stride, int64_t column_stride,
                                  int threads) {
     with_kind(outputs, doubles, [&](auto kind) {
         constexpr auto matrix = kind.weight;
         constexpr int P = sizeof matrix.at / sizeof matrix.at[0];
-        in_parallel(threads, C, [&](int64_t c) {
-            for (int64_t o = 0; o < O; o += LANES) {
-                Vector taps[9]{}, result[P * P];
-                for (int64_t k = 0; k < std::min<int64_t>(LANES, O - o); k++)
+        const int64_t plane = C * O + MARGIN;
+        in_parallel(threads, O / LANES, [&](int64_t part) {
+            int64_t o = part * LANES;
+            float *panel = U + o / PANEL * PANEL * C + o % PANEL;
+            for (int64_t c = 0; c < C; c++) {
+                Vector taps[9], result[P * P];
+                for (int k = 0; k < LANES; k++)
                     for (int i = 0; i < 9; i++)
                         taps[i][k] = w[(o + k) * o_stride + c * c_stride + i / 3 * row_stride + i % 3 * column_stride];
                 transform(matrix, taps, result);
-                for (int p = 0; p < P * P; p++) store(U + (p * C + c) * O + o, result[p], O - o);
+                for (int p = 0; p < P * P; p++) store(panel + p * plane + c * PANEL, result[p], LANES);
             }
         });
     });

@@ -1,5 +1,5 @@
 // The matrices of Winograd's convolutions F(4x4, 3x3) and F(2x2, 3x3) in float32 (Lavin & Gray 2016,
-// arXiv:1509.09308), and the transform of all tiles of a map.
+// arXiv:1509.09308), and where the tiles of a map lie.
 //
 //     Y = A^T [ (B^T d B) * (G w G^T) ] A     for every tile d of the input, summed over its channels
 //
@@ -11,11 +11,11 @@
 // tile is read from the map as it was before doubling.
 //
 // Shapes: B batch, H W rows and columns, C channels, O output channels, T = B * tile rows * tile columns tiles,
-// P points on an axis (6, 4; doubled 5, 3). Maps are [B, H, W, C]; V, the transformed map, is P^2 planes [T, C].
+// P points on an axis (6, 4; doubled 5, 3). Maps are [B, H, W, C].
 
 #pragma once
 
-#include "vector.h"
+#include "panels.h"
 
 template <int ROWS, int COLUMNS>
 struct Matrix {
@@ -140,16 +140,6 @@ inline void transform(const Matrix<R, K> &matrix, const Vector *from, Vector *to
     for (int i = 0; i < R; i++) multiply(matrix, half + i * K, 1, to + i * R, 1);
 }
 
-struct Map {
-    float *values;
-    int64_t image_stride, row_stride;  // in values
-    int64_t B, H, W, C;
-
-    float *at(int64_t b, int64_t row, int64_t column) const {
-        return values + b * image_stride + row * row_stride + column * C;
-    }
-};
-
 struct Tiling {
     int64_t rows, columns;  // of tiles in an image
 
@@ -157,24 +147,3 @@ struct Tiling {
     int64_t row(int64_t tile) const { return tile / columns % rows; }
     int64_t column(int64_t tile) const { return tile % columns; }
 };
-
-// V <- matrix d matrix^T of all tiles d [K, K], the first of which begins at (-top, -left); zeros outside the map.
-template <int STEP, int P, int K>
-void transform_tiles(const Matrix<P, K> &matrix, float *V, Map x, Tiling tiling, int64_t top,
-                     int64_t left, int threads) {
-    const int64_t tiles = x.B * tiling.rows * tiling.columns, plane = tiles * x.C;
-    in_parallel(threads, tiles, [&](int64_t tile) {
-        int64_t row = tiling.row(tile) * STEP - top, column = tiling.column(tile) * STEP - left;
-        for (int64_t c = 0; c < x.C; c += LANES) {
-            Vector d[K * K], result[P * P];
-            for (int i = 0; i < K; i++)
-                for (int j = 0; j < K; j++) {
-                    int64_t y = row + i, z = column + j;
-                    bool inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
-                    d[i * K + j] = inside ? load(x.at(tiling.image(tile), y, z) + c, x.C - c) : Vector{};
-                }
-            transform(matrix, d, result);
-            for (int p = 0; p < P * P; p++) store(V + p * plane + tile * x.C + c, result[p], x.C - c);
-        }
-    });
-}

@@ -1,7 +1,7 @@
 """Winograd's convolutions of float32 maps on CPUs (`winograd.cpp`), with a bias and a residual added.
 
 F(4x4, 3x3) takes a quarter of the multiplications of the direct convolution, F(2x2, 3x3) 4/9; of a map that is doubled
-first, 25/144 and 1/4. The products are a batch of matrix products, which torch hands to its BLAS.
+first, 25/144 and 1/4.
 
 Shapes: B batch, r rows of a strip, H W rows and columns, C channels, O output channels, T tiles, P points on an axis.
 Maps are [B, H, W, C].
@@ -10,7 +10,6 @@ Maps are [B, H, W, C].
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentcodec.ops.native.build import library
+from latentcodec.ops.native.convolution import PANEL, ROWS, NativeConvolution, Workspace
 from latentcodec.ops.onednn import Convolution
 
-MIN_CHANNELS = 64  # of input and output, below which the transforms cost what the products save
-MIN_TILES = 16  # below which a weight is read for too little
+MARGIN = 16  # as in winograd.cpp
+BLOCK_BYTES = 1 << 20  # of the tiles and products that a thread has in hand
+FEW_TILES, MANY_TILES = 18, 96  # for which a weight is read: in the cache, and where they do not fit into it
+MIN_TILES = 16  # below which it does not pay to transform a weight
 KEPT_VALUES = (
     1 << 18
-)  # of a weight whose transform is kept between passes: a larger one pays for itself in each pass
+)  # of a weight whose transform is kept; that of a larger one pays for itself in each pass
 LARGEST_ERROR = 1e-5  # of a channel's values on noise, root mean square: direct convolutions have some 2e-7
 CHANNELS_TRIED = 32  # of the output, those with the most uneven weights
 
@@ -51,69 +53,47 @@ class Scheme:
         return f"F({self.outputs}x{self.outputs}, 3x3)" + (" of a doubled map" if self.doubles else "")
 
 
-class Workspace:
-    """Memory that the convolutions of one pass use again and again: fresh memory costs as much as the transforms."""
-
-    def __init__(self) -> None:
-        self.maps: dict[str, Tensor] = {}
-        self.weights: list[Tensor] = []  # that no convolution holds now
-
-    def map(self, name: str, *shape: int) -> Tensor:
-        """Float32 memory of `shape`, always the same for a name."""
-        size = math.prod(shape)
-        if name not in self.maps or self.maps[name].numel() < size:
-            self.maps[name] = torch.empty(size)
-        return self.maps[name][:size].view(shape)
-
-    def borrow_weight(self, size: int) -> Tensor:
-        """`size` float32 values, to be given back into `weights`."""
-        memory = self.weights.pop() if self.weights else torch.empty(0)
-        return memory if memory.numel() >= size else torch.empty(size)
-
-
-class WinogradConvolution:
+class WinogradConvolution(NativeConvolution):
     """A 3x3 convolution of windows [B, r + 2, W, C]: Winograd's where there are tiles enough, else the direct one."""
 
     def __init__(
-        self, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, direct: Callable[[], Convolution]
+        self,
+        library: ctypes.CDLL,
+        weight: Tensor,
+        scheme: Scheme,
+        direct: Callable[[], Convolution],
+        keep: bool = True,
     ) -> None:
-        self.library, self.weight, self.scheme = library, weight, scheme
-        self.prepare_direct = direct
-        self.direct: Convolution | None = None
-        self.kept = None if weight.numel() > KEPT_VALUES else self.transformed(torch.empty(self.size))
+        super().__init__(library, direct)
+        self.weight, self.scheme = weight, scheme
+        keep = keep and weight.numel() <= KEPT_VALUES
+        self.kept = self.transformed(torch.empty(self.size)) if keep else None
 
     @classmethod
     def best(
-        cls, weight: Tensor, doubles: bool, direct: Callable[[], Convolution]
+        cls, weight: Tensor, doubles: bool, direct: Callable[[], Convolution], keep: bool = True
     ) -> WinogradConvolution | None:
         """With the fewest multiplications among those that are exact enough for this weight [O, C, 3, 3]."""
         native = library()
-        if native is None or min(weight.shape[:2]) < MIN_CHANNELS:
+        if native is None or weight.shape[0] % PANEL or weight.shape[1] % PANEL:
             return None
         for scheme in (Scheme(4, doubles), Scheme(2, doubles)):
             if error(native, weight.float(), scheme) <= LARGEST_ERROR:
-                return cls(native, weight, scheme, direct)
+                return cls(native, weight, scheme, direct, keep)
         return None
 
     @property
     def size(self) -> int:
         """Values of the transformed weight."""
-        return self.scheme.products * self.weight.shape[0] * self.weight.shape[1]
+        return weight_values(self.scheme, *self.weight.shape[:2])
 
     def transformed(self, memory: Tensor) -> Tensor:
-        """[P^2, C, O] in `memory`."""
-        outputs, inputs = self.weight.shape[:2]
-        out = memory[: self.size].view(self.scheme.products, inputs, outputs)
-        return transform_weight_(out, self.library, self.weight.float(), self.scheme)
+        """The weight's transform, in `memory`."""
+        return transform_weight_(memory, self.library, self.weight.float(), self.scheme)
 
     def using(self, workspace: Workspace) -> Convolution:
         """As it runs in one pass."""
         return _Running(self, workspace)
-
-    def directly(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if self.direct is None:
-            self.direct = self.prepare_direct()
-        return self.direct(window, bias, residual)
 
 
 class _Running:
@@ -128,13 +108,14 @@ class _Running:
         prepared = self.convolution
         images, rows, columns, _ = window.shape
         area = images * (rows - 2) * columns * prepared.scheme.times**2
-        if area < MIN_TILES * prepared.scheme.outputs**2:
-            return prepared.directly(window, bias, residual)
         if self.weight is None:
+            if area < MIN_TILES * prepared.scheme.outputs**2:
+                return prepared.by_other_means(window, bias, residual)
             self.memory = self.workspace.borrow_weight(prepared.size)
             self.weight = prepared.transformed(self.memory)
         return convolve(
-            prepared.library, window, self.weight, prepared.scheme, bias, residual, self.workspace
+            *(prepared.library, window, self.weight, len(prepared.weight), prepared.scheme),
+            *(bias, residual, self.workspace),
         )
 
     def __del__(self) -> None:
@@ -153,9 +134,9 @@ def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
     made = scheme.outputs // scheme.times
     noise = torch.randn(1, made + 2, 4 * made, weight.shape[1], generator=torch.Generator().manual_seed(0))
     window = F.silu(noise)
-    transformed = torch.empty(scheme.products, weight.shape[1], weight.shape[0])
+    transformed = torch.empty(weight_values(scheme, *weight.shape[:2]))
     transform_weight_(transformed, library, weight, scheme)
-    ours = convolve(library, window, transformed, scheme, None, None, Workspace())
+    ours = convolve(library, window, transformed, len(weight), scheme, None, None, Workspace())
     map_ = F.interpolate(window.permute(0, 3, 1, 2), scale_factor=float(scheme.times))
     edge = scheme.times - 1  # rows of a doubled map that only the neighbours' tiles see
     exact = F.conv2d(map_[:, :, edge : map_.shape[2] - edge], weight, None, 1, (0, 1)).permute(0, 2, 3, 1)
@@ -165,10 +146,9 @@ def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
 
 
 def transform_weight_(out: Tensor, library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> Tensor:
-    """out [P^2, C, O] <- G w G^T of weight [O, C, 3, 3], which may have any strides."""
-    doubles = int(scheme.doubles)
+    """out [`weight_values`] <- G w G^T of weight [O, C, 3, 3], which may have any strides."""
     library.winograd_weight(
-        *(scheme.outputs, doubles, out.data_ptr(), weight.data_ptr()),
+        *(scheme.outputs, int(scheme.doubles), out.data_ptr(), weight.data_ptr()),
         *(*weight.shape[:2], *weight.stride()),
         torch.get_num_threads(),
     )
@@ -179,39 +159,58 @@ def convolve(
     library: ctypes.CDLL,
     x: Tensor,
     transformed: Tensor,
+    outputs: int,
     scheme: Scheme,
     bias: Tensor | None,
     residual: Tensor | None,
     workspace: Workspace,
     pads_rows: bool = False,
 ) -> Tensor:
-    """The 3x3 convolution of x [B, H, W, C] with a weight of which `transformed` [P^2, C, O] holds the transform.
+    """The 3x3 convolution of x [B, H, W, C] with a weight [O, C, 3, 3] of which `transformed` holds the transform.
 
     Columns are padded with zeros; rows too where `pads_rows`, else x holds the row above and the row below. ->
-    [B, H', W', O] with H' = H or H - 2, and twice H' and W' where the scheme doubles. bias [O], residual as the result.
+    [B, H', W', O] with H' = H or H - 2, and twice H' and W' where the scheme doubles; O = `outputs`. bias [O], residual
+    as the result.
     """
     images, rows, columns, channels = x.shape
-    times = scheme.times
-    made = images, (rows if pads_rows else rows - 2) * times, columns * times, transformed.shape[2]
-    tiling = -(-made[1] // scheme.outputs), -(-made[2] // scheme.outputs)
-    tiles = images * tiling[0] * tiling[1]
-    x = x if x.is_contiguous() else x.contiguous()
-    kind, threads = (scheme.outputs, int(scheme.doubles)), torch.get_num_threads()
-    tiled = workspace.map("input", scheme.products, tiles, channels)
-    products = workspace.map("products", scheme.products, tiles, made[3])
-    library.winograd_input(
-        *(*kind, tiled.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),
-        *(*x.shape, *tiling, int(pads_rows), threads),
-    )
-    torch.bmm(tiled, transformed, out=products)
-    y = torch.empty(made)
-    library.winograd_output(
-        *(*kind, y.data_ptr(), products.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(
-            (None, 0, 0)
-            if residual is None
-            else (residual.data_ptr(), residual.stride(0), residual.stride(1))
-        ),
-        *(*made, *tiling, threads),
+    times, threads = scheme.times, torch.get_num_threads()
+    made = images, (rows if pads_rows else rows - 2) * times, columns * times, outputs
+    tiles = images * -(-made[1] // scheme.outputs) * -(-made[2] // scheme.outputs)
+    together = tiles_together(scheme, tiles, channels, outputs, threads)
+    memory = workspace.memory(threads * block_values(scheme, together, channels, outputs))
+    x, y = x if x.is_contiguous() else x.contiguous(), torch.empty(made)
+    no_residual = None, 0, 0
+    library.winograd_convolve(
+        *(scheme.outputs, int(scheme.doubles), y.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),
+        *(*x.shape, *made[1:], transformed.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(no_residual if residual is None else (residual.data_ptr(), *residual.stride()[:2])),
+        *(int(pads_rows), together, memory.data_ptr(), threads),
     )
     return y
+
+
+def tiles_together(scheme: Scheme, tiles: int, channels: int, outputs: int, threads: int) -> int:
+    """How many tiles a thread transforms before it multiplies them, equally many for all.
+
+    As many as the cache holds; where these are too few to read a weight for, that does not matter any more.
+    """
+    most = BLOCK_BYTES // (4 * scheme.products * (channels + outputs))
+    most = MANY_TILES if most < FEW_TILES else min(most, MANY_TILES // 2)
+    blocks = -(-tiles // (most * threads)) * threads
+    return -(-tiles // blocks)
+
+
+def block_values(scheme: Scheme, together: int, channels: int, outputs: int) -> int:
+    """Of the memory of one thread."""
+    return scheme.products * ((together + ROWS) * (channels + outputs) + 2 * MARGIN) + channels
+
+
+def spare_bytes(weight: Tensor) -> int:
+    """What the memory of all threads is larger than the tiles and products of a strip, for a weight [O, C, k, k]."""
+    outputs, channels = weight.shape[:2]
+    return 4 * torch.get_num_threads() * block_values(Scheme(4), 0, channels, outputs)
+
+
+def weight_values(scheme: Scheme, outputs: int, channels: int) -> int:
+    """Of a transformed weight [outputs, channels, 3, 3]."""
+    return scheme.products * (outputs * channels + MARGIN)

@@ -52,7 +52,7 @@ def build(data: Mapping[str, Any]) -> Page:
     strips = {strip["name"]: strip["pictures"] for strip in data["strips"]}
     _channels(page, data, strips)
     _distribution(page, data)
-    _bears(page, data, strips, zoom or 1)
+    _robustness(page, data, strips, zoom or 1)
     if "space" in data:
         add_space(page, data["space"], zoom)
     if data.get("training"):
@@ -209,7 +209,7 @@ def _spectrum(data: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _bears(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any], zoom: int) -> None:
+def _robustness(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any], zoom: int) -> None:
     measures = data["measures"]
     page.section(
         "What it bears", "A generator hands over latents that are slightly wrong; a store rounds them."

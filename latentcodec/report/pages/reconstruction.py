@@ -37,7 +37,7 @@ def build(data: Mapping[str, Any]) -> Page:
         page.section("Image by image", "A mean hides which images a codec is good at. These plots do not.")
         page.plots(_scores(data), SCORES_CAPTION)
     _groups(page, data.get("images", {}))
-    _beyond(page, codecs)
+    _text_and_colours(page, codecs)
     page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
     images = f"{data['evaluated']} of {data['folder']}; {len(data['skipped'])} skipped"
     keys = {
@@ -74,7 +74,7 @@ def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
     """PSNR of each codec; of a single one also the other numbers."""
     if len(codecs) > 1:
         what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB against the KLT"
-        return [(f"{e['psnr']['mean']:.2f} dB", what.format(**e), _over(e)) for e in codecs]
+        return [(f"{e['psnr']['mean']:.2f} dB", what.format(**e), _gain_over_klt(e)) for e in codecs]
     (entry,) = codecs
     cards = [
         (
@@ -85,7 +85,7 @@ def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
         (
             f"{entry['psnr_over_klt']:+.2f} dB",
             f"against the linear KLT of the same size, {entry['latent']}",
-            _over(entry),
+            _gain_over_klt(entry),
         ),
         (number(entry["ssim"]["mean"], 4), "mean SSIM; 1 is equal", ""),
     ]
@@ -94,7 +94,7 @@ def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _over(entry: Entry) -> str:
+def _gain_over_klt(entry: Entry) -> str:
     """A codec that does not beat a linear transform has failed."""
     return "healthy" if entry["psnr_over_klt"] > 0 else "failure"
 
@@ -202,7 +202,7 @@ def _groups(page: Page, images: Mapping[str, Sequence[Entry]]) -> None:
     page.table(["codec", *names], rows, "Images that came back unchanged are left out.")
 
 
-def _beyond(page: Page, codecs: Sequence[Entry]) -> None:
+def _text_and_colours(page: Page, codecs: Sequence[Entry]) -> None:
     """Text, round trips, colours: what older results do not have."""
     if legible := [e for e in codecs if e.get("legibility")]:
         _text(page, legible)

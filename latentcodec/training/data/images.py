@@ -7,6 +7,7 @@ in `crops.py`. Shapes: C channels, H W pixels.
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
@@ -116,6 +117,24 @@ class TrainingImages:
     def counts(self) -> list[int]:
         """Numbers of training and of validation images; of a remote set 0 are known to be trained on."""
         return [len(self.train), len(self.val)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one where an image of the sets was exchanged for another.
+
+        It covers the name and the length of every file, and the content of those that are held out.
+        """
+        found = hashlib.blake2b(digest_size=16)
+        for source in (self.source, self.val_source):
+            if isinstance(source, EncodedSource):
+                for index, length in enumerate(source.lengths()):
+                    found.update(
+                        f"{PurePath(source.name(index)).name}\n{length}\n".encode(errors="backslashreplace")
+                    )
+        if isinstance(self.val_source, EncodedSource):
+            for index in self.val.tolist():
+                found.update(_digest(self.val_source, index) or b"unreadable")
+        return found.hexdigest()
 
     @cached_property
     def buckets(self) -> NDArray[np.int64]:

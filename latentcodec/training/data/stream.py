@@ -25,6 +25,7 @@ from latentcodec.training.data.order import BucketedOrder, EpochOrder, Positions
 from latentcodec.training.data.text import find_fonts
 from latentcodec.training.progress import counted
 from latentcodec.training.signals import held, shield_data_worker
+from latentcodec.training.watchdog import READING, doing
 
 SHARED_MEMORY = "/dev/shm"
 SHARED_MEMORY_RESERVE = 2  # times what the batches need: other processes, and other streams, use it too
@@ -51,6 +52,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         asked = time.perf_counter()
+        doing(READING)
         with held():
             batches = iter(self.loader)  # starts the workers
         for batch in batches:
@@ -59,6 +61,7 @@ class Batches:
                 raise batch
             yield _as_tensors(batch)
             asked = time.perf_counter()
+            doing(READING)
 
 
 def training_batches(

@@ -21,12 +21,14 @@ from latentcodec.quality.metrics import Evaluation, evaluate, reconstruct
 from latentcodec.training.config import Config
 from latentcodec.training.data.images import HeldOut, TrainingImages
 from latentcodec.training.data.stream import first_crops, training_batches
+from latentcodec.training.exchange import wait_for_others
 from latentcodec.training.export.codec_folder import finish, write_codec
 from latentcodec.training.export.regimes import Regimes
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import counted
 from latentcodec.training.state import TrainState
+from latentcodec.training.watchdog import OTHERS, doing
 
 SAMPLES = 6  # held-out images whose reconstruction is drawn at each validation
 
@@ -66,7 +68,7 @@ class Exporter:
             held_out = self.held_out
             names = held_out.classes or [Path(name).name for name in held_out.names]
             self.journal.samples(state.step, pairs, names[:SAMPLES])
-        self.accelerator.wait_for_everyone()
+        wait_for_others(self.accelerator)
         return evaluation
 
     def finish(self) -> None:
@@ -92,8 +94,9 @@ class Exporter:
                 sections.append(drift.card(str(self.config.model.teacher)))
             codec = LatentCodec(vae)
             card = codec.model_card("\n\n".join(filter(None, sections)))
+            doing("saving the codec")
             write_codec(codec, Path(self.config.output_dir) / "codec", card)
-        self.accelerator.wait_for_everyone()
+        wait_for_others(self.accelerator)
 
     def latent_statistics(self) -> LatentStatistics:
         """Of the averaged weights' latents over the training crops; all processes measure what one would."""
@@ -111,4 +114,5 @@ class Exporter:
 
     def _total(self, sums: Tensor) -> Tensor:
         """Sums of one process -> sums over all of them."""
+        doing(OTHERS)
         return self.accelerator.reduce(sums, reduction="sum")

@@ -69,6 +69,10 @@ class TrainConfig:
     """Steps between two checkpoints; each also refreshes codec/."""
     keep_last: PositiveInt = 2
     """Checkpoints to keep."""
+    patience_minutes: PositiveFloat = 30.0
+    """End with a sentence where nothing has happened for so long: a disk that does not answer, a data worker or another
+    process that was lost. With several processes, more than the longest validation. Downloads take as long as they
+    take."""
     statistics_images: PositiveInt = 512
     """Crops over which mean and deviation of the latents are measured for codec/."""
     trackers: list[str] | None = None

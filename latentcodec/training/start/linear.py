@@ -20,7 +20,6 @@ Shapes: B batch, C image channels, H W pixels, f downsampling factor, c latent c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -31,15 +30,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from latentcodec.quality.klt import KLT
+from latentcodec.training.start.least_squares import least_squares, least_squares_doubled
 from latentcodec.vae.families import family_of
 from latentcodec.vae.layers import Attention, DownStage, ResnetBlock2D, Stage, UpStage
 from latentcodec.vae.networks import Decoder, Encoder, downsampling_factor
 
 CONSTANT = 64.0  # K: the signals have unit variance, so they move a group's deviation by less than a tenth of a percent
 POSTERIOR_STD = 0.01  # of the first posterior, in units of the latents' own deviation
-# Of the least squares, relative to the mean energy of the regressors. As large as it can be without a loss (0.2 dB):
-# a solution of small weights still holds when the first training steps move the features below it.
-RIDGE = 1e-2
 
 
 def zero_residuals(vae: AutoencoderKL) -> None:
@@ -111,7 +108,7 @@ def _start_encoder(encoder: Encoder, klts: list[KLT], latent_channels: int) -> N
 def _predict_latents(encoder: Encoder, signals: Tensor, latents: Tensor) -> None:
     """Let the last convolution predict `latents` from the KLT's coefficients, both [N, c, h, w]."""
     c = latents.shape[1]
-    weight, bias = _least_squares(signals, latents)
+    weight, bias = least_squares(signals, latents)
     plus, minus = torch.tensor(_paired_channels(encoder.conv_norm_out, c)).T
     encoder.conv_out.weight[:c, plus], encoder.conv_out.weight[:c, minus] = weight, -weight
     _bias(encoder.conv_out)[:c] = bias
@@ -147,12 +144,12 @@ def _start_decoder(decoder: Decoder, klts: list[KLT], z: Tensor, x: Tensor) -> N
         raise ValueError(_too_narrow(norm, x.shape[1]))
     stages = [cast(UpStage, stage) for stage in decoder.up_blocks]
     last = len(stages) - 1
-    h = decoder.mid_block(decoder.conv_in(z))
+    h = decoder.conv_in(z)  # the middle block is its shortcut, which changes nothing
     for i, stage in enumerate(stages):
         _start_shortcuts(stage, pairs if i == last else None)
-        h = stage.refine(h)
+        h = _through_shortcuts(stage, h)
         if i < last:
-            weight, bias = _least_squares_doubled(h, klts[last - 1 - i].encode(x))
+            weight, bias = least_squares_doubled(h, klts[last - 1 - i].encode(x))
             layout = pairs if i == last - 1 and _keeps_width(stages[last]) else None
             conv = _resampling(stage.upsamplers)
             _write(conv, weight, bias, layout)
@@ -160,63 +157,11 @@ def _start_decoder(decoder: Decoder, klts: list[KLT], z: Tensor, x: Tensor) -> N
     _pin_norm(norm, cast(ResnetBlock2D, stages[last].resnets[-1]))
     plus = torch.tensor([pair[0] for pair in pairs])
     minus = torch.tensor([pair[1] for pair in pairs])
-    weight, bias = _least_squares(h[:, plus], x)
+    weight, bias = least_squares(h[:, plus], x)
     nn.init.zeros_(decoder.conv_out.weight)
     decoder.conv_out.weight[:, plus] = weight
     decoder.conv_out.weight[:, minus] = -weight
     _bias(decoder.conv_out).copy_(bias)
-
-
-def _least_squares(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The 3x3 convolution that predicts `target` from `h` best: weight [m, n, 3, 3] and bias [m].
-
-    h [B, n, H, W], target [B, m, H, W]; zero padding as the layer has it.
-    """
-    gram, products = _normal_equations(F.pad(h, (1, 1, 1, 1)), 3, target)
-    return _solved(gram, products, h.shape[1])
-
-
-def _least_squares_doubled(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for the map that is `h` doubled by nearest neighbours: h [B, n, H, W], target [B, m, 2H, 2W].
-
-    The rows of a 3x3 window around an even row of the doubled map are the rows i - 1, i, i of h, and around an odd one
-    i, i, i + 1. So each of the four kinds of position sees 2x2 values of h, and its normal equations in those give the
-    ones in the nine taps: with a fifth of the multiplications.
-    """
-    n, m = h.shape[1], target.shape[1]
-    gram = torch.zeros(9 * n + 1, 9 * n + 1, dtype=torch.float64)
-    products = torch.zeros(9 * n + 1, m, dtype=torch.float64)
-    copied = torch.tensor([[0, 1, 1], [0, 0, 1]])  # [parity, tap]: the row, or column, that a tap reads
-    channels = 4 * torch.arange(n)[:, None, None]
-    for a, b in itertools.product(range(2), repeat=2):
-        window = F.pad(h, (1 - b, b, 1 - a, a))
-        small, small_products = _normal_equations(window, 2, target[:, :, a::2, b::2])
-        taps = channels + 2 * copied[a][:, None] + copied[b]  # [n, 3, 3]: the unknown of the small equations
-        reads = torch.cat([taps.flatten(), torch.tensor([4 * n])])  # and the bias
-        gram += small[reads[:, None], reads]
-        products += small_products[reads]
-    return _solved(gram, products, n)
-
-
-def _normal_equations(h: Tensor, side: int, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all positions of the products of a window's k = n side^2 values and a 1 with one another, [k+1, k+1],
-    and with `target` [B, m, H, W]: [k+1, m]; h [B, n, H + side - 1, W + side - 1]; float64."""
-    k = h.shape[1] * side**2
-    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64)
-    products = torch.zeros(k + 1, target.shape[1], dtype=torch.float64)
-    for h_part, target_part in zip(h.split(8), target.split(8), strict=True):
-        rows = rearrange(F.unfold(h_part, side), "b k p -> (b p) k")
-        rows = F.pad(rows, (0, 1), value=1.0)  # the bias
-        gram += (rows.T @ rows).double()
-        products += (rows.T @ rearrange(target_part, "b m h w -> (b h w) m")).double()
-    return gram, products
-
-
-def _solved(gram: Tensor, products: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Weight [m, n, 3, 3] and bias [m] of normal equations, with a small ridge."""
-    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    solution = torch.linalg.solve(gram, products).float()
-    return rearrange(solution[:-1], "(n i j) m -> m n i j", i=3, j=3), solution[-1]
 
 
 def _paired_channels(norm: nn.GroupNorm, signals: int) -> list[tuple[int, int]]:
@@ -253,6 +198,14 @@ def _start_shortcuts(stage: Stage, pairs: list[tuple[int, int]] | None) -> None:
     if conv is not None:
         weight = torch.eye(min(conv.in_channels, conv.out_channels), conv.in_channels)
         _write(conv, weight[:, :, None, None], torch.zeros(len(weight)), pairs)
+
+
+def _through_shortcuts(stage: Stage, h: Tensor) -> Tensor:
+    """The linear path of a stage's residual blocks, whose branches are zero: [B, n, H, W] -> [B, m, H, W]."""
+    for block in stage.resnets:
+        shortcut = cast(ResnetBlock2D, block).conv_shortcut
+        h = h if shortcut is None else shortcut(h)
+    return h
 
 
 def _keeps_width(stage: Stage) -> bool:

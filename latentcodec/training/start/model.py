@@ -28,6 +28,7 @@ from latentcodec.training.start.architecture import architecture
 from latentcodec.training.start.linear import linear_start, zero_residuals
 from latentcodec.training.start.pixel_scale import Features, PixelScale
 from latentcodec.vae.families import KL, family_of
+from latentcodec.vae.padding import PADDING_KEY
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
 
 
@@ -50,6 +51,9 @@ class ModelConfig:
     """Attention at the lowest resolution, as in Stable Diffusion's VAE."""
     use_quant_conv: bool = False
     """The 1x1 convolutions around the latent that Stable Diffusion 1 and 2 and SDXL have."""
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+    """What convolutions see beyond the border of a map; zeros leave bright borders dark. No class of diffusers can hold
+    another mode: the codec's config.json does, in latentcodec_padding_mode, and diffusers alone decodes it wrongly."""
     init: Literal["linear", "default"] = "linear"
     """Start as the linear codec fitted to the data (start/linear.py), or with torch's default weights and residual
     branches at zero."""
@@ -180,10 +184,15 @@ def new_vae(
 
 def _new(config: ModelConfig, teacher: Teacher | None) -> Any:
     """A new model with torch's default weights."""
-    if teacher is None:
-        return build(architecture(config, KL, {}))
-    family = teacher.codec.family
-    return build(architecture(config, family, teacher.codec.vae.config), family.name)
+    family, of_teacher = (KL, {}) if teacher is None else (teacher.codec.family, teacher.codec.vae.config)
+    arguments = architecture(config, family, of_teacher)
+    if config.padding_mode != "zeros":
+        if family.has_frames:
+            raise ValueError(
+                f"model.padding_mode {config.padding_mode}: a {family.name} pads with zeros before its convolutions"
+            )
+        arguments[PADDING_KEY] = config.padding_mode
+    return build(arguments, family.name)
 
 
 def _adapted(vae: Any, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> Any:

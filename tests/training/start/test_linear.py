@@ -9,9 +9,8 @@ from latentcodec.codec import LatentCodec
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import psnr
 from latentcodec.sources.synthetic import SyntheticSource
+from latentcodec.training.start.least_squares import least_squares, least_squares_doubled
 from latentcodec.training.start.linear import (
-    _least_squares,
-    _least_squares_doubled,
     linear_start,
     zero_residuals,
 )
@@ -61,8 +60,8 @@ def test_the_encoder_starts_as_the_klt_and_the_decoder_near_it(crops, configurat
 
 def test_least_squares_of_a_doubled_map_are_those_of_the_map_once_it_is_doubled():
     h, target = torch.randn(9, 5, 6, 7), torch.randn(9, 3, 12, 14)
-    expected = _least_squares(F.interpolate(h, scale_factor=2.0, mode="nearest"), target)
-    for one, other in zip(_least_squares_doubled(h, target), expected, strict=True):
+    expected = least_squares(F.interpolate(h, scale_factor=2.0, mode="nearest"), target)
+    for one, other in zip(least_squares_doubled(h, target), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -2,14 +2,12 @@
 
 import json
 import math
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from clean_processes import ranks, start_process
 from small_runs import metrics, small, start, train, write_images
 from torch import nn
 
@@ -420,27 +418,19 @@ def _trained_weights(config) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.state.codec.parameters()]
 
 
-def _one_of_two(rank, port, config, results) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.save(_trained_weights(config), results / f"{rank}.pt")
+def _one_of_two(config, results) -> None:
+    torch.save(_trained_weights(config), results)
     torch.distributed.destroy_process_group()
 
 
 def _train_in_two_processes(config, results) -> None:
-    """Forked, so that they need not import everything again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes = [
-        multiprocessing.get_context("fork").Process(target=_one_of_two, args=(rank, port, config, results))
-        for rank in range(2)
+        start_process(results / f"{rank}.log", variables, _one_of_two, config, results / f"{rank}.pt")
+        for rank, variables in enumerate(ranks(2))
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
+    for rank, process in enumerate(processes):
         process.join(timeout=120)
-        assert process.exitcode == 0
+        assert process.exitcode == 0, (results / f"{rank}.log").read_text()
 
 
 @pytest.mark.parametrize("follows", ["nobody", "its latents"])
