@@ -113,7 +113,7 @@ def _data_settings(options: argparse.Namespace) -> list[str]:
     found = ["--data.path", options.data]
     found += ["--data.label_column", options.label_column] if options.label_column else []
     config = parse(["--config", str(CONFIGS / "base.yaml"), "--output_dir", "unused", *found])
-    height, width = open_images(config.data, 1, 0).source.size(0)
+    height, width = open_images(config.data, 1, 0).val_source.size(0)
     if height != width or height > SIDE or (SIDE - height) % 2:
         raise ValueError(f"--data {options.data}: images of {height} x {width}; these experiments take squares "
                          f"of at most {SIDE} pixels a side, an even number")  # fmt: skip
