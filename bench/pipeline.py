@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, labelled_grid, load_image, save_image
+from latentcodec.pixels import labelled_grid, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
+from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.training.data.crops import centre_crop
 
@@ -75,21 +77,10 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
     if folder is None:
         source = SyntheticSource(channels, seed=SEED)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
-    images = []
-    for path in find_images(Path(folder).expanduser()):
-        try:
-            x = load_image(path, channels)
-            if min(x.shape[-2:]) < SIDE:
-                raise UnreadableImage(
-                    f"{path}: {x.shape[-2]} x {x.shape[-1]} pixels, less than {SIDE} a side"
-                )
-            images.append(centre_crop(x, SIDE))
-        except UnreadableImage as error:
-            print(f"left out: {error}", file=sys.stderr)
-        if len(images) == PICTURES:
-            break
-    if not images:
-        raise ValueError(f"{folder}: none of its images can be used")
+    found = FolderImages(Path(folder).expanduser(), channels, SIDE)
+    images = [centre_crop(x, SIDE)[None] for _, x in islice(found, PICTURES)]
+    for item in found.left_out:
+        print(f"left out: {item.reason}", file=sys.stderr)
     return images
 
 

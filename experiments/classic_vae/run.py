@@ -13,9 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -49,24 +47,17 @@ CONFIGS = Path(__file__).parent / "configs"
 SIDE = 32
 TWO = Views(scatter=True, draws=True, map=True, strips=6, bubbles=True, walks=2, reconstructions=True)
 SIXTEEN = Views(draws=True, strips=6, bubbles=True, walks=6, reconstructions=True)
-FEW = Views(reconstructions=True)
+FEW, DRAWN = Views(reconstructions=True), Views(draws=True, reconstructions=True)
 RUNS = {  # the longest first, so that no core is left alone at the end
-    "vae-128": Views(draws=True, reconstructions=True),
+    "vae-128": DRAWN,
     "pixel-scale": FEW,
     "vae-2": TWO,
     "ae-2": TWO,
     "collapsed-2": TWO,
     "vae-16": SIXTEEN,
     "ae-16": SIXTEEN,
-    "collapsed-16": Views(draws=True, reconstructions=True),
-    "few-ae": FEW,
-    "few-vae": FEW,
-    "bernoulli": Views(draws=True, reconstructions=True),
-    "laplace": Views(draws=True, reconstructions=True),
-    "beta-0.01": FEW,
-    "beta-0.1": FEW,
-    "beta-4": FEW,
-    "beta-10": FEW,
+    **dict.fromkeys(("collapsed-16", "bernoulli", "laplace"), DRAWN),
+    **dict.fromkeys(("few-ae", "few-vae", "beta-0.01", "beta-0.1", "beta-4", "beta-10"), FEW),
 }
 FOLLOWED = ("vae-2", "ae-2", "collapsed-2")  # whose codes are drawn as they move
 FOLLOWED_AT = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -122,7 +113,7 @@ def _data_settings(options: argparse.Namespace) -> list[str]:
     found = ["--data.path", options.data]
     found += ["--data.label_column", options.label_column] if options.label_column else []
     config = parse(["--config", str(CONFIGS / "base.yaml"), "--output_dir", "unused", *found])
-    height, width = open_images(config.data, 1, 0).source.size(0)
+    height, width = open_images(config.data, 1, 0).val_source.size(0)
     if height != width or height > SIDE or (SIDE - height) % 2:
         raise ValueError(f"--data {options.data}: images of {height} x {width}; these experiments take squares "
                          f"of at most {SIDE} pixels a side, an even number")  # fmt: skip
@@ -143,7 +134,6 @@ def _begin(images: TrainingImages, configs: dict[str, Config], options: argparse
     training = _some(images, images.train.tolist()[:THEORY_IMAGES])
     variances = linear_theory.eigenvalues(training)
     shown = _shown(images)
-    held_out = shown.x
     leading = ", ".join(f"{value:.1f}" for value in variances[:8])
     print(f"variances of {len(training)} images along their principal directions: {leading} ...")
     print(
@@ -164,7 +154,7 @@ def _begin(images: TrainingImages, configs: dict[str, Config], options: argparse
         **provenance(torch.device("cpu")),
         "set": options.data or "drawn digits",
         "images": images.counts,
-        "looked_at": len(held_out),
+        "looked_at": len(shown.x),
         "label_names": [] if labels is None else labels.names,
         "basics": basics.measure_all(),
         "theory": {
@@ -172,9 +162,9 @@ def _begin(images: TrainingImages, configs: dict[str, Config], options: argparse
             "total": variances.sum().item(),
             "runs": predictions,
         },
-        "data_picture": webp(tiles(held_out[:64], 8)),
-        "data_power": radial_power(held_out).tolist(),
-        "variance": held_out.var(0, unbiased=False).sum().item(),
+        "data_picture": webp(tiles(shown.x[:64], 8)),
+        "data_power": radial_power(shown.x).tolist(),
+        "variance": shown.x.var(0, unbiased=False).sum().item(),
         "map_grid": 15,
     }
 
@@ -217,22 +207,10 @@ def _results(configs: dict[str, Config], processes: int) -> Iterator[tuple[str, 
     if processes == 1:
         yield from ((name, run(name, config)) for name, config in configs.items())
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _end_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(run, name, config): name for name, config in configs.items()}
         for future in as_completed(pending):
             yield pending[future], future.result()
-
-
-def _end_with_parent(parent: int) -> None:
-    """Of a process of the pool: stop as by SIGTERM, which saves a checkpoint, as soon as nobody waits for it."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(name: str, config: Config) -> dict[str, Any]:
@@ -247,7 +225,8 @@ def run(name: str, config: Config) -> dict[str, Any]:
         trainer.resume()
         shown = _shown(trainer.images)
         if not trainer.finished:
-            stop = StopRequest()
+            above = multiprocessing.parent_process()  # saves a checkpoint and ends when nobody waits for it
+            stop = StopRequest(None if above is None else above.pid)
             loop.train(trainer, stop, _Follow(name, trainer, shown, terminal))
             if trainer.stopped_by:
                 raise KeyboardInterrupt
@@ -269,7 +248,10 @@ def run(name: str, config: Config) -> dict[str, Any]:
         if name == "vae-2":
             found["bounds"] = importance_bounds(codec, shown.x[:BOUND_IMAGES], BOUND_DRAWS, 1.0)
         trainer.accelerator.end_training()
-    found["cpu_seconds"] = time.process_time() - began
+    spent = folder / "cpu_seconds"  # of all starts of this run
+    before = float(spent.read_text()) if spent.exists() else 0.0
+    found["cpu_seconds"] = before + time.process_time() - began
+    spent.write_text(str(found["cpu_seconds"]))
     return found
 
 

@@ -146,7 +146,7 @@ def class_means(codes: Tensor, std: Tensor, labels: Tensor) -> dict[str, Any]:
     return {
         "classes": classes,
         "means": [codes[labels == k].mean(0).tolist() for k in classes],
-        "stds": [codes[labels == k].std(0).tolist() for k in classes],
+        "stds": [codes[labels == k].std(0, unbiased=False).tolist() for k in classes],
         "mixture_mean": codes.mean(0).tolist(),
         "mixture_variance": variance,
     }

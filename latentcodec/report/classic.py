@@ -27,7 +27,7 @@ ELLIPSES = 40
 WALK = torch.linspace(-6, 6, 13)
 STEPS = 11  # pictures of a strip between two codes
 BUBBLES, BUBBLE_DRAWS = 6, 8
-SHOWN = 12  # images beside their reconstructions
+SHOWN = 11  # images beside their reconstructions
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _draws(codec: RawCodec, shown: Shown) -> dict[str, Any]:
     pictures = codec.decode(z)
     expected = cells.image_distance(shown.x, shown.train).mean()
     return {
-        "draws": webp(tiles(pictures[:DRAWS], 8)),
+        "draws": webp(tiles(_middle(pictures[:DRAWS], 24), 8)),
         "draw_distance": (cells.image_distance(pictures, shown.train).mean() / expected).item(),
         "draw_precision": cells.precision(pictures, shown.train),
         "draw_spread": (pictures.var(0).mean() / shown.x.var(0).mean()).item(),

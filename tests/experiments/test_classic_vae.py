@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from latentcodec.report import classic
 from latentcodec.report.build import build_page
 from latentcodec.report.pages.classic_claims import claims
 from latentcodec.training.config import parse
@@ -23,6 +24,8 @@ def script(monkeypatch):
     for name, value in (("LOOKED_AT", 40), ("TRAIN_IMAGES", 60), ("THEORY_IMAGES", 200), ("BOUND_IMAGES", 2)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "BOUND_DRAWS", (1, 3))
+    for name, value in (("ATLAS", 4), ("GRID", 4), ("DRAWS", 8)):
+        monkeypatch.setattr(classic, name, value)
     return module
 
 

@@ -14,6 +14,7 @@ from latentcodec.report.pages.classic_regimes import (
     add_more_numbers,
     add_regimes,
     looked_at,
+    nats,
 )
 from latentcodec.report.plots import NEUTRAL, OURS, SECOND, SERIES, THIRD, panel, plot_style, series
 from latentcodec.report.results import number, origin_facts
@@ -30,7 +31,7 @@ def build(data: Mapping[str, Any]) -> Page:
     )
     kl = {name: data["runs"][name]["looked"]["kl_nats"] for name in REGIMES}
     page.headline(
-        [(f"{kl[name]:.3g} nats", f"KL of the {text}") for name, text in REGIMES.items()]
+        [(f"{nats(kl[name])} nats", f"KL of the {text}") for name, text in REGIMES.items()]
         + [(f"{held} of {len(found)}", "claims held")]
     )
     _two_forces(page, data)
@@ -75,23 +76,15 @@ def _before(page: Page, data: Mapping[str, Any]) -> None:
         "from. Written as mean + sigma x noise it has: 1. And why squared error? It is the negative logarithm of "
         "a gaussian around the decoder's output, up to a constant.",
     )
+    through, numbers = basics["gradients"], basics["numbers"]
     rows = [
-        [f"gradient through {name}", "none" if value is None else f"{value:.3f}"]
-        for name, value in basics["gradients"].items()
+        *([f"gradient through {name}", "none" if g is None else f"{g:.3f}"] for name, g in through.items()),
+        ["squared error - gaussian, largest", f"{basics['likelihood']['largest_difference']:.1e}"],
+        *(
+            [f"numbers, {d} dimensions", f"{n['diagonal']} diagonal, {n['whole']} whole"]
+            for d, n in numbers.items()
+        ),
     ]
-    rows.append(
-        [
-            "squared error against gaussian, largest difference",
-            f"{basics['likelihood']['largest_difference']:.1e}",
-        ]
-    )
-    for d, counts in basics["numbers"].items():
-        rows.append(
-            [
-                f"numbers of a gaussian in {d} dimensions",
-                f"{counts['diagonal']} diagonal, {counts['whole']} whole",
-            ]
-        )
     page.table(["what", "result"], rows, "The gradient of the mean of z^2 at mean 0.5, which is 1.")
     page.section(
         "Told before training",
@@ -161,8 +154,8 @@ def _pixel_scale(page: Page, data: Mapping[str, Any]) -> None:
             ]
             for text, run in (("one fixed sigma", fixed), ("a sigma for each pixel", learned))
         ],
-        "Both with sixteen numbers and beta 1. The learned sigma has the lower loss, and the worse pictures: its nats "
-        "go where it claims to be certain, not where strokes are.",
+        "Both with sixteen numbers and beta 1. The learned sigma has the lower loss, and the worse pictures: its "
+        "nats go where it claims to be certain, not where strokes are.",
     )
 
 
@@ -285,7 +278,7 @@ def _claims(page: Page, data: Mapping[str, Any]) -> None:
     )
     found = claims(data)
     page.table(
-        ["claim", "from", "in", "measured", "held"],
+        ["claim", "from", "experiment", "measured", "held"],
         [[c.text, c.source, c.experiment, c.measured, "held" if c.held else "did not hold"] for c in found],
         "Limits stand in latentcodec/report/pages/classic_claims.py.",
         tones=[["", "", "", "", "better" if c.held else "worse"] for c in found],
@@ -293,10 +286,7 @@ def _claims(page: Page, data: Mapping[str, Any]) -> None:
     rows = [
         [
             name,
-            f"{run['numbers']}",
-            f"{run['kl_weight']:g}",
-            run["likelihood"],
-            f"{run['steps']}",
+            *(str(run[key]) for key in ("numbers", "kl_weight", "likelihood", "steps")),
             f"{run['cpu_seconds']:.0f}",
         ]
         for name, run in data["runs"].items()

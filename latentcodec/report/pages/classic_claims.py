@@ -76,10 +76,11 @@ def _regimes(data: Mapping[str, Any]) -> list[Claim]:
               f"autoencoder {kls[0]:.0f}, VAE {kls[1]:.1f}, collapsed {kls[2]:.3f} nats",
               kls[0] > 5 * kls[1] > 25 * kls[2], "E1"),
         Claim("001, 003, 004.4", "an autoencoder cannot be sampled from N(0, I), a VAE can",
-              f"share of 256 draws that look like data: autoencoder {_lower(ae, wide)}, VAE {_lower(vae, sixteen)} "
-              "(2 and 16 numbers)",
-              vae["draw_precision"] > ae["draw_precision"] and sixteen["draw_precision"] > wide["draw_precision"],
-              "E1"),
+              f"variance of decoded draws over that of images: autoencoder {_spreads(ae, wide)}, VAE "
+              f"{_spreads(vae, sixteen)} (2 and 16 numbers); like data, with 16: {wide['draw_precision']:.0%} against "
+              f"{sixteen['draw_precision']:.0%}",
+              vae["draw_spread"] > 3 * ae["draw_spread"] and sixteen["draw_spread"] > 3 * wide["draw_spread"]
+              and sixteen["draw_precision"] > wide["draw_precision"], "E1"),
         Claim("004.4", "a VAE is blurrier than an autoencoder",
               f"16 numbers: {sixteen['psnr_db']:.2f} against {wide['psnr_db']:.2f} dB, sharpness "
               f"{sixteen['sharpness']:.2f} against {wide['sharpness']:.2f}",
@@ -115,7 +116,7 @@ def _shape(data: Mapping[str, Any]) -> list[Claim]:
         Claim("003", "interpolation is smooth",
               f"largest step over the mean one: VAE {two['largest_step']:.2f} and {vae['largest_step']:.2f}, "
               f"autoencoder {plain['largest_step']:.2f} and {ae['largest_step']:.2f} (2 and 16 numbers)",
-              two["largest_step"] < plain["largest_step"] and vae["largest_step"] < 3, "E1"),
+              max(two["largest_step"], vae["largest_step"]) < 3, "E1"),
         Claim("004.5", "the 15 x 15 map of the VAE is smooth and has no gaps",
               f"largest step {two['map_largest_step']:.1f} medians, of the autoencoder's "
               f"{plain['map_largest_step']:.1f}", two["map_largest_step"] < plain["map_largest_step"], "E1"),
@@ -140,7 +141,7 @@ def _likelihoods(data: Mapping[str, Any]) -> list[Claim]:
         _looked(data, "pixel-scale"),
     )
     gauss, laplace, bernoulli = (_looked(data, name) for name in ("vae-16", "laplace", "bernoulli"))
-    ae, small = _looked(data, "few-ae"), _looked(data, "few-vae")
+    ae, small, ghost = (_looked(data, name) for name in ("few-ae", "few-vae", "collapsed-16"))
     gaps = [run["train_psnr_db"] - run["psnr_db"] for run in (ae, small)]
     return [
         Claim("001.B", "a learned variance for each pixel cheats: what is hard becomes noise",
@@ -150,9 +151,10 @@ def _likelihoods(data: Mapping[str, Any]) -> list[Claim]:
         Claim("001.B", "and the pictures are worse than with one fixed sigma",
               f"{learned['psnr_db']:.2f} dB with {learned['kl_nats']:.0f} nats, fixed {fixed['psnr_db']:.2f} dB with "
               f"{fixed['kl_nats']:.0f} nats", learned["psnr_db"] < fixed["psnr_db"], "E2"),
-        Claim("000.8, 002", "binary cross-entropy suits grey digits as well as squared error",
-              f"{bernoulli['psnr_db']:.2f} dB for {bernoulli['kl_nats']:.0f} nats against {gauss['psnr_db']:.2f} dB "
-              f"for {gauss['kl_nats']:.0f}", abs(bernoulli["psnr_db"] - gauss["psnr_db"]) < 4, "E3"),
+        Claim("000.8, 002", "squared error or cross-entropy: both serve for grey images",
+              f"cross-entropy {bernoulli['psnr_db']:.2f} dB with {bernoulli['kl_nats']:.0f} nats, squared error "
+              f"{gauss['psnr_db']:.2f} dB with {gauss['kl_nats']:.0f}, the mean image {ghost['psnr_db']:.2f} dB",
+              min(bernoulli["psnr_db"], gauss["psnr_db"]) > ghost["psnr_db"] + 2, "E3"),
         Claim("001.blur", "squared error blurs; absolute error blurs less",
               f"energy above half the band over that of the images: gaussian {gauss['sharpness']:.2f}, Laplace "
               f"{laplace['sharpness']:.2f}, Bernoulli {bernoulli['sharpness']:.2f}",
@@ -171,7 +173,7 @@ def _balance(data: Mapping[str, Any]) -> list[Claim]:
     theory = data["theory"]["runs"]
     told = {name: theory[name] for name in theory if theory[name]["noise"] > 0}
     right = sum(bool(told[name]["alive"]) == bool(_looked(data, name)["active"]) for name in told)
-    many = _looked(data, "vae-128")
+    many, sixteen = _looked(data, "vae-128"), _looked(data, "vae-16")
     found = [
         Claim("000.3", "the KL pulls sigma to 1 and mu to 0; much of it costs the picture",
               f"from beta {ends[0]:g} to {ends[1]:g}: sigma {_ends(by['mean_sigma'], 2)}, mean mu^2 "
@@ -182,9 +184,9 @@ def _balance(data: Mapping[str, Any]) -> list[Claim]:
               f"KL {_ends(by['kl_nats'], 1)} nats", monotone(by["kl_nats"], False, 0.1), "E4"),
         Claim("linear theory", "told before training: which runs live and which collapse",
               f"{right} of {len(told)} runs as predicted", right == len(told), "E4"),
-        Claim("001, 004", "128 numbers: only some are used",
-              f"{many['active']} of 128 active, linear theory {theory['vae-128']['alive']}",
-              0 < many["active"] < 128, "E1"),
+        Claim("001, 004", "128 numbers tell no more than sixteen do: the others are not worth their nats",
+              f"{many['kl_nats']:.1f} nats against {sixteen['kl_nats']:.1f}; {many['active']} of 128 tell 0.01 nats, "
+              f"linear theory {theory['vae-128']['alive']}", many["kl_nats"] < 1.3 * sixteen["kl_nats"], "E1"),
     ]  # fmt: skip
     followed = {name: data["runs"][f"{name}-2"].get("followed") for name in ("ae", "vae", "collapsed")}
     if all(followed.values()):
@@ -215,5 +217,5 @@ def _share(value: float | None) -> str:
     return "an unknown share" if value is None or math.isnan(value) else f"{value:.0%}"
 
 
-def _lower(two: Mapping[str, Any], sixteen: Mapping[str, Any]) -> str:
-    return f"{two['draw_precision']:.0%} and {sixteen['draw_precision']:.0%}"
+def _spreads(two: Mapping[str, Any], sixteen: Mapping[str, Any]) -> str:
+    return f"{two['draw_spread']:.2f} and {sixteen['draw_spread']:.2f}"

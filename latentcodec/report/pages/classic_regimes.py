@@ -50,6 +50,11 @@ CLASSES = (
 )
 
 
+def nats(value: float) -> str:
+    """A KL, as short as it is clear."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}"
+
+
 def looked_at(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     looked: dict[str, Any] = data["runs"][name]["looked"]
     return looked
@@ -79,8 +84,9 @@ def add_regimes(page: Page, data: Mapping[str, Any]) -> None:
     )
     page.pictures(
         [(looked_at(data, name)["draws"], text) for name, text in REGIMES.items()],
-        "64 draws of N(0, I), decoded. The autoencoder has never seen such points: blobs. The VAE draws digits. The "
-        "collapsed one draws its one grey ghost.",
+        "64 draws of N(0, I), decoded. In the space that the autoencoder uses they all fall on one spot: nearly "
+        "the same picture again and again. The VAE draws digits of all kinds. The collapsed one draws its one "
+        "grey ghost.",
         0,
     )
     page.pictures(
@@ -94,9 +100,9 @@ def add_regimes(page: Page, data: Mapping[str, Any]) -> None:
 def _row(looked: Mapping[str, Any]) -> list[str]:
     agreement = looked.get("label_agreement")
     return [
-        f"{looked['kl_nats']:.3g}", f"{looked['psnr_db']:.2f}", f"{looked['train_psnr_db']:.2f}",
+        nats(looked["kl_nats"]), f"{looked['psnr_db']:.2f}", f"{looked['train_psnr_db']:.2f}",
         f"{looked['codes_low']:.2f}", f"{looked['codes_high']:.2f}", f"{looked['mean_sigma']:.3f}",
-        f"{looked['mean_square_mu']:.3g}", f"{looked['active']} of {looked['numbers']}",
+        f"{looked['mean_square_mu']:.2f}", f"{looked['active']} of {looked['numbers']}",
         f"{looked['decoder_spread']:.3f}", "-" if agreement is None else f"{agreement:.0%}",
         f"{looked['draw_precision']:.0%}" if "draw_precision" in looked else "-",
     ]  # fmt: skip
@@ -212,8 +218,8 @@ def add_map(page: Page, data: Mapping[str, Any]) -> None:
 def add_more_numbers(page: Page, data: Mapping[str, Any]) -> None:
     page.section(
         "E1 with 16 and 128 numbers",
-        "Two numbers are for looking. With sixteen the pictures are better, and with 128 most of the numbers stay "
-        "asleep: they are not worth their nats.",
+        "Two numbers are for looking. With sixteen the pictures are better, and with 128 they are no better: what "
+        "sixteen do not tell is hardly worth its nats, so most of the others tell next to nothing.",
     )
     names = {
         "ae-16": "autoencoder, 16",
@@ -225,7 +231,9 @@ def add_more_numbers(page: Page, data: Mapping[str, Any]) -> None:
         ["run", *ROW], [[text, *_row(looked_at(data, name))] for name, text in names.items()], ROW_CAPTION
     )
     page.pictures(
-        [(looked_at(data, name)["draws"], text) for name, text in names.items()], "Draws of N(0, I).", 0
+        [(looked_at(data, name)["draws"], text) for name, text in names.items()],
+        "Draws of N(0, I). Of the autoencoder: fragments.",
+        0,
     )
     page.pictures(
         [(looked_at(data, name)["reconstructions"], text) for name, text in names.items()],
