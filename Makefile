@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PHOTOS ?=
-export PHOTOS # recipes read it from the environment, since a path may hold spaces and quotes
+DATA ?=
+LABELS ?=
+export PHOTOS DATA LABELS # recipes read them from the environment, since a path may hold spaces and quotes
 # Photographs of your own get a run of their own: the same folder would resume the one on drawn pictures.
 SPACE := $(subst ,, )
 DEMO := runs/demo$(if $(PHOTOS),-$(subst $(SPACE),-,$(notdir $(abspath $(PHOTOS)))))
 
-.PHONY: help install demo docs test test-slow check format clean
+.PHONY: help install demo experiments docs test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -25,6 +27,9 @@ $(BIN)/.installed: pyproject.toml
 
 demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS=folder for your own images
 	@$(BIN)/python bench/demo.py --out "$(DEMO)" $${PHOTOS:+--images "$$PHOTOS"}
+
+experiments: install ## the classic VAE experiments on digits, and a page that explains them; DATA=mnist for your own
+	@$(BIN)/python experiments/classic_vae/run.py $${DATA:+--data "$$DATA"} $${LABELS:+--label-column "$$LABELS"}
 
 test: install ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -24,9 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import printable
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality.features import (
     Features,
     features_of_all,
@@ -40,6 +38,7 @@ from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.diffusability import table
 from latentcodec.report.pictures import tiles, webp
+from latentcodec.sources.folders import FolderImages
 
 SAMPLER_STEPS = 40  # of Euler's method
 BATCH = 8  # crops that are encoded or decoded in one call
@@ -147,17 +146,10 @@ def open_features(options: argparse.Namespace) -> tuple[str, Features]:
 def open_crops(folder: Path, budget: Budget, channels: int) -> tuple[Tensor, Tensor]:
     """[N, C, S, S] to train on, and others held out: the same crops for every codec, of different images."""
     generator = torch.Generator().manual_seed(0)
-    paths = find_images(folder)
-    wanted = budget.crops + budget.crops // 4
-    crops: list[list[Tensor]] = []
-    for path in tqdm(paths, desc="reading", unit="image"):
-        try:
-            x = load_image(path, channels)[0]
-        except UnreadableImage as error:
-            print(printable(f"skipped {error}"))
-            continue
-        if min(x.shape[-2:]) >= budget.side:
-            crops.append([_crop(x, budget.side, generator) for _ in range(-(-wanted // len(paths)))])
+    images = FolderImages(folder, channels, budget.side)
+    each = -(-(budget.crops + budget.crops // 4) // len(images.paths))
+    crops = [[_crop(x, budget.side, generator) for _ in range(each)] for _, x in images]
+    report.print_left_out(images.left_out)
     if len(crops) < 5:
         raise ValueError(
             f"{folder}: {len(crops)} images of {budget.side} pixels a side; at least 5 are needed"

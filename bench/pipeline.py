@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, image_grid, load_image, save_image
+from latentcodec.pixels import labelled_grid, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
+from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.training.data.crops import centre_crop
 
@@ -56,17 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_image(result, settings.out / "results" / f"{index}.png")
         for row, picture in zip(rows, (x, y, result), strict=True):
             row.append(picture[0])
-    save_image(
-        image_grid([p for row in rows for p in row], columns=len(images)), settings.out / "pipeline.png"
-    )
+    labelled = list(zip(("original", "codec", "through the pipeline"), rows, strict=True))
+    save_image(labelled_grid(labelled), settings.out / "pipeline.png")
     pipe.save_pretrained(settings.out / "pipe")
     stock = AutoencoderKL.from_pretrained(settings.out / "pipe", subfolder="vae").eval()
     with torch.no_grad():
         difference = (stock(images[0]).sample - codec.vae(images[0]).sample).abs().max().item()
     decibel = torch.stack([psnr(x, y[None]) for x, y in zip(images, rows[1], strict=True)]).mean().item()
-    print(
-        f"{len(images)} pictures, from top to bottom original, codec, pipeline: {settings.out / 'pipeline.png'}"
-    )
+    print(f"{len(images)} pictures, as they were and as they come back: {settings.out / 'pipeline.png'}")
     print(
         f"diffusers alone, on the saved pipeline's VAE, differs by at most {difference:.1e} of a range of 2"
     )
@@ -78,21 +77,10 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
     if folder is None:
         source = SyntheticSource(channels, seed=SEED)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
-    images = []
-    for path in find_images(Path(folder).expanduser()):
-        try:
-            x = load_image(path, channels)
-            if min(x.shape[-2:]) < SIDE:
-                raise UnreadableImage(
-                    f"{path}: {x.shape[-2]} x {x.shape[-1]} pixels, less than {SIDE} a side"
-                )
-            images.append(centre_crop(x, SIDE))
-        except UnreadableImage as error:
-            print(f"left out: {error}", file=sys.stderr)
-        if len(images) == PICTURES:
-            break
-    if not images:
-        raise ValueError(f"{folder}: none of its images can be used")
+    found = FolderImages(Path(folder).expanduser(), channels, SIDE)
+    images = [centre_crop(x, SIDE)[None] for _, x in islice(found, PICTURES)]
+    for item in found.left_out:
+        print(f"left out: {item.reason}", file=sys.stderr)
     return images
 
 

@@ -19,15 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import printable
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality import image_codecs
 from latentcodec.quality.decoder_measures import decibels
 from latentcodec.quality.rate import ROUNDINGS
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.rate_distortion import table
+from latentcodec.sources.folders import FolderImages
 
 RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # bits a pixel that the image formats are given
 
@@ -66,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
     several = {codec.image_channels for codec in codecs.values()}
     if several != {3}:
         raise ValueError(f"--codec: the image formats are made for 3 channels, not {sorted(several)}")
-    images, skipped = open_images(options.images)
+    found = FolderImages(options.images, channels=3)
+    images = [image[None] for _, image in found]
+    report.print_left_out(found.left_out)
     curves = {name: codec_points(codec, images, name) for name, codec in codecs.items()}
     for form in options.formats:
         curves[form] = format_points(form, images)
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         "fingerprints": {name: codec.fingerprint for name, codec in codecs.items()},
         "folder": report.short_path(str(options.images)),
         "images": len(images),
-        "skipped": skipped,
+        "skipped": [item.reason for item in found.left_out],
         "codecs": names,
         "curves": curves,
     }
@@ -85,20 +86,6 @@ def run(options: argparse.Namespace) -> None:
     files = write_result(data, options.out, name)
     print("\n".join(["", *files.values()]))
     report.print_last_line(data | {"files": files})
-
-
-def open_images(folder: Path) -> tuple[list[Tensor], list[str]]:
-    """[1, 3, H, W] each, and what cannot be read. Raises ValueError where nothing can."""
-    images, skipped = [], []
-    for path in find_images(folder):
-        try:
-            images.append(load_image(path))
-        except UnreadableImage as error:
-            print(printable(f"skipped {error}"))
-            skipped.append(str(error))
-    if not images:
-        raise ValueError(f"{folder}: none of its images can be read")
-    return images, skipped
 
 
 @torch.inference_mode()

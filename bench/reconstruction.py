@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import printable
 from latentcodec.finite import NotFinite
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.pixels import LeftOut, load_image
 from latentcodec.quality import image_codecs, text
 from latentcodec.quality.fidelity import colour_shift, interval, round_trips
 from latentcodec.quality.klt import KLT
@@ -42,6 +41,7 @@ from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.crops import compared_crops
 from latentcodec.report.pages.reconstruction import table
+from latentcodec.sources.folders import FolderImages
 
 PROTOCOL = (
     "posterior mode, whole images, clamped and rounded to 8 bits; PSNR over all channels of an image; "
@@ -59,8 +59,7 @@ class Inputs:
     codecs: dict[str, LatentCodec]
     """By short name, in the order given."""
     images: list[Path]
-    skipped: list[dict[str, str]]
-    """file and reason."""
+    left_out: list[LeftOut]
     klts: dict[tuple[int, int], KLT]
     """By (f, c)."""
     klt_note: str
@@ -129,8 +128,7 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"\n{len(inputs.images)} images; {inputs.lpips_note}; {inputs.text_note}; KLT fitted on {inputs.klt_note}"
     )
-    for entry in inputs.skipped:
-        print(printable(f"skipped {entry['reason']}"))
+    report.print_left_out(inputs.left_out)
     single = {result.name: image_scores(result, inputs.images) for result in results}
     shown = compared_crops(
         {r.name: r.codec for r in results},
@@ -151,7 +149,6 @@ def run(options: argparse.Namespace) -> None:
 
 def open_inputs(options: argparse.Namespace) -> Inputs:
     """Raises `ValueError` or `OSError` naming the codec, folder or file that cannot be used."""
-    paths = find_images(options.images)
     lpips, lpips_note = open_lpips(options.lpips_net, options.lpips_weights)
     dtype = getattr(torch, options.dtype)
     codecs = {
@@ -163,18 +160,19 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
         raise ValueError(f"--codec: on one page all take the same image channels, not {sorted(several)}")
     (channels,) = several
     smallest = SSIM_WINDOW if lpips is None else max(SSIM_WINDOW, SMALLEST_SIDE[options.lpips_net])
-    images, skipped = readable(paths, channels, smallest)
+    found = FolderImages(options.images, channels, smallest)
+    images = [path for path, _ in found]
     if options.klt_images is None:
         klt_images = images
         klt_note = "the evaluated images themselves, which it knows and the codec need not"
     else:
-        klt_images, _ = readable(find_images(options.klt_images), channels, smallest=1)
+        klt_images = [path for path, _ in FolderImages(options.klt_images, channels)]
         klt_note = f"{len(klt_images)} images of {report.short_path(str(options.klt_images))}"
     klts = {}
     for f, c in {(codec.downsampling_factor, codec.latent_channels) for codec in codecs.values()}:
         klts[f, c] = KLT.fit(load_all(klt_images, channels, f"fitting the KLT f{f}c{c}"), f, c)
     reader, text_note = open_text(options.text, channels)
-    return Inputs(codecs, images, skipped, klts, klt_note, lpips, lpips_note, reader, text_note)
+    return Inputs(codecs, images, found.left_out, klts, klt_note, lpips, lpips_note, reader, text_note)
 
 
 def open_lpips(net: str, weights: Path | None) -> tuple[Metric | None, str]:
@@ -197,24 +195,6 @@ def open_text(wanted: bool, channels: int) -> tuple[text.Reader | None, str]:
     if channels not in (1, 3):
         raise ValueError(f"--text: it is drawn in 1 or 3 channels, not {channels}")
     return text.open_reader(), "text read by RapidOCR"
-
-
-def readable(paths: Sequence[Path], channels: int, smallest: int) -> tuple[list[Path], list[dict[str, str]]]:
-    """The images that can be scored, and file and reason of the others. Raises `ValueError` if all are."""
-    good, skipped = [], []
-    for path in tqdm(paths, desc="reading images", leave=False):
-        try:
-            height, width = load_image(path, channels).shape[-2:]
-            if min(height, width) < smallest:
-                raise UnreadableImage(
-                    f"{path}: {height} x {width} pixels; the metrics need {smallest} a side"
-                )
-            good.append(path)
-        except UnreadableImage as error:
-            skipped.append({"file": str(path), "reason": str(error)})
-    if not good:
-        raise ValueError(f"none of the {len(paths)} images can be used; the first: {skipped[0]['reason']}")
-    return good, skipped
 
 
 def load_all(paths: Sequence[Path], channels: int, what: str) -> Iterator[Tensor]:
@@ -256,7 +236,7 @@ def summary(results: Sequence[Result], inputs: Inputs, options: argparse.Namespa
         "protocol": PROTOCOL,
         "folder": report.short_path(str(options.images)),
         "evaluated": len(inputs.images),
-        "skipped": inputs.skipped,
+        "skipped": [{"file": item.path, "reason": item.reason} for item in inputs.left_out],
         "klt_fitted_on": inputs.klt_note,
         "lpips": inputs.lpips_note,
         "text": inputs.text_note,
@@ -271,13 +251,9 @@ def codec_summary(result: Result, inputs: Inputs) -> dict[str, Any]:
     first = [load_image(path, result.codec.image_channels) for path in inputs.images[:TRIPS_IMAGES]]
     trips = torch.tensor([round_trips(result.codec, x) for x in first]).mean(0).tolist()
     shifts = [colour_shift(x, reconstruct(result.codec, x)) for x in first]
-    legible = None
+    channels, legible = result.codec.image_channels, None
     if inputs.reader is not None:
-        legible = asdict(
-            text.legibility(
-                lambda x: reconstruct(result.codec, x), result.codec.image_channels, inputs.reader
-            )
-        )
+        legible = asdict(text.legibility(lambda x: reconstruct(result.codec, x), channels, inputs.reader))
     return {
         "codec": result.name,
         "fingerprint": result.codec.fingerprint,

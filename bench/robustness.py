@@ -23,9 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import printable
 from latentcodec.machine import use_cores
-from latentcodec.pixels import UnreadableImage, find_images, load_image
 from latentcodec.quality.decoder_measures import int8, int8_in_blocks
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import Codec, evaluate, reconstruct
@@ -33,6 +31,7 @@ from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.robustness import table
 from latentcodec.report.pictures import crop_around, webp
+from latentcodec.sources.folders import FolderImages
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
 SHOWN = 2  # images on the page
@@ -111,25 +110,6 @@ def even_cells(image: Tensor, f: int) -> Tensor:
     return image[:, :height, :width]
 
 
-def open_images(folder: Path, channels: int, f: int) -> tuple[list[Tensor], int]:
-    """The images [C, H, W] that can be read and hold two cells a side, and how many were left out."""
-    images, paths = [], find_images(folder)
-    for path in paths:
-        try:
-            image = load_image(path, channels)[0]
-        except UnreadableImage as error:
-            print(printable(f"skipped {error}"))
-            continue
-        if min(image.shape[-2:]) < 2 * max(f, 16):  # SSIM has a window of 11 pixels
-            size = f"{image.shape[-2]} x {image.shape[-1]} pixels"
-            print(printable(f"skipped {path}: {size} are too few to halve"))
-            continue
-        images.append(image)
-    if not images:
-        raise ValueError(f"none of the {len(paths)} images in {folder} can be used")
-    return images, len(paths) - len(images)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     report.print_threads(use_cores())
@@ -137,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.require_folder(options.out)
         codec = LatentCodec.from_pretrained(options.codec)
         f, c = codec.downsampling_factor, codec.latent_channels
-        images, skipped = open_images(options.images, codec.image_channels, f)
+        folder = FolderImages(
+            options.images, codec.image_channels, 2 * max(f, 16)
+        )  # halves hold SSIM's window
+        images = [image for _, image in folder]
+        report.print_left_out(folder.left_out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"robustness.py: {error}") from error
     klt = KLT.fit(images, f, c)
@@ -150,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "latent": f"f{f}c{c}",
         "folder": report.short_path(str(options.images)),
         "images": len(images),
-        "skipped": skipped,
+        "skipped": len(folder.left_out),
         "psnr": own,
         "klt_psnr": linear,
     }

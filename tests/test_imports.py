@@ -70,7 +70,9 @@ def test_a_missing_package_is_named_with_what_installs_it():
 def test_a_report_without_its_extra_ends_in_one_line(package):
     statement = f"import sys; sys.modules[{package!r}] = None; import latentcodec.report.page"
     run = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True)
-    assert f"{package}: not installed; pip install 'latentcodec[report]'" in run.stderr.splitlines()[-1]
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"error: {package}: not installed; pip install 'latentcodec[report]'")
+    assert run.returncode == 1
 
 
 def test_the_help_of_the_command_needs_no_torch():

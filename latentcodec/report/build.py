@@ -1,12 +1,13 @@
 """From a result to its files: which page a kind of result has, and writing both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentcodec.files import write_whole
 from latentcodec.report.page import Page
 from latentcodec.report.pages import (
+    classic,
     comparison,
     diffusability,
     inspection,
@@ -18,28 +19,25 @@ from latentcodec.report.pages import (
 )
 from latentcodec.report.results import finite, free_stem, write_json
 
+PAGES: Mapping[str, Callable[[Mapping[str, Any]], Page]] = {
+    "classic_vae": classic.build,
+    "compare": comparison.build,
+    "diffusability": diffusability.build,
+    "inspect": inspection.build,
+    "rate_distortion": rate_distortion.build,
+    "reconstruction": reconstruction.build,
+    "robustness": robustness.build,
+    "throughput": throughput.build,
+    "training": training.build,
+}
+"""By the kind of a result, its "bench"."""
+
 
 def build_page(data: Mapping[str, Any]) -> Page:
     """The page of a result. Raises ValueError naming a kind that has none."""
-    match data["bench"]:
-        case "compare":
-            return comparison.build(data)
-        case "diffusability":
-            return diffusability.build(data)
-        case "inspect":
-            return inspection.build(data)
-        case "rate_distortion":
-            return rate_distortion.build(data)
-        case "reconstruction":
-            return reconstruction.build(data)
-        case "robustness":
-            return robustness.build(data)
-        case "throughput":
-            return throughput.build(data)
-        case "training":
-            return training.build(data)
-        case kind:
-            raise ValueError(f"there is no page for results of kind {kind!r}")
+    if data["bench"] not in PAGES:
+        raise ValueError(f"there is no page for results of kind {data['bench']!r}")
+    return PAGES[data["bench"]](data)
 
 
 def write_result(data: Mapping[str, Any], out: Path, name: str) -> dict[str, str]:

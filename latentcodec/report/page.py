@@ -114,7 +114,10 @@ class Page:
         self._add("plots", svgs=svgs, caption=caption)
 
     def pictures(self, pictures: Sequence[Picture], caption: str, zoom: int = 1) -> None:
-        """A row of pictures that wraps; a pixel of a picture is `zoom` pixels of the screen, whatever its density."""
+        """A row of pictures that wraps; a pixel of a picture is `zoom` pixels of the screen, whatever its density.
+
+        0: two on a wide screen, one on a narrow one.
+        """
         shown = [
             {"src": picture if isinstance(picture, str) else webp(picture), "label": label}
             for picture, label in pictures

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # INK is a stand-in that becomes the page's text colour; the others have a contrast of 3 on white and on near-black.
 INK = "#010203"
@@ -63,6 +64,14 @@ def series(index: int) -> dict[str, Any]:
 
 def inline_svg(figure: Figure, sentence: str, prefix: str) -> str:
     """The figure as <svg role="img"> named by `sentence`; `prefix` keeps its ids apart from those of other plots."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() in (
+                "log",
+                "symlog",
+            ):  # whose own labels are formulas, which are not parsed here
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plot_style():

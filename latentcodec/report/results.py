@@ -23,6 +23,7 @@ import torch
 
 from latentcodec.files import printable, write_whole
 from latentcodec.machine import cpu_name, instruction_sets, physical_cores
+from latentcodec.pixels import LeftOut
 
 LIMITS = (
     "ONEDNN_MAX_CPU_ISA",
@@ -151,6 +152,12 @@ def print_threads(threads: int) -> None:
     """The line with which a bench begins."""
     flags = " ".join(instruction_sets())
     print(f"on {cpu_name()} ({flags}) with {threads} of {physical_cores()} cores", file=sys.stderr)
+
+
+def print_left_out(left_out: Sequence[LeftOut]) -> None:
+    """A line for each image that is in no number."""
+    for item in left_out:
+        print(printable(f"skipped {item.reason}"))
 
 
 def print_last_line(data: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentcodec.files import read_regular
 from latentcodec.pixels import LeftOut, UnreadableImage, decode_image, image_size
+from latentcodec.sources.labels import Labels
 
 
 class ImageSource(Protocol):
@@ -17,6 +18,10 @@ class ImageSource(Protocol):
 
     left_out: list[LeftOut]
     """What looks like an image of this set and is not among the numbered ones, with the reasons."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """The classes of the images; None where the set has none, or none was asked for."""
 
     def __len__(self) -> int: ...
 
@@ -37,6 +42,7 @@ class EncodedSource:
 
     channels: int
     left_out: list[LeftOut]
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -12,6 +12,7 @@ from pyarrow import compute
 
 from latentcodec.pixels import LeftOut, UnreadableImage
 from latentcodec.sources.encoded import EncodedSource, file_length
+from latentcodec.sources.labels import Labels
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix of a file -> who reads it in `datasets`
 
@@ -23,8 +24,16 @@ class DatasetSource(EncodedSource):
     library's own decoder stops the whole run at the first corrupt image.
     """
 
-    def __init__(self, dataset: datasets.Dataset, label: str, column: str | None, channels: int) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        label: str,
+        column: str | None,
+        channels: int,
+        label_column: str | None = None,
+    ) -> None:
         self.column = find_image_column(dataset.features, label, column)
+        self.labels = None if label_column is None else read_labels(dataset, label, label_column)
         self.dataset = undecoded(dataset.select_columns([self.column]), self.column, label)
         self.label = label
         self.left_out: list[LeftOut] = []
@@ -47,6 +56,16 @@ class DatasetSource(EncodedSource):
             for length, file in zip(compute.binary_length(inside).to_pylist(), path.to_pylist(), strict=True):
                 found.append(length if length is not None else -1 if file is None else file_length(file))
         return found
+
+
+def read_labels(dataset: datasets.Dataset, label: str, column: str) -> Labels:
+    """The classes of a data set's rows: a ClassLabel with its names, whole numbers, or words."""
+    if column not in dataset.features:
+        columns = ", ".join(dataset.features)
+        raise ValueError(f"{label} has no column {column!r} (data.label_column); its columns are: {columns}")
+    feature = dataset.features[column]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return Labels.of(dataset[column][:], names, f"{label}: column {column!r} (data.label_column)")
 
 
 def encoded_cell(cell: dict[str, Any] | None, name: str) -> str | bytes:

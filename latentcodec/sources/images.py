@@ -1,14 +1,17 @@
-"""Where training images come from: a folder, tar shards, a Hugging Face data set, or the drawn set.
+"""Where training images come from: a folder, tar shards, a Hugging Face data set, idx or npz files, or a drawn set.
 
 A source knows how many images there are and reads image `index`; it knows nothing of order, crops or batches.
 Every way in which a path cannot be understood ends here, in a `ValueError` that says what was tried. Data sets too
 big to be fetched first are in `remote.py`. Shapes: none.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from latentcodec.pixels import LeftOut, search_folder
 from latentcodec.pixels.folders import IMAGE_SUFFIXES, Found, left_out_clause
+from latentcodec.sources.arrays import ArraySource, idx_files, is_idx, open_idx, open_npz
+from latentcodec.sources.digits import DigitSource
 from latentcodec.sources.encoded import EncodedSource, ImageSource, file_length
 from latentcodec.sources.hub import (
     DatasetSource,
@@ -23,6 +26,7 @@ from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.sources.tars import TarSource
 
 __all__ = [
+    "ArraySource",
     "DatasetSource",
     "EncodedSource",
     "FolderSource",
@@ -56,32 +60,55 @@ class FolderSource(EncodedSource):
         return [file_length(file) for file in self.files]
 
 
-def open_source(place: Place, image_column: str | None = None, channels: int = 3) -> ImageSource:
+DRAWN: dict[str, Callable[[int], ImageSource]] = {"pictures": SyntheticSource, "digits": DigitSource}
+
+
+def open_source(
+    place: Place,
+    image_column: str | None = None,
+    channels: int = 3,
+    label_column: str | None = None,
+    drawn: str = "pictures",
+) -> ImageSource:
     """Opens a set of images, wholly here, that can be read in any order.
 
-    The path is understood in this order: None is the drawn set; a `.parquet` or `.tar` file; a folder written
-    by `datasets.save_to_disk`; a folder that holds parquet files (split by their names, as on the hub), tar
+    The path is understood in this order: None is the set of `drawn` pictures or digits; a `.parquet`, `.tar`, `.npz` or
+    idx file; a folder written by `datasets.save_to_disk`; a folder of idx files, of which the split chooses; a folder
+    that holds parquet files (split by their names, as on the hub), tar
     files or image files; and a name that is nothing here is a data set on the Hugging Face hub. Of a folder that holds
     several of these, the kind with the most images is read, and the others are listed as left out. In tar files the
     column is the part of the name after the dot. Raises `ValueError` with the path and what was tried when there is
     nothing to read.
     """
     if place.path is None:
-        return SyntheticSource(channels)
+        return DRAWN[drawn](channels)
     if channels not in (1, 3, 4):
         raise ValueError(
             f"{place.path}: image files give 1 (grey), 3 (RGB) or 4 (RGB, alpha) channels, not {channels}; "
             "only the drawn set, without a data.path, has any number of them"
         )
     path = Path(place.path).expanduser()
+    if is_idx(path) or (path.is_dir() and idx_files(path)):
+        _refuse_column("idx files, which bring their labels along", label_column)
+        return open_idx(path, place.split, channels)
+    if path.suffix == ".npz" and path.is_file():
+        return open_npz(path, place.split, image_column, label_column, channels)
     if path.suffix == ".tar" and path.is_file():
+        _refuse_column("tar files", label_column)
         return TarSource([path], image_column, channels)
     if path.is_dir() and not is_saved_to_disk(path):
-        return _open_folder(place, path.resolve(), image_column, channels)
-    return DatasetSource(load_dataset(place), str(place), image_column, channels)
+        return _open_folder(place, path.resolve(), image_column, channels, label_column)
+    return DatasetSource(load_dataset(place), str(place), image_column, channels, label_column)
 
 
-def _open_folder(place: Place, path: Path, column: str | None, channels: int) -> EncodedSource:
+def _refuse_column(kind: str, label_column: str | None) -> None:
+    if label_column is not None:
+        raise ValueError(f"data.label_column {label_column!r}: there are no columns in {kind}; leave it out")
+
+
+def _open_folder(
+    place: Place, path: Path, column: str | None, channels: int, label_column: str | None
+) -> EncodedSource:
     """Of what a folder holds, the kind with the most images; a folder of one kind is refused with that kind's words."""
     found = search_folder(path)
     tars = [shard for shard in found.shards if shard.suffix.lower() == ".tar"]
@@ -94,7 +121,7 @@ def _open_folder(place: Place, path: Path, column: str | None, channels: int) ->
             continue
         try:
             if kind == "parquet":
-                sources.append(DatasetSource(load_dataset(place), str(place), column, channels))
+                sources.append(DatasetSource(load_dataset(place), str(place), column, channels, label_column))
             elif kind == "tar":
                 sources.append(TarSource(files, column, channels))
             else:
@@ -106,6 +133,8 @@ def _open_folder(place: Place, path: Path, column: str | None, channels: int) ->
     if not sources:
         raise ValueError(_nothing(path, found, refused))
     chosen = max(sources, key=len)  # the first of those that have as many
+    if not isinstance(chosen, DatasetSource):
+        _refuse_column("image or tar files", label_column)
     chosen.left_out = [*chosen.left_out, *refused, *found.left_out, *_others(sources, chosen)]
     return chosen
 

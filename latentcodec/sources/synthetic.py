@@ -37,6 +37,7 @@ class SyntheticSource:
     def __init__(self, channels: int, length: int = 4096, seed: int = 0) -> None:
         self.channels, self.length, self.seed = channels, length, seed
         self.left_out: list[LeftOut] = []
+        self.labels: None = None
 
     def __len__(self) -> int:
         return self.length

@@ -55,6 +55,10 @@ class Config:
                 f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
                 "model.from_pretrained or model.teacher keeps"
             )
+        if self.loss.has_pixel_scale and self.regularizer.scale_equivariance_weight:
+            raise ValueError(
+                "loss.scale per_pixel has no scale for the half-size images of regularizer.scale_equivariance_weight"
+            )
         if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
             raise ValueError(
                 "discriminator.adaptive compares gradients in the decoder, which model.part encoder does not train; "

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentcodec.files import printable
-from latentcodec.pixels import LeftOut, encode_image, image_grid, to_uint8
+from latentcodec.pixels import LeftOut, encode_image, labelled_grid, to_uint8
 from latentcodec.pixels.folders import counted as by_reason
 from latentcodec.quality.metrics import Evaluation
 from latentcodec.training.config import Config
@@ -28,6 +28,7 @@ from latentcodec.training.losses.teacher import Drift
 from latentcodec.training.records import append, json_line, record_of, write
 from latentcodec.training.trackers import alert, show_pictures
 
+SAMPLE_ROWS = ("original", "reconstruction", "4 x difference")
 NOTES_SAID = 10  # lines on images that were used though broken; the others are counted
 
 
@@ -121,17 +122,20 @@ class Journal:
         append(self.metrics, json_line({"step": step, **drift.record()}))
         self.say(f"step {step}: latents {drift.rms:.4f} deviations from the teacher's")
 
-    def samples(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """samples/step-N.png: a column an image; the original, the reconstruction, and four times their difference."""
+    def samples(self, step: int, pairs: list[tuple[Tensor, Tensor]], names: Sequence[str] = ()) -> None:
+        """samples/step-N.png: a column an image; the original, the reconstruction, and four times their difference.
+
+        `names`: what stands above each column.
+        """
         side = min(min(image.shape[-2:]) for image, _ in pairs)
         rows: list[list[Tensor]] = [[], [], []]
         for image, reconstruction in pairs:
             x, y = (t[:, :side, :side].float().cpu() for t in (image, reconstruction))
             for row, picture in zip(rows, (x, y, ((y - x) * 4).clamp(-1, 1)), strict=True):
                 row.append(picture)
-        grid = image_grid([picture for row in rows for picture in row], columns=len(pairs))
-        if grid.shape[0] not in (1, 3, 4):
+        if rows[0][0].shape[0] not in (1, 3, 4):
             return  # no picture has two channels, or five
+        grid = labelled_grid(list(zip(SAMPLE_ROWS, rows, strict=True)), names)
         path = self.output / "samples" / f"step-{step:08d}.png"
         write(path, encode_image(grid, path))
         show_pictures(self.accelerator.trackers, to_uint8(grid).permute(1, 2, 0).numpy(), step)

@@ -15,7 +15,7 @@ crash of that process, and stops or restarts the others.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from latentcodec.finite import NotFinite
@@ -78,8 +78,11 @@ def run(config: Config, stop: StopRequest) -> int:
     return code
 
 
-def train(trainer: Trainer, stop: StopRequest) -> int:
-    """Train a run that has begun until it is complete or `stop` has been received; returns the exit code."""
+def train(trainer: Trainer, stop: StopRequest, after_step: Callable[[Trainer], None] | None = None) -> int:
+    """Train a run that has begun until it is complete or `stop` has been received; returns the exit code.
+
+    `after_step` is called with the trainer after each step that moved the weights: to look, not to change.
+    """
     every = trainer.config.train
     # Before the first step there is nothing to save, so until here a signal ends the run at once.
     with stop, closing(trainer.journal), refreshed(trainer.journal.bar):
@@ -88,6 +91,8 @@ def train(trainer: Trainer, stop: StopRequest) -> int:
             if report is None:  # a number was not finite: nothing has changed
                 continue
             trainer.journal.log(trainer.state.step, trainer.progress, report)
+            if after_step is not None:
+                after_step(trainer)
             if trainer.due(every.validate_every):
                 trainer.exporter.validate()
             if trainer.due(every.checkpoint_every):

@@ -52,10 +52,12 @@ FIXED = (
     "model.use_quant_conv",
     # What is trained on and what is held out: else images that were trained on would be validated on.
     "data.path",
+    "data.drawn",
     "data.subset",
     "data.split",
     "data.image_column",
     "data.streaming",
+    "data.train_images",
     "data.val_path",
     "data.val_split",
     "data.val_images",
@@ -103,6 +105,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that cannot change within a run, by key: part of every checkpoint's state."""
     keys = FIXED + (FIXED_WITH_DISCRIMINATOR if config.discriminator.weight else ())
     values = {key: attrgetter(key)(config) for key in keys}
+    values["loss.scale per_pixel"] = "on" if config.loss.has_pixel_scale else "off"
     return values | {"optimizer": "muon", "discriminator": "on" if config.discriminator.weight else "off"}
 
 

@@ -44,11 +44,12 @@ class StopRequest:
     """Notes, while it is entered, that this process was asked to stop.
 
     Processes receive a signal at different steps: reduce `received` by its maximum over all of them before
-    acting on it. Only the main thread can enter.
+    acting on it. Only the main thread can enter. `parent`: the process whose end counts as SIGTERM; by default the
+    launcher, where there is one.
     """
 
-    def __init__(self) -> None:
-        self._launcher = _launcher()
+    def __init__(self, parent: int | None = None) -> None:
+        self._launcher = _launcher() if parent is None else parent
         self._received = 0
         self._received_at = 0.0
 

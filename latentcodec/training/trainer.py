@@ -74,7 +74,7 @@ class Trainer:
         self.journal.too_small(self.held_out.too_small, SSIM_WINDOW)
         # A start from the data would only be overwritten by what was found.
         start = config.model if self.found is None else replace(config.model, init="default")
-        vae = begin.new_vae(start, parent, teacher, partial(first_crops, self.images))
+        vae = begin.new_vae(start, parent, teacher, partial(first_crops, self.images, f))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)

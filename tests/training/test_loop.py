@@ -23,6 +23,7 @@ from test_trainer import AMPLIFIED, assert_equal_but_for_rounding
 from two_processes import LONGER
 
 from latentcodec import LatentCodec, load_image
+from latentcodec.pixels.labelled import LINE
 from latentcodec.training import checkpoint
 from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
@@ -237,7 +238,8 @@ def test_a_run_leaves_pictures_scores_and_a_card(finished):
         "step-00000016.png",
     ]
     x = load_image(output / "samples/step-00000016.png")
-    assert x.shape[-1] / x.shape[-2] == pytest.approx(2 / 3, rel=0.05)  # two images by three rows
+    lines = 4 * LINE  # the names of the images, and a label above each of three rows
+    assert x.shape[-1] / (x.shape[-2] - lines) == pytest.approx(2 / 3, rel=0.05)  # two images by three rows
     score = [line for line in metrics(output) if "psnr" in line][-1]
     result = json.loads((output / "result.json").read_text())
     assert (result["step"], result["psnr"].hex()) == (16, score["psnr"])

@@ -3,8 +3,10 @@
 const pictures = JSON.parse(document.getElementById("pictures").textContent);
 const density = () => window.devicePixelRatio || 1;
 
+// 0: twice as large where that fits beside another picture, else as it is
+const zoomOf = image => Number(image.dataset.zoom) || (window.innerWidth > 900 && image.naturalWidth <= 600 ? 2 : 1);
 function showExactly(image) {
-  const show = () => { if (image.naturalWidth) image.style.width = image.naturalWidth * image.dataset.zoom / density() + "px"; };
+  const show = () => { if (image.naturalWidth) image.style.width = image.naturalWidth * zoomOf(image) / density() + "px"; };
   image.complete ? show() : image.addEventListener("load", show);
 }
 document.querySelectorAll(".pictures img.exact").forEach(showExactly);

@@ -11,7 +11,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from latentcodec.pixels import UnreadableImage, collect_notes
@@ -43,6 +43,7 @@ class Batch(TypedDict):
     pixels: Tensor  # [B, C, H, W] float32 in [-1, 1], contiguous
     position: Tensor  # [B] int64
     rejects: list[Reject]  # one for each unreadable image that had to be replaced here
+    labels: NotRequired[Tensor]  # [B] int64, where the set has labels; -1: none
     notes: NotRequired[list[str]]  # on images that were used though something beside their pixels is broken
 
 
@@ -57,6 +58,8 @@ class Cropping:
     """Share of the crops over which text is drawn (`text.py`)."""
     fonts: tuple[str, ...] = ()
     """Font files to draw it with."""
+    padding: int = 0
+    """Pixels of its edge that are repeated around every image."""
 
     def batch(
         self, positions: list[int], images: list[Tensor], size: tuple[int, int], rejects: list[Reject]
@@ -66,7 +69,7 @@ class Cropping:
         for position, image in zip(positions, images, strict=True):
             generator = keyed_generator(self.seed, Purpose.AUGMENTATION, position)
             draws = torch.rand(4, generator=generator).tolist()
-            crop = random_crop(image, size, self.min_scale, self.flip, draws)
+            crop = random_crop(pad_edges(image, self.padding), size, self.min_scale, self.flip, draws)
             crops.append(self._with_text(crop, position) if self.text_share else crop)
         return {"pixels": torch.stack(crops), "position": torch.tensor(positions), "rejects": rejects}
 
@@ -95,6 +98,11 @@ def random_crop(
     return crop.flip(-1) if flip and draws[3] < 0.5 else crop
 
 
+def pad_edges(image: Tensor, padding: int) -> Tensor:
+    """[C, H, W] -> [C, H + 2 padding, W + 2 padding]: its edge repeated."""
+    return pad(image, [padding] * 4, mode="replicate") if padding else image
+
+
 def centre_crop(image: Tensor, side: int) -> Tensor:
     """The middle of an image, at most `side` pixels high and wide."""
     height, width = image.shape[-2:]
@@ -116,17 +124,20 @@ class CropStream(Dataset[Batch | ValueError]):
         rejects: dict[Reject, None] = {}  # an ordered set
         try:
             with collect_notes() as notes:
-                images = [self._read(position, rejects) for position in positions]
+                read = [self._read(position, rejects) for position in positions]
         except ValueError as error:
             return error
-        batch = self.cropping.batch(positions, images, self.order.crop_size(positions[0]), list(rejects))
+        images, size = [image for image, _ in read], self.order.crop_size(positions[0])
+        batch = self.cropping.batch(positions, images, size, list(rejects))
+        if (labels := self.source.labels) is not None:
+            batch["labels"] = torch.from_numpy(labels.numbers[[index for _, index in read]])
         return {**batch, "notes": notes}
 
-    def _read(self, position: int, rejects: dict[Reject, None]) -> Tensor:
-        """The image at a position, or the next of its epoch's order that can be read."""
+    def _read(self, position: int, rejects: dict[Reject, None]) -> tuple[Tensor, int]:
+        """The image at a position, or the next of its epoch's order that can be read, and its number."""
         for tried, index in enumerate(self.order.images_from(position), start=1):
             try:
-                return self.source.read(index)
+                return self.source.read(index), index
             except UnreadableImage as error:
                 last = error
                 rejects[rejected(self.source.name(index), error)] = None

@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePath
+from typing import Literal
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
@@ -15,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentcodec.pixels import LeftOut, UnreadableImage, collect_notes
-from latentcodec.sources.images import EncodedSource, ImageSource, Place, open_source
+from latentcodec.sources.images import ArraySource, EncodedSource, ImageSource, Place, open_source
 from latentcodec.sources.remote import RemoteSource
-from latentcodec.training.data.crops import Reject, centre_crop, rejected
+from latentcodec.training.data.crops import Reject, centre_crop, pad_edges, rejected
 from latentcodec.training.data.order import bucket_sizes, nearest_bucket, shuffled
 from latentcodec.training.progress import counted
 from latentcodec.training.ranges import ShareAboveZero
 
 HELD_OUT = -1  # stands in the place of the epoch's number for the choice of the held-out images
+CHOSEN = -2  # and for the choice of fewer training images
 
 
 @dataclass
@@ -30,22 +32,31 @@ class DataConfig:
     """Which images to train on and how crops are cut from them."""
 
     path: str | None = None
-    """A folder of images or tar shards, or a Hugging Face data set: hub id, local folder, parquet file. None:
-    the built-in set of drawn pictures."""
+    """A folder of images or tar shards, a Hugging Face data set (hub id, local folder, parquet file), an npz file, or
+    idx files as MNIST has them (a file, or a folder of which split chooses train or test). None: a built-in set."""
+    drawn: Literal["pictures", "digits"] = "pictures"
+    """The built-in set that is taken without a path: pictures of 256 x 256 pixels, or grey digits of 28 x 28 with
+    labels."""
     subset: str | None = None
     """The subset (configuration) of a Hugging Face data set that has several."""
     split: str = "train"
     """The split of a Hugging Face data set to train on; a slice such as train[:1000] works too."""
     image_column: str | None = None
     """The column of a Hugging Face data set that holds the images (in tar shards the part of the name after
-    the dot). None: the only one that is declared to hold images."""
+    the dot, in an npz file the name of the array). None: the only one that is declared to hold images."""
+    label_column: str | None = None
+    """The column of a Hugging Face data set, or the array of an npz file, that holds the classes of the images: whole
+    numbers or words. Nothing is trained on them: they name pictures. Idx files and drawn digits have them anyway."""
     resolution: PositiveInt = 128
     """Height and width of the training crops, in pixels."""
     min_scale: ShareAboveZero = 0.5
     """An image is scaled down by a random factor between this and 1 before it is cropped; 1 switches this
     off."""
     flip: bool = True
-    """Mirror every second crop, left to right."""
+    """Mirror every second crop, left to right. Digits and letters want false, and min_scale 1."""
+    padding: NonNegativeInt = 0
+    """Pixels of its edge that are repeated around every image, of training and validation: 2 makes digits of 28 x 28
+    fit a codec of f32."""
     text_share: ClosedUnitInterval = 0.0
     """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
     photograph behind it, half are pages of one colour."""
@@ -54,6 +65,8 @@ class DataConfig:
     buckets: bool = False
     """Aspect-ratio buckets: every optimizer step has one crop shape, of about resolution^2 pixels, and images
     whose own shape is near it. Reads the header of every image first."""
+    train_images: PositiveInt | None = None
+    """Train on at most so many images, chosen by the seed, to see what fewer do. None: on all that are not held out."""
     val_path: str | None = None
     """Validation images, understood like path. None: val_images of the training set are held out."""
     val_split: str | None = None
@@ -74,6 +87,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for keys that contradict each other."""
+        for key in ("label_column", "train_images"):
+            if self.streaming and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} needs a set that is wholly here, without data.streaming")
         if self.streaming and self.path is None:
             raise ValueError("data.streaming needs a data.path; the drawn set is made on the spot")
         if self.streaming and self.buckets:
@@ -125,7 +141,8 @@ class TrainingImages:
         """The aspect-ratio bucket of every image of `train`; the headers are read once, not for every stream."""
         assert not isinstance(self.source, RemoteSource)
         sizes = bucket_sizes(self.config.resolution)
-        return np.array([_bucket(self.source, index, sizes) for index in self.train.tolist()])
+        padding = self.config.padding
+        return np.array([_bucket(self.source, index, padding, sizes) for index in self.train.tolist()])
 
 
 def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
@@ -137,9 +154,10 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
     """
     if config.streaming:
         return _open_remote(config, channels, seed)
-    source = open_source(_place(config), config.image_column, channels)
+    columns = (config.image_column, channels, config.label_column, config.drawn)
+    source = open_source(_place(config), *columns)
     if config.val_images and (config.val_path or config.val_split):
-        val_source = open_source(_val_place(config), config.image_column, channels)
+        val_source = open_source(_val_place(config), *columns)
         count = min(config.val_images, len(val_source))
         val = np.linspace(0, len(val_source) - 1, count).round().astype(np.int64)
         train = _others(source, val_source, val)
@@ -147,6 +165,8 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
         val_source = source
         order = shuffled(np.arange(len(source)), seed, HELD_OUT)
         train, val = map(np.sort, np.split(order, [max(0, len(source) - config.val_images)]))
+    if config.train_images is not None:
+        train = np.sort(shuffled(train, seed, CHOSEN)[: config.train_images])
     if len(train) == 0:
         raise ValueError(
             f"{config.path}: of {len(source)} images {len(val)} are held out for validation and none is left "
@@ -160,7 +180,10 @@ def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]
 
     Of the training images only those are read whose files have the length of a validation image's.
     """
-    if not (isinstance(source, EncodedSource) and isinstance(val_source, EncodedSource)):
+    if not (
+        isinstance(source, EncodedSource | ArraySource)
+        and isinstance(val_source, EncodedSource | ArraySource)
+    ):
         names = {val_source.name(index) for index in val.tolist()}  # of the drawn set
         return np.array([i for i in range(len(source)) if source.name(i) not in names], dtype=np.int64)
     lengths = np.array(source.lengths())
@@ -171,7 +194,7 @@ def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]
     return np.setdiff1d(np.arange(len(source)), np.array(copies, dtype=np.int64))
 
 
-def _digest(source: EncodedSource, index: int) -> bytes | None:
+def _digest(source: EncodedSource | ArraySource, index: int) -> bytes | None:
     """Of an image's file; None where there is none, which its turn to be read will say."""
     try:
         return hashlib.blake2b(source.content(index)).digest()
@@ -207,6 +230,8 @@ class HeldOut:
     rejects: list[Reject]
     too_small: list[str]
     """Names of images that are sound, but too small for a score."""
+    classes: list[str] = field(default_factory=list)
+    """What each image is of; empty where the set has no labels."""
 
 
 def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
@@ -215,13 +240,13 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is left out. Raises
     `ValueError` when not one of them can be used.
     """
-    result = HeldOut([], [], [], [])
+    result, labels = HeldOut([], [], [], []), images.val_source.labels
     for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:
             with (
                 collect_notes()
             ):  # training would meet them in a worker, and lists them; here they cost nothing
-                image = images.val_source.read(index)
+                image = pad_edges(images.val_source.read(index), images.config.padding)
         except UnreadableImage as error:
             result.rejects.append(rejected(images.val_source.name(index), error))
             continue
@@ -230,6 +255,8 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
             continue
         result.images.append(centre_crop(image, images.config.val_resolution))
         result.names.append(images.val_source.name(index))
+        if labels is not None:
+            result.classes.append(labels.name(index))
     if result.rejects and not result.images:
         first = result.rejects[0]
         raise ValueError(
@@ -243,8 +270,9 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     return result
 
 
-def _bucket(source: ImageSource, index: int, sizes: list[tuple[int, int]]) -> int:
+def _bucket(source: ImageSource, index: int, padding: int, sizes: list[tuple[int, int]]) -> int:
     try:
-        return nearest_bucket(source.size(index), sizes)
+        height, width = source.size(index)
+        return nearest_bucket((height + 2 * padding, width + 2 * padding), sizes)
     except UnreadableImage:
         return 0  # it will be replaced, and listed, when its turn comes

@@ -30,6 +30,9 @@ from latentcodec.training.watchdog import READING, doing
 SHARED_MEMORY = "/dev/shm"
 SHARED_MEMORY_RESERVE = 2  # times what the batches need: other processes, and other streams, use it too
 START_CROPS = 64  # for the linear start: more change its PSNR by less than 0.1 dB
+START_CELLS = (
+    1024  # at least, since that many blocks fix a hundred principal components: small crops have few each
+)
 START_PARTS = 8  # in which they are read
 
 
@@ -80,7 +83,7 @@ def training_batches(
     config = images.config
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
     fonts = tuple(find_fonts(config.text_fonts_left_out)) if config.text_share else ()
-    cropping = Cropping(images.seed, config.min_scale, config.flip, config.text_share, fonts)
+    cropping = Cropping(images.seed, config.min_scale, config.flip, config.text_share, fonts, config.padding)
     stream: Dataset[Batch | ValueError]
     if isinstance(images.source, RemoteSource):
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
@@ -103,9 +106,13 @@ def training_batches(
     return Batches(loader)
 
 
-def first_crops(images: TrainingImages) -> list[Tensor]:
-    """The first crops [C, H, W] of the stream, of one size, the same in every process."""
-    size = START_CROPS // START_PARTS
+def first_crops(images: TrainingImages, f: int = 1) -> list[Tensor]:
+    """The first crops [C, H, W] of the stream, of one size, the same in every process.
+
+    So many that they have a thousand blocks of f x f pixels, and at least 64.
+    """
+    cells = max(1, images.config.resolution // f) ** 2
+    size = max(START_CROPS, -(-START_CELLS // cells)) // START_PARTS
     parts = training_batches(images, size, accumulation=START_PARTS, steps=1)  # of one step: one shape
     counted_parts = counted(parts, "reading the first crops", START_PARTS, "part")
     return [crop for part in counted_parts for crop in part["pixels"]]

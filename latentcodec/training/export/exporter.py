@@ -65,7 +65,9 @@ class Exporter:
             for text, failure in lines:
                 self.journal.alert(state.step, text, failure)
             pairs = [(image, reconstruct(codec, image[None])[0]) for image in images[:SAMPLES]]
-            self.journal.samples(state.step, pairs)
+            held_out = self.held_out
+            names = held_out.classes or [Path(name).name for name in held_out.names]
+            self.journal.samples(state.step, pairs, names[:SAMPLES])
         wait_for_others(self.accelerator)
         return evaluation
 

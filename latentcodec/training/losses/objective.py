@@ -109,7 +109,7 @@ class Objective:
             return {
                 "mse": (result.reconstruction - target).square().mean(),
                 "bits_per_dimension": bits_per_dimension(nll, target[0].numel(), self.loss.likelihood),
-                "scale": result.log_scale.exp(),
+                "scale": result.log_scale.exp().mean(),
                 **{f"channel_kl/{i}": value for i, value in enumerate(channels)},
                 **{f"channel_statistic/{i}": value for i, value in enumerate(statistics)},
             }

@@ -69,7 +69,7 @@ class ForwardPass(NamedTuple):
     reconstruction: Tensor
     """[B, C, H, W] float32: what the decoder made of the (transformed) latent."""
     log_scale: Tensor
-    """Scalar: the logarithm of the likelihood's scale."""
+    """Scalar, or [B, C, H, W]: the logarithm of the likelihood's scale."""
 
 
 def draw_inputs(

@@ -36,9 +36,10 @@ class LossConfig:
     """Distribution of an image given the decoder's output: the squared error, its logarithm image by image
     (student_t), the absolute or the binary cross-entropy error. PSNR, a mean of logarithms, is what student_t
     optimises. A bernoulli decoder still puts out pixels in [-1, 1]."""
-    scale: PositiveFloat = 1.0
+    scale: PositiveFloat | Literal["per_pixel"] = 1.0
     """Sigma of the gaussian and the student_t or b of the laplace, in pixel units of [-1, 1]; the start of a
-    learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes."""
+    learned scale. At 1 the gaussian is half the summed squared error, as in most published recipes. per_pixel: one for
+    every pixel of every image, by a second last convolution that is not saved (gaussian and laplace)."""
     learn_scale: bool = False
     """Optimise one global log-scale with the weights; it settles at the root mean square error (gaussian), that
     of a typical image (student_t) or the mean absolute error (laplace). The KL then counts less beside the
@@ -76,6 +77,19 @@ class LossConfig:
             )
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("loss.learn_scale: loss.likelihood bernoulli has no scale to learn")
+        if self.has_pixel_scale and self.likelihood not in ("gaussian", "laplace"):
+            raise ValueError(
+                f"loss.scale per_pixel: loss.likelihood {self.likelihood} has no scale for each pixel"
+            )
+        if self.has_pixel_scale and self.learn_scale:
+            raise ValueError(
+                "loss.scale per_pixel is learned anyway; leave out loss.learn_scale, of one scale for all"
+            )
+
+    @property
+    def has_pixel_scale(self) -> bool:
+        """Whether every pixel has a learned scale of its own."""
+        return self.scale == "per_pixel"
 
 
 def objective(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor], dimensions: int) -> Tensor:
@@ -108,8 +122,8 @@ def negative_log_likelihood(
 def gaussian_nll(y: Tensor, x: Tensor, log_scale: Tensor | float) -> Tensor:
     """[B] nats, summed over an image: -log N(x; y, sigma^2) with sigma = e^log_scale in pixel units.
 
-    = sum (x - y)^2 / (2 sigma^2) + log sigma + log(2 pi) / 2. As a learned parameter log_scale is one scalar;
-    its optimum is the root mean square error (Rybkin et al., "Simple and effective VAE training", 2021).
+    = sum (x - y)^2 / (2 sigma^2) + log sigma + log(2 pi) / 2. log_scale is one scalar, whose optimum as a learned
+    parameter is the root mean square error (Rybkin et al., "Simple and effective VAE training", 2021), or [B, C, H, W].
     """
     log_scale = torch.as_tensor(log_scale, dtype=torch.float32, device=x.device)
     error = (x.float() - y.float()) * torch.exp(-log_scale)

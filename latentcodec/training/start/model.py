@@ -26,6 +26,7 @@ from latentcodec.training.progress import phase
 from latentcodec.training.start.adapt import AdaptConfig, change_image_channels, change_latent_channels
 from latentcodec.training.start.architecture import architecture
 from latentcodec.training.start.linear import linear_start, zero_residuals
+from latentcodec.training.start.pixel_scale import Features, PixelScale
 from latentcodec.vae.families import KL, family_of
 from latentcodec.vae.padding import PADDING_KEY
 from latentcodec.vae.posterior import mean_and_logvar, sample_posterior
@@ -213,14 +214,26 @@ class TrainedCodec(nn.Module):
     train N different models.
     """
 
-    def __init__(self, vae: AutoencoderKL, scale: float, learn_scale: bool) -> None:
+    def __init__(self, vae: AutoencoderKL, scale: float | str, learn_scale: bool) -> None:
+        """`scale` of the likelihood, a number or "per_pixel"."""
         super().__init__()
         self.vae = vae
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+        self.pixel_scale = PixelScale(vae) if isinstance(scale, str) else None
+        start = 1.0 if isinstance(scale, str) else scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learn_scale)
 
     def forward(self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor]) -> ForwardPass:
         """x [B, C, H, W], noise [B, c, h, w] standard normal, transform: latent -> latent for the decoder."""
         mean, logvar = mean_and_logvar(posterior_parameters(self.vae, x))
         latent = sample_posterior(mean, logvar, noise)
-        reconstruction = decode_raw(self.vae, transform(latent)).float()
-        return ForwardPass(mean, logvar, latent, reconstruction, self.log_scale)
+        reconstruction, log_scale = self.decode(transform(latent))
+        return ForwardPass(mean, logvar, latent, reconstruction, log_scale)
+
+    def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw latents -> images [B, C, H, W] and the log-scale of their pixels, a scalar or [B, C, H, W]."""
+        if self.pixel_scale is None:
+            return decode_raw(self.vae, latent).float(), self.log_scale
+        with Features(self.vae.decoder.conv_out) as features:
+            reconstruction = decode_raw(self.vae, latent).float()
+        assert features.last is not None
+        return reconstruction, self.pixel_scale(features.last)
