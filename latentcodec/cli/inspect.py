@@ -28,6 +28,9 @@ def inspect(
     count: Annotated[
         int | None, typer.Option(min=1, help="Images to look at; default: as many as two minutes allow.")
     ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another codec, whose pictures the page compares with this one's.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -40,9 +43,10 @@ def inspect(
     from latentcodec.store.format import INDEX
 
     if images is not None:
-        return look(subject, images, out, count, device, as_json)
-    if out is not None:
-        raise ValueError(f"--out {out}: a page needs --images, the folder to judge the codec on")
+        return look(subject, images, out, count, beside, device, as_json)
+    for option, value in (("--out", out), ("--beside", beside)):
+        if value is not None:
+            raise ValueError(f"{option} {value}: a page needs --images, the folder to judge the codec on")
     if Path(subject, INDEX).is_file() or Path(subject, "plan").is_dir():
         from latentcodec.store import LatentStore
 
@@ -57,7 +61,13 @@ def inspect(
 
 
 def look(
-    source: str, images: Path, out: Path | None, count: int | None, device: str | None, as_json: bool
+    source: str,
+    images: Path,
+    out: Path | None,
+    count: int | None,
+    beside: str | None,
+    device: str | None,
+    as_json: bool,
 ) -> int:
     """Measure the codec's latents on `images`, print the verdicts, and write page and result where `out` is given."""
     from latentcodec.codec import LatentCodec
@@ -70,11 +80,16 @@ def look(
     codec = LatentCodec.from_pretrained(source, device=device)
     if out is not None:
         require_folder(out)
+    other = None if beside is None else (beside, LatentCodec.from_pretrained(beside, device=device))
+    if other is not None and other[1].image_channels != codec.image_channels:
+        raise ValueError(
+            f"--beside {beside}: takes images of {other[1].image_channels} channels, {source} of {codec.image_channels}"
+        )
     looked = inspection.open_images(images, codec.image_channels, codec.downsampling_factor, count)
     for reason in looked.left_out:
         warn(f"left out: {reason}")
     with counting(inspection.total_passes(looked, codec), "image passes") as advance:
-        data = inspection.inspect_codec(codec, source, images, looked, lambda done: advance(done, 0))
+        data = inspection.inspect_codec(codec, source, images, looked, lambda done: advance(done, 0), other)
     print("\n".join(verdict_lines(data)))
     if out is not None:
         files = write_result(data, out, stem([source], data["hardware"], "inspect"))

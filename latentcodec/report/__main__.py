@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentcodec.files import write_whole
-from latentcodec.report.build import build_page
+from latentcodec.report.build import write_page
 from latentcodec.report.cards import card_section, evaluation_block
 from latentcodec.report.results import read_json
 
@@ -30,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.card or options.evaluation:
                 print((card_section if options.card else evaluation_block)(read_json(path)))
                 continue
-            target = (options.out or path.parent) / f"{path.stem}.html"
-            write_whole(target, build_page(read_json(path)).render().encode())
-            print(target)
+            print(write_page(read_json(path), options.out or path.parent, path.stem))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

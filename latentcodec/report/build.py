@@ -48,5 +48,18 @@ def write_result(data: Mapping[str, Any], out: Path, name: str) -> dict[str, str
     name = free_stem(out, name)
     data = finite(data)
     write_json(data, out / f"{name}.json")
-    write_whole(out / f"{name}.html", build_page(data).render().encode())
+    write_page(data, out, name)
     return {suffix: str(out / f"{name}.{suffix}") for suffix in ("json", "html")}
+
+
+def write_page(data: Mapping[str, Any], out: Path, name: str) -> Path:
+    """Write the page of a result as NAME.html into `out`, with links to its JSON file and to the pages beside it."""
+    page, links = build_page(data), {}
+    if (out / f"{name}.json").is_file():
+        links["the numbers of this page"] = f"{name}.json"
+    for other in sorted(out.glob("*.html")):
+        if other.stem != name and other.with_suffix(".json").is_file():
+            links[other.stem] = other.name
+    page.link_first(links)
+    write_whole(out / f"{name}.html", page.render().encode())
+    return out / f"{name}.html"

@@ -25,6 +25,7 @@ from latentcodec.quality import latent_measures as latents
 from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, no_progress
 from latentcodec.quality.health import Health, Windows, cut_windows, measure_health, passes
 from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import reconstruct
 from latentcodec.report.pictures import channel_picture, crop_around, principal_colours, tiles, webp
 from latentcodec.report.results import provenance, short_path
 
@@ -97,9 +98,17 @@ def _coprime(a: int, b: int) -> bool:
 
 
 def inspect_codec(
-    codec: LatentCodec, source: str, folder: Path, looked: OpenedImages, progress: Progress = no_progress
+    codec: LatentCodec,
+    source: str,
+    folder: Path,
+    looked: OpenedImages,
+    progress: Progress = no_progress,
+    beside: tuple[str, LatentCodec] | None = None,
 ) -> dict[str, Any]:
-    """The result of kind "inspect": verdicts, measures, channels, curves, pictures and where it comes from."""
+    """The result of kind "inspect": verdicts, measures, channels, curves, pictures and where it comes from.
+
+    `beside`: the name of another codec, and the codec, whose pictures can be compared with this one's.
+    """
     health, windows = measure_health(codec, looked.x, looked.labels, progress=progress)
     klt = KLT.fit(list(windows.x), codec.downsampling_factor, codec.latent_channels)
     parameters = sum(parameter.numel() for parameter in codec.vae.parameters())
@@ -118,7 +127,9 @@ def inspect_codec(
         "training": training_curves(Path(source)),
     }  # fmt: skip
     data["images"] = _image_rows(looked, windows)
-    data["pictures"], data["viewer"] = _compared(windows, klt, data["images"])
+    data["pictures"], data["viewer"] = _compared(windows, klt, data["images"], beside)
+    if beside is not None:
+        data["beside"] = {"codec": short_path(beside[0]), "fingerprint": beside[1].fingerprint}
     middle = data["viewer"][len(data["viewer"]) // 2]["image"]
     data["strips"] = _strips(codec, windows, health, middle)
     if windows.mean.shape[-2:] == (1, 1):
@@ -141,9 +152,9 @@ def _image_rows(looked: OpenedImages, windows: Windows) -> list[dict[str, Any]]:
 
 
 def _compared(
-    windows: Windows, klt: KLT, rows: Sequence[dict[str, Any]]
+    windows: Windows, klt: KLT, rows: Sequence[dict[str, Any]], beside: tuple[str, LatentCodec] | None
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Worst, median and best image: the original, the codec, its KLT and JPEG with as many bits as 8-bit latents."""
+    """Worst, median and best image: original, codec, another one, KLT and JPEG with as many bits as 8-bit latents."""
     order = sorted(range(len(rows)), key=lambda i: rows[i]["psnr_db"])
     picked = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
     pictures, samples = {}, []
@@ -156,6 +167,8 @@ def _compared(
             ("codec", webp(windows.y[i])),
             ("KLT, as many numbers", webp(linear)),
         ]
+        if beside is not None:
+            choices.insert(2, (short_path(beside[0]), webp(reconstruct(beside[1], x[None])[0])))
         if len(x) in (1, 3) and x[0].numel() >= 64**2:
             picture, size = jpeg(x, bits // 8)
             choices.append((f"JPEG, {size / 1024:.1f} KiB", picture))

@@ -92,6 +92,7 @@ def last_line(text: str) -> dict:
 def references(page: str) -> list[str]:
     """Everything in a page that a browser would fetch by itself; its own script is looked at in the browser test."""
     page = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub(r'<a href="[\w.-]+">', "", page)  # to files beside it, followed when they are clicked
     found = re.findall(r"""(?:src|href|action|data|poster|srcset)\s*=\s*["']?([^"'\s>]+)""", page)
     found += re.findall(r"url\(\s*[\"']?([^\"')]+)", page) + re.findall(r"@import\s+(\S+)", page)
     return [target for target in found if not target.startswith(("#", "data:"))]

@@ -71,3 +71,18 @@ def test_a_mistake_is_one_line_and_code_2(place, tmp_path, capsys, arguments, wo
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_another_codec_is_shown_beside_it_or_refused(place, tmp_path, capsys):
+    codec, images = str(place / "codec"), ["--images", str(place / "images")]
+    assert run(["inspect", codec, *images, "--beside", codec, "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("*.json")
+    choices = [choice["label"] for choice in json.loads(written.read_text())["viewer"][0]["choices"]]
+    assert choices[2].endswith("codec")
+    assert run(["inspect", codec, "--beside", codec]) == 2
+    assert "--beside" in capsys.readouterr().err
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    grey = AutoencoderKL(1, 1, block_out_channels=(8, 8), norm_num_groups=2, **stages)
+    LatentCodec(grey).save_pretrained(tmp_path / "grey")
+    assert run(["inspect", codec, *images, "--beside", str(tmp_path / "grey")]) == 2
+    assert "takes images of 1 channels" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import save_image
 from latentcodec.quality.features import frechet_distance, gaussian_like, pixel_statistics
-from latentcodec.report.build import build_page
+from latentcodec.report.build import write_page
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -53,7 +53,7 @@ def run(name, place, out, capsys, *more):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads(Path(last["files"]["json"]).read_text())
     page = Path(last["files"]["html"]).read_text()
-    assert build_page(written).render() == page
+    assert write_page(written, out, Path(last["files"]["html"]).stem).read_text() == page
     return last, page
 
 
