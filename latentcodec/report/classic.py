@@ -179,14 +179,9 @@ def _bubbles(codec: RawCodec, x: Tensor, mean: Tensor, std: Tensor) -> dict[str,
     mode = codec.decode(mean[:BUBBLES])
     rows = torch.cat([x[:BUBBLES, None], mode[:, None], pictures], 1)
     error = (pictures - mode[:, None]).square().mean((2, 3, 4))
-    wide = codec.decode((mean[:BUBBLES, None] + 0.3 * noise).flatten(0, 1)).unflatten(
-        0, (BUBBLES, BUBBLE_DRAWS)
-    )
-    wide_error = (wide - mode[:, None]).square().mean((2, 3, 4))
     return {
         "bubbles": webp(tiles(rows.flatten(0, 1), BUBBLE_DRAWS + 2)),
         "bubble_psnr_db": 10 * math.log10(4 / max(error.mean().item(), 1e-10)),
-        "same_noise_psnr_db": 10 * math.log10(4 / max(wide_error.mean().item(), 1e-10)),
     }
 
 

@@ -8,14 +8,8 @@ from typing import Any
 
 from latentcodec.report.page import Page
 from latentcodec.report.pages.classic_claims import SWEEP, claims
-from latentcodec.report.pages.classic_regimes import (
-    REGIMES,
-    add_map,
-    add_more_numbers,
-    add_regimes,
-    looked_at,
-    nats,
-)
+from latentcodec.report.pages.classic_regimes import add_map, add_more_numbers, add_regimes
+from latentcodec.report.pages.classic_training import REGIMES, looked_at, nats
 from latentcodec.report.plots import NEUTRAL, OURS, SECOND, SERIES, THIRD, panel, plot_style, series
 from latentcodec.report.results import number, origin_facts
 

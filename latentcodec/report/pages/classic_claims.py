@@ -195,6 +195,16 @@ def _balance(data: Mapping[str, Any]) -> list[Claim]:
             Claim("001.spring", "the KL is a spring: the stronger, the nearer the codes are held to 0",
                   "mean |mu| after training: " + ", ".join(f"{value:.2f}" for value in pulled) + " at beta 0, 1, 100",
                   pulled == sorted(pulled, reverse=True), "E4"))  # fmt: skip
+    curves = data["runs"]["vae-2"].get("curves")
+    if curves:
+        nll, kl = ([value for _, value in curves[key]] for key in ("nll", "kl"))
+        start, end = _mean(nll[: len(nll) // 10 + 1]), _mean(nll[-(len(nll) // 10 + 1) :])
+        later = len(kl) * 7 // 10
+        before, after = _mean(kl[later : later + len(kl) // 10 + 1]), _mean(kl[-(len(kl) // 10 + 1) :])
+        found.append(
+            Claim("004.3", "the reconstruction's loss falls, and the KL settles",
+                  f"nll {start:.0f} to {end:.0f} nats; KL {before:.2f} after three quarters, {after:.2f} at the end",
+                  end < start and abs(after - before) < 0.15 * before, "E1"))  # fmt: skip
     bounds = data["runs"]["vae-2"].get("bounds")
     if bounds:
         values = {float(k): value for k, value in bounds.items()}

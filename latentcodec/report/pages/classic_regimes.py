@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Ellipse
 
 from latentcodec.report.page import Page
-from latentcodec.report.plots import INK, NEUTRAL, OURS, SECOND, panel, plot_style, series
+from latentcodec.report.pages.classic_training import REGIMES, SQUARE, add_training, looked_at, nats
+from latentcodec.report.plots import INK, NEUTRAL, panel, plot_style, series
 
 ATLAS, SPAN = 31, 3.0
-REGIMES = {"ae-2": "autoencoder, beta 0", "vae-2": "VAE, beta 1", "collapsed-2": "collapsed, beta 100"}
-SQUARE = (4.8, 4.4)
 
 
 ROW = [
@@ -50,16 +49,6 @@ CLASSES = (
 )
 
 
-def nats(value: float) -> str:
-    """A KL, as short as it is clear."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}"
-
-
-def looked_at(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    looked: dict[str, Any] = data["runs"][name]["looked"]
-    return looked
-
-
 def add_regimes(page: Page, data: Mapping[str, Any]) -> None:
     page.section(
         "E1: three regimes",
@@ -94,7 +83,7 @@ def add_regimes(page: Page, data: Mapping[str, Any]) -> None:
         "Held-out images (above) and their reconstructions (below), two numbers an image.",
         0,
     )
-    _spring(page, data)
+    add_training(page, data)
 
 
 def _row(looked: Mapping[str, Any]) -> list[str]:
@@ -134,49 +123,6 @@ def _scatter(data: Mapping[str, Any], name: str, title: str) -> Figure:
 
 def _colour(k: int) -> str:
     return CLASSES[k % len(CLASSES)] if k >= 0 else NEUTRAL
-
-
-def _spring(page: Page, data: Mapping[str, Any]) -> None:
-    followed = {name: data["runs"][name].get("followed") or [] for name in REGIMES}
-    if not all(followed.values()):
-        return
-    with plot_style():
-        pull, axes = panel(xlabel="step", ylabel="mean |mu|", xscale="symlog", yscale="log")
-        width, other = panel(xlabel="step", ylabel="mean sigma", xscale="symlog", yscale="log")
-        for index, (name, lines) in enumerate(followed.items()):
-            steps = [line["step"] for line in lines]
-            axes.plot(
-                steps,
-                [max(line["mean_abs_mu"], 1e-4) for line in lines],
-                label=REGIMES[name],
-                **series(index),
-            )
-            other.plot(steps, [line["mean_sigma"] for line in lines], label=REGIMES[name], **series(index))
-        axes.legend(fontsize=8)
-        tracks, lines_axes = panel(
-            SQUARE, title="the VAE's codes as they move", xlabel="first number", ylabel="second number"
-        )
-        rows = [line["codes"] for line in followed["vae-2"]]
-        for code in range(min(60, len(rows[0]))):
-            lines_axes.plot(
-                [row[code][0] for row in rows],
-                [row[code][1] for row in rows],
-                color=OURS,
-                alpha=0.35,
-                linewidth=0.8,
-            )
-            lines_axes.plot(*rows[-1][code], color=SECOND, marker="o", markersize=2.5)
-    page.plots(
-        [
-            (pull, "Mean absolute mu over the steps at three values of beta"),
-            (width, "Mean sigma over the steps at three values of beta"),
-            (tracks, "Paths of sixty codes of the VAE during training"),
-        ],
-        "The spring: the same 200 held-out images, looked at while three runs train. All start from principal "
-        "components, with sigma 0.01. Without a KL codes drift outward and clouds stay needles; with beta 1 they "
-        "settle where both forces are equal; with beta 100 they fall to the origin and sigma to 1. Right: 60 "
-        "codes of the VAE, from where they began to where they came to rest (dots).",
-    )
 
 
 def add_map(page: Page, data: Mapping[str, Any]) -> None:
