@@ -32,10 +32,10 @@ experiments: install ## the classic VAE experiments on digits, and a page that e
 	@$(BIN)/python experiments/classic_vae/run.py $${DATA:+--data "$$DATA"} $${LABELS:+--label-column "$$LABELS"}
 
 test: install ## the test suite, under five minutes on two cores
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: install ## what takes longer: real kills, large images, compilers, the bundled codecs on photographs
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 check: install ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -46,6 +46,8 @@ from latentcodec.engine.sharing import (
     share_parameters,
     share_processors,
 )
+from latentcodec.ops.convolutions import form_of
+from latentcodec.ops.native.build import library_if_built
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
 from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
 from latentcodec.vae.layers import ACTIVATIONS
@@ -115,13 +117,16 @@ def optimize_vae(
 ) -> Any:
     """Run a VAE of any covered class on the engine, in place: same class, same keys, same numbers, faster.
 
-    Without gradients it runs in strips of rows, the pointwise work compiled: the first call in a new dtype takes
-    some seconds for that, and says so. `max_memory` bounds the bytes of a pass, with the encoder's or the decoder's
-    weights and all that is prepared of them: a number, text such as "6GB" or "1.5 GiB", or "auto", half of what is
-    free for what comes on top of the weights. Inner feature maps that do not fit are computed twice instead of kept,
-    and a pass that does not fit even so raises ValueError with the bytes it needs. `check` prints how far the results
-    are from diffusers' own class, on random pictures of 256 x 256. Qwen-Image's and Wan's classes run so on single
-    images and first frames; clips of several frames run on the class's own code.
+    Without gradients it runs in strips of rows. On CPUs it takes native functions, which a thread compiles at the first
+    use on a machine; until they are there, torch's run. `max_memory` bounds the bytes of a pass, with the encoder's or
+    the decoder's weights and all that is prepared of them: a number, text such as "6GB" or "1.5 GiB", or "auto", half
+    of what is free for what comes on top of the weights. Inner feature maps that do not fit are computed twice instead
+    of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. Qwen-Image's and Wan's
+    classes run so on single images and first frames; clips of several frames run on the class's own code.
+
+    `check` prints how far the results are from diffusers' own class, on random pictures of 256 x 256, and on CPUs in
+    which form each convolution runs: Winograd's F(4x4, 3x3), F(2x2, 3x3) where that is not exact enough for the weight,
+    or direct.
 
     On CPUs a fast convolution reads its weight in another order. What was made of the weights stays in memory beside
     them; with `keep_packed=False` each pass makes it anew, layer by layer, and nothing is held twice between calls.
@@ -135,6 +140,8 @@ def optimize_vae(
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
         forget(holder)
         holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
+    if vae.device.type == "cpu":
+        library_if_built()  # from now on, where it must be compiled
     if check:
         _print_differences(vae)
     return vae
@@ -274,6 +281,9 @@ def _print_differences(vae: Any) -> None:
             f"{what} in {vae.dtype}: {errors[0]:.1e} of the range from diffusers in float32"
             f" (diffusers itself in {vae.dtype}: {errors[1]:.1e})"
         )
+    for name, weight in vae.named_parameters():
+        if weight.ndim > 2 and (form := form_of(weight)) is not None:
+            print(f"  {name.removesuffix('.weight')}: {form}")
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -16,6 +16,31 @@ if (
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Fixtures of a module that cost seconds and serve several tests. pytest-xdist shall give those tests to one process
+# (--dist loadgroup), or each process would make its own.
+COSTLY = (
+    "two",
+    "finished",
+    "peace",
+    "refused",
+    "folders",
+    "inspected",
+    "many",
+    "trained",
+    "browser",
+    "begin",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that share a costly fixture as one group."""
+    for item in items:
+        shared = next((name for name in COSTLY if name in getattr(item, "fixturenames", ())), None)
+        if shared is not None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared}"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state, with one thread, whatever the last one took."""

@@ -375,9 +375,9 @@ MUTANTS = [
     # ---- the engine
     Mutant(
         "the memory bound ignores the batch",
-        "engine/plan.py",
-        "* (len(x) * dtype.itemsize)",
-        "* dtype.itemsize",
+        "engine/images.py",
+        "smallest = 2 * row_bytes * len(x) * dtype.itemsize",
+        "smallest = 2 * row_bytes * dtype.itemsize",
         "test_memory.py",
     ),
     Mutant(

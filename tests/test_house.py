@@ -19,7 +19,7 @@ FLOORS = [
     {"loading"},
     {"codec"},
     {"quality"},
-    {"store", "report", "training"},
+    {"speed", "store", "report", "training"},
     {"cli"},
     {"__main__"},
 ]

@@ -53,9 +53,12 @@ def corrupt_images(images: Path, out: Path) -> None:
     train(start(small(out / "corrupt", images.with_name("corrupt"), batch_size=2)))
 
 
-def main(images: Path, out: Path) -> None:
+def main(images: Path, out: Path, only: str | None = None) -> None:
     torch.set_num_threads(1)
-    cases = (equality, resume, bad_numbers, peace, corrupt_images)
+    if only == "peace":
+        peace(images, out)
+        return
+    cases = (equality, resume, bad_numbers, corrupt_images)
     found = {case.__name__: case(images, out) for case in cases}
     torch.save(found, out / f"found-{torch.distributed.get_rank()}.pt")
     reset()
@@ -64,4 +67,4 @@ def main(images: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

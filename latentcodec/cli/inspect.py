@@ -125,7 +125,7 @@ def codec_facts(codec: LatentCodec) -> dict[str, Any]:
     return {
         "class": type(codec.vae).__name__,
         "parameters": sum(parameter.numel() for parameter in codec.vae.parameters()),
-        "widths": list(config.get("block_out_channels") or ()),
+        "widths": codec.family.widths(config),
         "image_channels": codec.image_channels,
         "latent": f"[{c}, H/{f}, W/{f}]",
         "numbers": f"{pixels} of a picture become {c}: {pixels / c:.0f} to 1",

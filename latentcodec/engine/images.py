@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
-from latentcodec.engine.needs import ATTENTION_MAPS
+from latentcodec.engine.needs import ATTENTION_MAPS, TRANSFORMED_STRIPS
 from latentcodec.engine.plan import QUERIES_AT_ONCE, Engine, joined
 from latentcodec.engine.streams import StreamPass
+from latentcodec.ops.convolutions import prepared_bytes
 from latentcodec.ops.functional import is_ordinary
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
@@ -72,7 +73,7 @@ class ImageNetworks:
             return result
 
         def plan() -> Callable[[Tensor], list[Tensor]]:
-            return partial(direction, self._plan(x, stages), network)
+            return partial(direction, self._plan(x, stages, network), network)
 
         maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
         if self.engine.compiled and is_replayable(x, len(x) * maps * x.dtype.itemsize):
@@ -81,24 +82,44 @@ class ImageNetworks:
             strips = plan()(x)
         return joined(strips, x.dtype)
 
-    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]]) -> StreamPass:
+    def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""
         device, dtype, bound = x.device.type, self.engine.dtype(x), self.engine.bound(x.device)
+        is_native = self.engine.compiled and device == "cpu"
+        weights = _weight_bytes(network.source, dtype, is_native)
         lowest = min(stages, key=lambda stage: stage[0] * stage[1])
         widest = max(lowest[2].in_channels, lowest[2].out_channels)
         attended = ATTENTION_MAPS * lowest[0] * lowest[1] * widest * len(x) * dtype.itemsize
-        score_bytes = min(4 * lowest[0] * lowest[1] * QUERIES_AT_ONCE[device], bound // 8)
         blocks = sum(len(stage.resnets) for *_, stage in stages) + len(stages)
         row_bytes = max(w * max(stage.in_channels, stage.out_channels) for _, w, stage in stages)
         smallest = 2 * row_bytes * len(x) * dtype.itemsize
-        in_hand = STRIPS_A_BLOCK * blocks
-        strip_bytes = min(STRIP_BYTES[device], max(smallest, bound // in_hand))
-        needed = max(attended, in_hand * smallest)
-        if self.engine.max_memory is not None and needed > self.engine.max_memory:
+        in_hand = STRIPS_A_BLOCK * blocks + (TRANSFORMED_STRIPS if is_native else 0)
+        least = weights + max(attended, in_hand * smallest)
+        if self.engine.max_memory is None:
+            bound += weights  # which are there, or are to be prepared
+        elif least > bound:
             raise ValueError(
-                f"max_memory {self.engine.max_memory:,} bytes is too little for {tuple(x.shape)} in {dtype}: it needs "
-                f"{needed:,}"
+                f"max_memory {bound:,} bytes is too little for {tuple(x.shape)} in {dtype}: it needs {least:,}, of "
+                f"which weights take {weights:,}"
             )
-        scratch = torch.empty(0, dtype=dtype, device=x.device)
-        workspace = Workspace() if self.engine.compiled and device == "cpu" else None
-        return StreamPass(dtype, self.engine.kernels(x.device), strip_bytes, score_bytes, scratch, workspace)
+        room = bound - weights
+        return StreamPass(
+            dtype,
+            self.engine.kernels(x.device),
+            strip_bytes=min(STRIP_BYTES[device], max(smallest, room // in_hand)),
+            score_bytes=min(4 * lowest[0] * lowest[1] * QUERIES_AT_ONCE[device], room // 8),
+            scratch=torch.empty(0, dtype=dtype, device=x.device),
+            workspace=Workspace() if is_native else None,
+            keeps_packed=self.engine.keep_packed,
+        )
+
+
+def _weight_bytes(source: nn.Module, dtype: torch.dtype, is_native: bool) -> int:
+    """Of the parameters, and of all that is prepared of those taps that count; in a stream all layers run at once."""
+    own = prepared = 0
+    for weight in source.parameters():
+        own += weight.numel() * weight.itemsize
+        if weight.ndim > 3:
+            taps = weight if weight.ndim == 4 else weight[:, :, -1]
+            prepared += max(prepared_bytes(taps, dtype, is_native, True))
+    return own + prepared

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from latentcodec.engine.checks import has_hooks, has_plain_parameters, is_plain_convolution
-from latentcodec.ops.functional import applies_to, norm_silu, upsample_conv
+from latentcodec.ops.functional import applies_to, conv3x3, norm_silu, suits_winograd, upsample_conv
 from latentcodec.vae import layers
 from latentcodec.vae.layers import LayerTypes
 
@@ -30,14 +30,22 @@ def _is_fusible(norm: nn.GroupNorm, activation: nn.Module) -> bool:
     return not (has_hooks(norm) or has_hooks(activation))
 
 
+def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(x); [B, C, H, W] -> [B, C', H, W]."""
+    if applies_to(x) and _is_plain_conv2d(layer) and suits_winograd(x, layer.weight):
+        return conv3x3(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y
+
+
 class ResnetBlock2D(layers.ResnetBlock2D):
-    """The residual block, with each norm and its activation as one function."""
+    """The residual block, with each norm and its activation as one function, and fast convolutions on CPUs."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(norm_act(input_tensor, self.norm1, self.nonlinearity))
+        h = conv(norm_act(input_tensor, self.norm1, self.nonlinearity), self.conv1)
         if temb is not None:
             h = h + temb
-        h = self.conv2(norm_act(h, self.norm2, self.nonlinearity))
+        h = conv(norm_act(h, self.norm2, self.nonlinearity), self.conv2)
         return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
 
 

@@ -21,7 +21,9 @@ from latentcodec.engine.needs import channels_at_once, needs_of
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
+from latentcodec.ops.native.build import library_if_built
 from latentcodec.ops.native.convolution import Workspace
+from latentcodec.ops.native.pointwise import NativeKernels
 from latentcodec.ops.native.winograd import KEPT_VALUES
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
 from latentcodec.vae.layers import Attention, Downsample, DownStage, Stage, UNetMidBlock2D, UpStage
@@ -87,8 +89,10 @@ class Engine:
         return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
 
     def kernels(self, device: torch.device) -> Kernels:
-        """Of the pointwise work."""
-        return fastest_kernels(device.type) if self.compiled else REFERENCE_KERNELS
+        """Of the pointwise work; torch's functions as long as native ones are being compiled."""
+        if not self.compiled or (device.type == "cpu" and library_if_built() is None):
+            return REFERENCE_KERNELS
+        return fastest_kernels(device.type)
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
@@ -127,15 +131,15 @@ class Engine:
             and self.max_memory is None
             and x.dtype == torch.float32
             and len(x) * largest * x.dtype.itemsize <= STRIP_BYTES["cpu"]
-            and self.kernels(x.device) is not REFERENCE_KERNELS
-            and x.device.type == "cpu"
+            and isinstance(self.kernels(x.device), NativeKernels)
             and all(weight.numel() <= KEPT_VALUES for weight in network.parameters())
         )
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device, dtype, bound = x.device.type, self.dtype(x), self.bound(x.device)
-        is_native = self.compiled and device == "cpu"
+        kernels = self.kernels(x.device)
+        is_native = isinstance(kernels, NativeKernels)
         needs = needs_of(network, x, dtype, stages, is_native, self.keep_packed)
         if self.max_memory is None:
             bound += needs.weights  # which are there, or are to be prepared
@@ -150,7 +154,7 @@ class Engine:
         workspace = Workspace(self._is_recordable(network, x, stages)) if is_native else None
         return StripPass(
             dtype,
-            self.kernels(x.device),
+            kernels,
             strip_bytes,
             score_bytes,
             needs.keeps(bound, strip_bytes, score_bytes),

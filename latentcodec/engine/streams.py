@@ -24,7 +24,7 @@ from torch import Tensor
 from latentcodec.engine.rows import regrouped, with_neighbours
 from latentcodec.engine.strips import FUNCTIONS
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
-from latentcodec.ops.native.winograd import Workspace
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import RMS, Kernels
 from latentcodec.vae.causal import (
     Attention,
@@ -56,6 +56,8 @@ class StreamPass:
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
     workspace: Workspace | None = None
     """For Winograd's convolutions, which are not used without it."""
+    keeps_packed: bool = True
+    """Whether prepared weights stay in memory between passes."""
 
     def encode(self, encoder: ImageEncoder, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's parameters [B, H // g, W // g, 2s], before `quant_conv`."""
@@ -140,9 +142,8 @@ class StreamPass:
             strips = self._residual(block, strips)
         if stage.resample is None:
             return strips
-        convolve = window_upsample_convolution(
-            stage.resample.weight, stage.resample.bias, self.dtype, self.workspace
-        )
+        settings = self.dtype, self.workspace, self.keeps_packed
+        convolve = window_upsample_convolution(stage.resample.weight, stage.resample.bias, *settings)
         rows = max(1, rows // 2)
         around = None if before is None else _through(stage.shortcut, regrouped(before, rows))
         return self._convolved(convolve, regrouped(strips, rows), None, around)
@@ -186,9 +187,8 @@ class StreamPass:
     def _convolution(self, layer: Any) -> WindowConvolution:
         """`layer`, with the last temporal tap where it has several, for windows without columns beside them."""
         source = getattr(layer, "source", layer)
-        return window_convolution(
-            source.weight, source.bias, layer.stride[0], int(layer.padding[1]), self.dtype, self.workspace
-        )
+        settings = layer.stride[0], int(layer.padding[1]), self.dtype, self.workspace, self.keeps_packed
+        return window_convolution(source.weight, source.bias, *settings)
 
     def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
         """Of a strip in `stage`: even, so that strips can be halved."""

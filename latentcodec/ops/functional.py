@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from latentcodec.ops.convolutions import fold_upsample_weight
+from latentcodec.ops.native import winograd
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.pointwise import NativeKernels
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
@@ -64,6 +65,24 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) 
     """SiLU(group_norm(x)); x [B, C, H, W] in channels_last -> the same; weight, bias [C]."""
     y: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)
     return y
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 3x3 convolution with zeros around; x [B, C, H, W] in channels_last -> [B, O, H, W] likewise."""
+    y: Tensor = _WinogradConv.apply(x, weight, bias)
+    return y
+
+
+def suits_winograd(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv3x3` is faster than torch's convolution and as exact: on CPUs in float32, for maps of many tiles."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and weight.shape[2:] == (3, 3)
+        and x.shape[1] == weight.shape[1]
+        and winograd.suits(weight, len(x) * x.shape[2] * x.shape[3])
+    )
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,3 +137,45 @@ class _NormSiLU(torch.autograd.Function):
         rows, dy = x.detach().permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1).contiguous()
         dx, dweight, dbias = fastest_kernels(x.device.type).gradients(dy, rows, weight, *ctx.known)
         return dx.permute(0, 3, 1, 2), dweight, dbias, None, None
+
+
+class _WinogradConv(torch.autograd.Function):
+    """A 3x3 convolution whose result and whose gradient of the map are Winograd's; that of the weight is torch's.
+
+    Once differentiable by its own formulas, by torch's from then on. The gradient of the map is the convolution of the
+    result's gradient with the weight turned by half a turn, its inputs and outputs exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return winograd.whole_map(x.detach(), weight.detach(), None if bias is None else bias.detach())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # since a gradient of this gradient will be asked for
+            y = F.conv2d(x, weight, bias, padding=1)
+            wanted = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            needed = (value is not None and value.requires_grad for value in (x, weight, bias))
+            return tuple(next(found) if is_needed else None for is_needed in needed)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = winograd.whole_map(dy, weight.detach().transpose(0, 1).flip(2, 3), None)
+        if ctx.needs_input_grad[1]:
+            settings = (
+                [1, 1],
+                [1, 1],
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+            )  # stride, padding, dilation, transposed, ..., groups
+            _, dweight, _ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, *settings, [False, True, False]
+            )
+        if bias is not None and ctx.needs_input_grad[2]:
+            dbias = dy.sum((0, 2, 3))
+        return dx, dweight, dbias

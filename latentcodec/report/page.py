@@ -150,6 +150,10 @@ class Page:
         """
         self._add("atlas", src=src, points=points, legend=legend, grid=grid, span=span, caption=caption)
 
+    def links(self, links: Mapping[str, str]) -> None:
+        """Files beside this one, by what they are called."""
+        self._add("links", links=links)
+
     def link_first(self, links: Mapping[str, str]) -> None:
         """Files beside this one, by what they are called, above everything else; nothing where there are none."""
         if links:

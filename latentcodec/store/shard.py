@@ -151,10 +151,10 @@ class RowBatch:
                 for position, row in zip(positions, rows, strict=True):
                     target[position] = column[row]
         self._numbers[positions] = shard._numbers[rows]
-        for name, texts in self._texts.items():
-            column = shard._texts[name]
-            for position, row in zip(positions, rows, strict=True):
-                texts[position] = column[row].as_py()
+        chosen = pa.array(rows, pa.int64())
+        for name, texts in self._texts.items():  # all at once: cell by cell takes three times as long
+            for position, text in zip(positions, shard._texts[name].take(chosen).to_pylist(), strict=True):
+                texts[position] = text
 
     def quantized(self, name: str) -> Quantized:
         """A latent column as it is stored."""

@@ -13,6 +13,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -50,6 +51,9 @@ class Config:
             _require_sound(key, value)
         check_numbers(asdict(self.model), "model")
         self.output_dir = _expanded("output_dir", self.output_dir)
+        for key in ("data.path", "data.val_path", "model.from_pretrained", "model.teacher"):
+            if (place := attrgetter(key)(self)) is not None:
+                _expanded(key, place)  # the home of nobody is refused here
         if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
             raise ValueError(
                 f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "

@@ -24,6 +24,7 @@ from latentcodec.report.crops import worst_window
 from latentcodec.report.page import Page
 from latentcodec.report.pages.throughput import headline
 from latentcodec.report.plots import INK, plot_style
+from latentcodec.speed import memory
 
 BENCH = Path(__file__).parents[2] / "bench"
 CONFIG = {
@@ -392,7 +393,8 @@ def test_a_side_without_memory_has_no_numbers(throughput):
 def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, codec_folder):
     setup = throughput.Setup(str(codec_folder), "cpu", None)
     cases = [throughput.Case("decode", "float32", size, 1) for size in (256, 512)]
-    small, large = throughput.peak_bytes(setup, "diffusers", cases)
+    (small, _), (large, whole) = memory.peak_bytes(setup, "diffusers", cases, torch.get_num_threads(), "")
+    assert whole > large  # by the weights
     if math.isnan(small):
         pytest.skip("this system does not tell the peak of a process")
     activation = 8 * 512 * 512 * 4  # bytes of a map of 8 channels; the widest has 16, and its layer holds two
@@ -439,7 +441,6 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
 def test_any_choice_of_sides_is_measured_and_reported(
     throughput, codec_folder, tmp_path, capsys, monkeypatch, sides, headline, dtype
 ):
-    monkeypatch.setattr(throughput, "optimize_vae", lambda vae, max_memory: vae)  # compiling takes seconds
     monkeypatch.setattr(throughput, "measure_memory", lambda *_: None)
     monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
     small = ["--sizes", "32", "--batches", "1", "--dtypes", dtype, "--repeats", "1", "--device", "cpu"]
@@ -458,8 +459,7 @@ def test_any_choice_of_sides_is_measured_and_reported(
 def test_a_bench_out_of_time_measures_one_round_of_one_case_and_says_what_it_leaves_out(
     throughput, codec_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(throughput, "optimize_vae", lambda vae, max_memory: vae)  # compiling takes seconds
-    monkeypatch.setattr(throughput, "peak_bytes", lambda *_: pytest.fail("the time was over"))
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: pytest.fail("the time was over"))
     monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
     small = ["--sizes", "32", "64", "--batches", "1", "--dtypes", "float32", "--device", "cpu"]
     throughput.main(["--codec", str(codec_folder), "--out", str(tmp_path), *small, "--seconds", "0"])

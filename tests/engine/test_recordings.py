@@ -12,6 +12,7 @@ from torch import nn
 from latentcodec import optimize_vae, restore_vae
 from latentcodec.engine import recordings
 from latentcodec.engine.strips import StripPass
+from latentcodec.ops.native.build import library
 from latentcodec.ops.native.recorder import Recorder
 
 CONFIG = {
@@ -28,6 +29,7 @@ CONFIG = {
 @pytest.fixture
 def recorded():
     """diffusers' class and ours with the same parameters, the latter with a recording of each network."""
+    assert library() is not None  # compiled, if need be
     reference, vae = pair(CONFIG)
     optimize_vae(vae)
     for _ in range(3):

@@ -12,13 +12,16 @@ from diffusers import AutoencoderKL
 from peft import LoraConfig
 from safetensors.torch import save_file
 from stock_pairs import CONFIGS, config, differences, pair, whole_and_strips
+from torch import nn
 from torch._inductor.exc import InductorError
 
 from latentcodec.adopt import adopt, optimize_vae, restore_vae
 from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
+from latentcodec.machine import is_fast
 from latentcodec.ops import onednn, pointwise
+from latentcodec.ops.native.build import library
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
 
 WHOLE = 1 << 30  # bytes: the image is one strip
@@ -358,8 +361,18 @@ def test_restore_leaves_what_was_never_adopted_and_refuses_what_is_no_vae():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_prints_what_it_measured(dtype, capsys):
     vae = AutoencoderKL(**CONFIGS["photo-f8c16"]).eval().type(dtype)
+    assert library() is not None
     optimize_vae(vae, check=True)
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if not line.startswith("  ")]
+    forms = dict(line.strip().split(": ", 1) for line in printed if line.startswith("  "))
+    convolutions = [name for name, layer in vae.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert list(forms) == [name for name in convolutions if "quant" not in name]
+    assert forms["encoder.conv_in"] == "direct"
+    if is_fast(dtype) and dtype == torch.float32:
+        assert forms["decoder.up_blocks.0.upsamplers.0.conv"].startswith("F(4x4, 3x3) of a doubled map, ")
+        middle = forms["decoder.mid_block.resnets.0.conv1"]
+        assert re.fullmatch(r"F\(4x4, 3x3\), \d\.\de-0[67] from the direct convolution", middle)
     assert [line.split(" of the range")[0].rsplit(" ", 1)[0] for line in lines] == [
         f"{what} in {dtype}:" for what in ("encode", "decode")
     ]

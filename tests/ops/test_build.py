@@ -15,9 +15,12 @@ from latentcodec.ops.native import build
 def fresh(monkeypatch, tmp_path):
     """A user who has called nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_builders", [])
     build.library.cache_clear()
     build._cache_folder.cache_clear()
     yield tmp_path
+    for thread in build._builders:
+        thread.join()
     build.library.cache_clear()
     build._cache_folder.cache_clear()
 
@@ -47,6 +50,35 @@ def test_processes_that_build_at_once_leave_one_whole_library(fresh):
     folder = fresh / "latentcodec" / "native"
     assert list(folder.iterdir()) == [found[0]]
     build._declared(build.ctypes.CDLL(str(found[0])))
+
+
+def test_a_first_call_does_not_wait_for_the_compiler(fresh, monkeypatch):
+    may_end, original = threading.Event(), build._compile
+
+    def compile_later(*arguments):
+        assert may_end.wait(60)
+        original(*arguments)
+
+    monkeypatch.setattr(build, "_compile", compile_later)
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-O0"])
+    assert build.library_if_built() is None
+    assert build.library_if_built() is None
+    assert len(build._builders) == 1
+    may_end.set()
+    build._builders[0].join()
+    assert build.library_if_built() is build.library() is not None
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_builders", [])  # a later process finds the file, and needs no thread
+    assert build.library_if_built() is not None
+    assert build._builders == []
+
+
+@pytest.mark.parametrize("command", ["", "no-such-compiler", "false"])
+def test_without_a_compiler_no_thread_tries_for_ever(fresh, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    for thread in (build.library_if_built(), *build._builders):
+        assert thread is None or thread.join() is None
+    assert build.library_if_built() is None
 
 
 def test_other_flags_make_another_file(fresh):

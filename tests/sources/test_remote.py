@@ -72,6 +72,8 @@ def test_tar_shards_can_be_streamed(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_hopeless_streams_end_with_a_clear_error(tmp_path, workers, monkeypatch):
     monkeypatch.setattr(crops, "PATIENCE_IMAGES", 7)
+    # How long torch waits for each worker that is still looking for an image when another one has given up.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     path = write_shards(tmp_path / "bad", 8, 2, bad=tuple(range(8)))
     with pytest.raises(ValueError, match=r"^7 images in a row cannot be read"):
         read(config_of(path, streaming=True, workers=workers), steps=1)

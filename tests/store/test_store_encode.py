@@ -239,10 +239,17 @@ def test_workers_change_nothing(many, tmp_path, codec):
 def test_ranks_of_launchers():
     assert rank_and_world({}) == (0, 1)
     assert rank_and_world({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
-    assert rank_and_world({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
+    srun = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    assert rank_and_world(srun) == (1, 2)
+    assert rank_and_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1)  # a script without srun
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
     assert rank_and_world(array) == (2, 4)
-    assert rank_and_world({**array, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (5, 8)
+    assert rank_and_world(array | srun) == (5, 8)
+    steps = array | {"SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_ID": "11"}
+    assert rank_and_world(steps) == (3, 4)
+    for task in ("8", "13"):  # between two steps, and behind the last one
+        with pytest.raises(ValueError, match=f"SLURM array task {task} has no place among 4 that start at 5"):
+            rank_and_world(steps | {"SLURM_ARRAY_TASK_ID": task})
 
 
 # --- more pictures, and fewer

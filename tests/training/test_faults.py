@@ -145,6 +145,11 @@ SETTINGS = [
     ("output_dir", " "),
     ("data.path", ""),
     ("data.split", ""),
+    ("data.path", "~nobody-here/x"),
+    ("data.val_path", "~nobody-here/x"),
+    ("model.from_pretrained", "~nobody-here/x"),
+    ("model.teacher", "~nobody-here/x"),
+    ("output_dir", "~nobody-here/x"),
 ]
 
 

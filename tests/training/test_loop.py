@@ -266,6 +266,14 @@ def test_corrupt_images_are_left_out_counted_and_listed_once(tmp_path, images, r
 
 # ---- two processes ----
 
+TWO_PROCESSES = (
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    2,
+    ROOT / "tests/two_processes.py",
+)
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, images):
@@ -276,14 +284,7 @@ def two(tmp_path_factory, images):
         corrupt.exists() or write_images(corrupt)
         (corrupt / f"{number:02}.png").write_bytes(b"broken")
     write_config(small(out / "signal", images, workers=1, max_steps=100_000), out / "signal.yaml")
-    command = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        ROOT / "tests/two_processes.py",
-    ]
-    launcher = launch(*command, images, out, log=out / "log")
+    launcher = launch(*TWO_PROCESSES, images, out, log=out / "log")
     wait_until(lambda: lines(out / "signal") >= 2, launcher)
     launcher.send_signal(signal.SIGTERM)
     code = launcher.wait(PATIENCE_SECONDS)
@@ -358,9 +359,9 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_agents_of_which_one_loses_its_process_restart_and_end_as_an_undisturbed_run(
-    tmp_path, images, two
-):
+def test_two_agents_of_which_one_loses_its_process_restart_and_end_as_an_undisturbed_run(tmp_path, images):
+    undisturbed = launch(*TWO_PROCESSES, images, tmp_path, "peace", log=tmp_path / "peace.log")
+    assert undisturbed.wait(PATIENCE_SECONDS) == 0
     output = tmp_path / "run"
     config = write_config(small(output, images, workers=1, **LONGER), tmp_path / "config.yaml")
     with socket.socket() as free:
@@ -373,7 +374,7 @@ def test_two_agents_of_which_one_loses_its_process_restart_and_end_as_an_undistu
     assert [agent.wait(PATIENCE_SECONDS) for agent in agents] == [0, 0]
     said = "".join((tmp_path / f"{n}.log").read_text() for n in (0, 1))
     assert f"resumed {output} at step" in said
-    peace = two["out"] / "peace"
+    peace = tmp_path / "peace"
     assert metrics(output) == metrics(peace)
     weights = "codec/diffusion_pytorch_model.safetensors"
     assert (output / weights).read_bytes() == (peace / weights).read_bytes()

@@ -72,8 +72,8 @@ def causal(dice: random.Random, kind: type) -> dict[str, Any]:
         return config | dict(input_channels=dice.choice([3, 4]))
     patch = dice.choice([None, 2]) if kind is AutoencoderKLWan else None
     residual = dice.random() < 0.5 or kind is AutoencoderKLQwenImage21
-    if residual:  # whose shortcuts divide and multiply channels by powers of two
-        config |= dict(base_dim=8, dim_mult=[1, 2, 4, 4][: steps + 1])
+    if residual:  # whose shortcuts multiply channels by powers of two, and not in the lowest stage
+        config |= dict(base_dim=8, dim_mult=[*(multiples := [1, 2, 4][:steps]), multiples[-1]])
     channels = 3 * (patch or 1) ** 2 if kind is AutoencoderKLWan else 4
     config |= dict(is_residual=residual, in_channels=channels, out_channels=channels, patch_size=patch)
     return config | dict(decoder_base_dim=dice.choice([None, 8, 16]))

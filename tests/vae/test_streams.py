@@ -1,12 +1,21 @@
 """Streams of strips equal diffusers' own class for one image, whatever the height of a strip."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_vaes import CAUSAL_NAMES, relative_error, small_vae
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from test_memory import LiveBytes
+
+from latentcodec import optimize_vae
 from latentcodec.engine.streams import StreamPass
 from latentcodec.ops.functional import fastest_kernels
 from latentcodec.ops.native import winograd
+from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, to_channels, to_pixels
 from latentcodec.vae.families import family_of
@@ -66,14 +75,34 @@ def test_wide_layers_run_as_winograd_s_convolutions(name, strip_bytes, monkeypat
     vae = small_vae(name, base_dim=64, **(dict(decoder_base_dim=64) if name == "wan22" else {}))
     used, convolve = [], winograd.convolve
     monkeypatch.setattr(
-        winograd, "convolve", lambda *given: used.append(given[3].doubles) or convolve(*given)
+        winograd, "convolve", lambda *given: used.append(given[4].doubles) or convolve(*given)
     )
     z = torch.randn(1, vae.config.z_dim, 8, 6)
     with torch.inference_mode():
         expected = vae.decode(z[:, :, None]).sample[:, :, 0]
         after = vae.post_quant_conv(z[:, :, None])[:, :, 0]
-        fast = stream(strip_bytes, fastest_kernels("cpu"), winograd.Workspace())
+        fast = stream(strip_bytes, fastest_kernels("cpu"), Workspace())
         image = image_of(fast.decode(ImageDecoder(vae.decoder), after))
         image = to_pixels(image, family_of(vae).patch(vae.config)).clamp(-1, 1)
     assert {True, False} <= set(used)  # of doubled maps, and of others
     assert relative_error(image, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen", "wan22"])
+@pytest.mark.parametrize("keep_packed", [True, False])
+def test_a_pass_stays_within_the_bytes_that_it_says_it_needs(name, keep_packed):
+    """The weights and all that is prepared of them included."""
+    vae = small_vae(name, base_dim=64, **(dict(decoder_base_dim=64) if name == "wan22" else {}))
+    z = torch.randn(1, vae.config.z_dim, 1, 12, 10)
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        optimize_vae(vae, max_memory=1, keep_packed=keep_packed)
+        with pytest.raises(ValueError, match="max_memory 1 bytes is too little") as refusal:
+            vae.decode(z)
+        least = int(re.search(r"needs ([\d,]+),", str(refusal.value))[1].replace(",", ""))
+        optimize_vae(vae, max_memory=least, keep_packed=keep_packed)
+        weights = sum(weight.numel() * 4 for weight in vae.decoder.parameters())
+        with LiveBytes(vae, z) as live:
+            result = vae.decode(z).sample
+    assert relative_error(result, expected) <= 1e-4
+    assert 0.2 * least < live.peak + weights <= least

@@ -61,24 +61,50 @@ SIGNATURES = {
 }
 """The arguments of each function, by the letters of `TYPES`; what they are stands beside the functions."""
 
+WORTH_A_THREAD = 1 << 15  # values, some 30 microseconds
+PRODUCTS_A_VALUE = 32  # multiplications in the time of a value: 8 at a time, twice in a cycle
+
 recording = threading.local()
 """Of each thread: `calls`, the list for the calls of native functions, or None (`recorder.py`)."""
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be had."""
+    """The compiled functions, or None where they cannot be had; compiles them on a machine's first call."""
     compiler = _compiler()
     if compiler is None:
         log.warning("no C++ compiler was found: the VAE runs on torch's functions, slower but equal")
         return None
-    flags = [*FLAGS, *INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), [])]
     try:
-        return _declared(ctypes.CDLL(str(_built(compiler, flags))))
+        return _declared(ctypes.CDLL(str(_built(compiler, _flags()))))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         log.warning("the native functions could not be built, so torch's run, slower but equal: %s", reason)
         return None
+
+
+def library_if_built() -> ctypes.CDLL | None:
+    """The compiled functions, or None as long as another thread compiles them: so that no first call waits for that."""
+    if not _builders and (compiler := _compiler()) is not None and not _is_built(compiler):
+        log.info("compiling the native functions; until they are there, torch's run, slower but equal")
+        _builders.append(threading.Thread(target=library, name="latentcodec native build"))
+        _builders[0].start()
+    return None if _builders and _builders[0].is_alive() else library()
+
+
+_builders: list[threading.Thread] = []
+"""The thread that compiles, or did, in this process."""
+
+
+def _is_built(compiler: list[str]) -> bool:
+    try:
+        return _file(compiler, _flags()).exists()
+    except (OSError, subprocess.CalledProcessError):
+        return True  # `library` says what is wrong
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), [])]
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -88,6 +114,12 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = None
         setattr(library, name, _recorded(function))
     return library
+
+
+def threads_for(work: float) -> int:
+    """How many of torch's threads are worth waking for so much work, in values that are read, or as many as cost as
+    much time: waking one takes longer than `WORTH_A_THREAD` of them."""
+    return max(1, min(torch.get_num_threads(), int(work / WORTH_A_THREAD)))
 
 
 def _recorded(function: Any) -> Callable[..., None]:
@@ -111,17 +143,21 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _built(compiler: list[str], flags: list[str]) -> Path:
-    """The library's file, compiled unless an earlier process has done so."""
-    sources = sorted(SOURCES.glob("*.cpp"))
+def _file(compiler: list[str], flags: list[str]) -> Path:
+    """Where the library lies once it is compiled."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((compiler, version, flags)).encode())
-    for path in sorted([*sources, *SOURCES.glob("*.h")]):
+    for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.read_bytes())
-    library = _cache_folder() / f"{digest.hexdigest()[:32]}.so"
+    return _cache_folder() / f"{digest.hexdigest()[:32]}.so"
+
+
+def _built(compiler: list[str], flags: list[str]) -> Path:
+    """The library's file, compiled unless an earlier process has done so."""
+    library = _file(compiler, flags)
     if not library.exists():
         started = time.perf_counter()
-        _compile([*compiler, *flags], sources, library)
+        _compile([*compiler, *flags], sorted(SOURCES.glob("*.cpp")), library)
         log.info("compiled the native functions in %.1f s: %s", time.perf_counter() - started, library)
     return library
 

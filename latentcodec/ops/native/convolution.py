@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentcodec.ops.native.build import PRODUCTS_A_VALUE, threads_for
 from latentcodec.ops.onednn import Convolution
 
 PANEL = 16  # outputs that are summed up at a time
@@ -90,7 +91,7 @@ class _RunningDirect:
         self.convolution, self.workspace = convolution, workspace
 
     def __call__(self, window: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        made, threads = self.convolution, torch.get_num_threads()
+        made = self.convolution
         window = window if window.is_contiguous() else window.contiguous()
         images, rows, columns, channels = window.shape
         size, stride = made.size, made.stride
@@ -98,6 +99,7 @@ class _RunningDirect:
         results = images * shape[0] * shape[1]
         if results > MOST_RESULTS:
             return made.by_other_means(window, bias, residual)
+        threads = threads_for(results * made.packed.numel() / PRODUCTS_A_VALUE)
         together = min(TOGETHER, -(-results // threads))
         own = (together + ROWS) * (size**2 * channels + made.packed.shape[0] * PANEL)
         memory, y = self.workspace.memory(threads * own), torch.empty(images, *shape)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentcodec.ops.native.build import threads_for
 from latentcodec.ops.pointwise import RMS, Activation, Kernels, Moments, Norm
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -43,7 +44,7 @@ class NativeMoments(Moments):
             self.pivot.data_ptr(),
             *_place(strip),
             *(images, rows, columns, channels),
-            torch.get_num_threads(),
+            threads_for(strip.numel()),
         )
         self.pixels += rows * columns
         return None
@@ -82,7 +83,7 @@ class NativeKernels(Kernels):
             *(out.data_ptr(), x.data_ptr()),
             *x.shape,
             *(None if factor is None else factor.data_ptr() for factor in factors),
-            *(norm.activation is not None, torch.get_num_threads()),
+            *(norm.activation is not None, threads_for(x.numel())),
         )
         return None
 
@@ -103,7 +104,7 @@ class NativeKernels(Kernels):
             *((None, 0) if below is None else _place(below)[:2]),
             *strip.shape,
             *(None if factor is None else factor.data_ptr() for factor in factors),
-            *(norm is not None and norm.activation is not None, torch.get_num_threads()),
+            *(norm is not None and norm.activation is not None, threads_for(strip.numel())),
         )
         return None
 
@@ -116,7 +117,7 @@ class NativeKernels(Kernels):
             *(channels * size, out.data_ptr()),
             *(strip.data_ptr(), strip.stride(0) * size, strip.stride(1) * size),
             *((None, 0) if below is None else (below.data_ptr(), below.stride(0) * size)),
-            *(images, rows, columns * channels * size, torch.get_num_threads()),
+            *(images, rows, columns * channels * size, threads_for(strip.numel())),
         )
 
     def gradient_sums(self, dy: Tensor, x: Tensor, *known: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class NativeKernels(Kernels):
             *(value.data_ptr() for value in (sums, dy, x)),
             *(images, rows * columns, channels),
             *(value.data_ptr() for value in known),
-            torch.get_num_threads(),
+            threads_for(x.numel()),
         )
         return sums
 
@@ -145,7 +146,7 @@ class NativeKernels(Kernels):
             *(value.data_ptr() for value in (dx, dy, x)),
             *(images, rows * columns, channels),
             together.data_ptr(),
-            torch.get_num_threads(),
+            threads_for(x.numel()),
         )
         return dx
 

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from latentcodec.ops.native.build import recording
 
 EMPTY = torch.ops.aten.empty.memory_format
+NOWHERE = -1  # the address of what has no storage: numbers, packed weights
 RESIZE = torch.ops.aten.resize_.default
 
 
@@ -31,12 +31,12 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.is_complete = True
-        self.free: list[np.ndarray[Any, Any]] = []
+        self.free: list[bytearray] = []
         self.bytes = 0
 
     def __enter__(self) -> Recorder:
         recording.calls = self.calls
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
         recording.calls = None
@@ -54,26 +54,30 @@ class Recorder(TorchDispatchMode):
 
     def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that belongs to the recording, and is free again when the last tensor in it is gone."""
-        size = math.prod(shape) * dtype.itemsize
-        fitting = [block for block in self.free if size <= block.nbytes <= 2 * size + 4096]
+        size = max(1, math.prod(shape)) * dtype.itemsize
+        fitting = [block for block in self.free if size <= len(block) <= 2 * size + 4096]
         if fitting:
-            block = min(fitting, key=lambda block: block.nbytes)
+            block = min(fitting, key=len)
             self.free = [other for other in self.free if other is not block]
         else:
-            block = np.empty(size, np.uint8)
+            block = bytearray(size)
             self.bytes += size
-        lent = block[:size]
+        lent = memoryview(block)
         weakref.finalize(lent, self._give_back, block).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(shape)
+        return torch.frombuffer(lent, dtype=dtype)[: math.prod(shape)].view(shape)
 
-    def _give_back(self, block: np.ndarray[Any, Any]) -> None:
+    def _give_back(self, block: bytearray) -> None:
         self.free.append(block)
 
 
 def _memory(values: Any) -> set[int]:
-    """The addresses of all storages in an argument or a result; for what is no tensor, one that no storage has."""
-    return {
-        value.untyped_storage().data_ptr() if isinstance(value, Tensor) else -1
-        for value in tree_leaves(values)
-        if isinstance(value, Tensor) or not isinstance(values, tuple)
-    }
+    """The addresses of all storages in arguments or in a result; what has none counts as memory of its own."""
+    leaves = tree_leaves(values)
+    if not isinstance(values, tuple):  # a result: what is no tensor was computed as well
+        return {_address(value) for value in leaves}
+    return {_address(value) for value in leaves if isinstance(value, Tensor)} - {NOWHERE}
+
+
+def _address(value: Any) -> int:
+    has_storage = isinstance(value, Tensor) and not value.is_mkldnn
+    return value.untyped_storage().data_ptr() if has_storage else NOWHERE

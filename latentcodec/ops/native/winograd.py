@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.ops.native.build import library
+from latentcodec.ops.native.build import PRODUCTS_A_VALUE, library, threads_for
 from latentcodec.ops.native.convolution import PANEL, ROWS, NativeConvolution, Workspace
 from latentcodec.ops.onednn import Convolution
 
@@ -66,6 +66,7 @@ class WinogradConvolution(NativeConvolution):
     ) -> None:
         super().__init__(library, direct)
         self.weight, self.scheme = weight, scheme
+        self.error = 0.0  # as `best` measured it
         keep = keep and weight.numel() <= KEPT_VALUES
         self.kept = self.transformed(torch.empty(self.size)) if keep else None
 
@@ -78,8 +79,10 @@ class WinogradConvolution(NativeConvolution):
         if native is None or weight.shape[0] % PANEL or weight.shape[1] % PANEL:
             return None
         for scheme in (Scheme(4, doubles), Scheme(2, doubles)):
-            if error(native, weight.float(), scheme) <= LARGEST_ERROR:
-                return cls(native, weight, scheme, direct, keep)
+            if (found := error(native, weight.float(), scheme)) <= LARGEST_ERROR:
+                made = cls(native, weight, scheme, direct, keep)
+                made.error = found
+                return made
         return None
 
     @property
@@ -121,6 +124,24 @@ class _Running:
     def __del__(self) -> None:
         if self.memory is not None:
             self.workspace.weights.append(self.memory)
+
+
+def suits(weight: Tensor, pixels: int) -> bool:
+    """Whether a convolution of maps of so many pixels with a weight [O, C, 3, 3] runs here."""
+    outputs, channels = weight.shape[:2]
+    return not (outputs % PANEL or channels % PANEL) and pixels >= 16 * MIN_TILES and library() is not None
+
+
+def whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of x [B, C, H, W] in channels_last, zeros around it, in the order of F(4x4, 3x3) -> the same."""
+    native, scheme = library(), Scheme(4)
+    assert native is not None
+    transformed = torch.empty(weight_values(scheme, *weight.shape[:2]))
+    transform_weight_(transformed, native, weight, scheme)
+    rows = x.permute(0, 2, 3, 1)
+    given = None if bias is None else bias.contiguous()
+    y = convolve(native, rows, transformed, len(weight), scheme, given, None, Workspace(), pads_rows=True)
+    return y.permute(0, 3, 1, 2)
 
 
 def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
@@ -173,9 +194,12 @@ def convolve(
     as the result.
     """
     images, rows, columns, channels = x.shape
-    times, threads = scheme.times, torch.get_num_threads()
+    times = scheme.times
     made = images, (rows if pads_rows else rows - 2) * times, columns * times, outputs
     tiles = images * -(-made[1] // scheme.outputs) * -(-made[2] // scheme.outputs)
+    threads = threads_for(
+        tiles * scheme.products * (channels * outputs / PRODUCTS_A_VALUE + channels + outputs)
+    )
     together = tiles_together(scheme, tiles, channels, outputs, threads)
     memory = workspace.memory(threads * block_values(scheme, together, channels, outputs))
     x, y = x if x.is_contiguous() else x.contiguous(), torch.empty(made)

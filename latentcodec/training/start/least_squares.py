@@ -54,10 +54,11 @@ def _normal_equations(h: Tensor, side: int, target: Tensor) -> tuple[Tensor, Ten
     """Sums over all positions of the products of a window's k = n side^2 values and a 1 with one another, [k+1, k+1],
     and with `target` [B, m, H, W]: [k+1, m]; h [B, n, H + side - 1, W + side - 1]; float64.
 
-    Of large maps only every second, third, ... row and column counts: neighbours say nearly the same.
+    Of large maps only every third, fifth, ... row and column counts: neighbours say nearly the same. The step is odd,
+    since maps that were doubled before differ between even and odd rows, and all of them must count.
     """
     k = h.shape[1] * side**2
-    step = math.ceil(math.sqrt(target.shape[0] * target.shape[2] * target.shape[3] / ENOUGH_POSITIONS))
+    step = math.ceil(math.sqrt(target.shape[0] * target.shape[2] * target.shape[3] / ENOUGH_POSITIONS)) | 1
     gram = torch.zeros(k + 1, k + 1, dtype=torch.float64)
     products = torch.zeros(k + 1, target.shape[1], dtype=torch.float64)
     for h_part, target_part in zip(h.split(8), target.split(8), strict=True):

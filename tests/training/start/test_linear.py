@@ -65,6 +65,20 @@ def test_least_squares_of_a_doubled_map_are_those_of_the_map_once_it_is_doubled(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_least_squares_of_a_part_of_the_positions_serve_rows_of_either_parity(monkeypatch):
+    """A map that was doubled before is another at even rows than at odd ones."""
+    coarse = torch.randn(8, 4, 25, 25)
+    h = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
+    target = torch.randn(8, 1, 50, 50) + F.conv2d(h, torch.randn(1, 4, 3, 3), padding=1)
+    whole = least_squares(h, target)
+    monkeypatch.setattr("latentcodec.training.start.least_squares.ENOUGH_POSITIONS", 6000)
+    errors = [
+        (F.conv2d(h, *found, padding=1) - target).square().mean()
+        for found in (whole, least_squares(h, target))
+    ]
+    assert errors[1] < 1.02 * errors[0]
+
+
 def test_the_first_posterior_is_narrow(crops):
     vae = build(architecture())
     linear_start(vae, crops)

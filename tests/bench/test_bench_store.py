@@ -1,0 +1,34 @@
+"""The benches of the store and of encoding run, and measure what their words say."""
+
+import json
+import sys
+from pathlib import Path
+
+from test_bench import script
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
+from stores import tiny_codec, write_pictures
+
+
+def last_line(captured):
+    return json.loads(captured.readouterr().out.splitlines()[-1])
+
+
+def test_the_store_beside_its_rivals(tmp_path, capsys):
+    script("store").main(["--out", str(tmp_path), "--items", "16", "--rounds", "1"])
+    formats = last_line(capsys)["formats"]
+    assert {"npz", "pt", "safetensors", "parquet", "webdataset"} < formats.keys()
+    assert all(figures["bytes_per_item"] >= 16 * 32 * 32 * 2 for figures in formats.values())
+    assert json.loads((tmp_path / "store.json").read_text())["formats"] == formats
+
+
+def test_decoding_and_encoding_together(tmp_path, capsys):
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    photos = write_pictures(tmp_path / "photos", 12)
+    arguments = ["--codec", str(tmp_path / "codec"), "--out", str(tmp_path), "--size", "32", "--batch", "2"]
+    script("encoding").main([str(photos), *arguments, "--workers", "0", "--rounds", "2"])
+    result = last_line(capsys)
+    rates = result["pictures_per_second"]
+    assert set(rates) == {"decoding", "encoding", "together"}
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert 0.1 < result["share_of_the_smaller"] < 1.2  # without workers one waits for the other
