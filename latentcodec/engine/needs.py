@@ -41,24 +41,30 @@ class Needs:
     @property
     def least(self) -> int:
         """With which a pass runs, if only just."""
-        return self.weights + self.remade + max(self.strips_at_once * self.smallest_strip, 2 * self.query)
+        return self.weights + self.remade + self.in_hand
+
+    @property
+    def in_hand(self) -> int:
+        """Of the smallest strips, or of the scores of one query with attention's weights."""
+        return max(self.strips_at_once * self.smallest_strip, 2 * self.query)
+
+    def keeps(self, bound: int) -> bool:
+        """Whether inner maps are kept."""
+        return self.weights + self.kept + self.in_hand <= bound
+
+    def room(self, bound: int) -> int:
+        """Beside the weights and the maps."""
+        return bound - self.weights - (self.kept if self.keeps(bound) else self.remade)
 
     def strip_bytes(self, bound: int, largest: int) -> int:
         """Of a strip: as large as it should be, or as `bound` leaves room for."""
-        room = (bound - self.weights - self.remade) // self.strips_at_once
-        return max(self.smallest_strip, min(largest, bound // (4 * self.strips_at_once), room))
+        wanted = min(largest, bound // (4 * self.strips_at_once), self.room(bound) // self.strips_at_once)
+        return max(self.smallest_strip, wanted)
 
     def score_bytes(self, bound: int, queries: int) -> int:
         """Of the scores of as many queries, or of as many as `bound` leaves room for."""
-        room = (bound - self.weights - self.remade) // 2
-        return max(self.query if queries else 0, min(self.query * queries, bound // 8, room))
-
-    def keeps(self, bound: int, strip_bytes: int, score_bytes: int) -> bool:
-        """Whether inner maps may be kept."""
-        in_hand = max(
-            self.strips_at_once * strip_bytes, 2 * score_bytes
-        )  # the latter with attention's weights
-        return self.weights + self.kept + in_hand <= bound
+        wanted = min(self.query * queries, bound // 8, self.room(bound) // 2)
+        return max(self.query if queries else 0, wanted)
 
 
 def needs_of(

@@ -157,7 +157,7 @@ class Engine:
             kernels,
             strip_bytes,
             score_bytes,
-            needs.keeps(bound, strip_bytes, score_bytes),
+            needs.keeps(bound),
             scratch,
             workspace,
             keeps_packed=self.keep_packed,

@@ -28,17 +28,14 @@ def runtime(name: str) -> str:
     sys.platform != "linux", reason="the sanitizers' libraries are loaded first, as Linux does it"
 )
 def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
-    environment = (
-        os.environ
-        | {
-            "CXX": "g++",
-            "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
-            "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",  # Python and torch keep much
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "XDG_CACHE_HOME": str(tmp_path),
-            "PYTHONPATH": str(HERE.parents[1]),
-        }
-    )
+    environment = os.environ | {
+        "CXX": "g++",
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",  # Python and torch keep much
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
     tests = [str(HERE / name) for name in TESTS]
     run = subprocess.run(
         [sys.executable, "-c", SANITIZED, *tests], env=environment, capture_output=True, text=True

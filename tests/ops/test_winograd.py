@@ -104,7 +104,7 @@ def test_few_tiles_of_a_large_weight_are_convolved_directly():
     """Its transform would take longer than the convolution."""
     weight, bias, workspace = torch.randn(176, 176, 3, 3), torch.randn(176), Workspace()
     for rows in (5, 40):
-        x = torch.randn(1, rows, 6, 176)
+        x = torch.randn(1, rows, 8, 176)
         y = window_convolution(weight, bias, 1, 1, torch.float32, workspace)(x)
         assert relative_error(y, direct(x, weight, bias, Scheme(4), False)) <= 1e-5
         assert (workspace.values.numel() > 0) == (rows == 40)

@@ -164,6 +164,8 @@ def _built(compiler: list[str], flags: list[str]) -> Path:
 
 def _compile(command: list[str], sources: list[Path], library: Path) -> None:
     """Compile `sources` at once, a process each, and link them under another name before `library` appears."""
+    if shutil.which("nice"):  # the first pass, on torch's functions, goes on meanwhile
+        command = ["nice", "-n", "19", *command]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects = [Path(folder, source.stem + ".o") for source in sources]
         running = [
