@@ -78,10 +78,11 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
         source = SyntheticSource(channels, seed=SEED)
         return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
     found = FolderImages(Path(folder).expanduser(), channels, SIDE)
-    images = [centre_crop(x, SIDE)[None] for _, x in islice(found, PICTURES)]
-    for item in found.left_out:
-        print(f"left out: {item.reason}", file=sys.stderr)
-    return images
+    try:
+        return [centre_crop(x, SIDE)[None] for _, x in islice(found, PICTURES)]
+    finally:  # also where none can be used
+        for item in found.left_out:
+            print(f"left out: {item.reason}", file=sys.stderr)
 
 
 def _pipeline(codec: LatentCodec) -> StableDiffusionImg2ImgPipeline:
