@@ -266,7 +266,9 @@ def _print_differences(vae: Any) -> None:
     """How far `vae`, and diffusers' own class in the same dtype, are from that class in float32."""
     family, config = family_of(vae), vae.config
     exact, stock = stock_copy(vae, torch.float32), stock_copy(vae, vae.dtype)
-    pixels = 256 if is_fast(vae.dtype, vae.device) else 64  # diffusers' class may take an hour in an emulated format
+    pixels = (
+        256 if is_fast(vae.dtype, vae.device) else 64
+    )  # diffusers' class may take an hour in an emulated format
     frames, side = (1,) if family.has_frames else (), pixels // family.raw_factor(config)
     x = torch.rand(1, family.image_channels(config), *frames, pixels, pixels, device=vae.device) * 2 - 1
     z = torch.randn(1, family.raw_channels(config), *frames, side, side, device=vae.device)

@@ -84,6 +84,8 @@ for folder in map(Path, sys.argv[1:]):
 assert "latentcodec" not in sys.modules
 """
 
+ROUNDING = 3e-5  # of Winograd's convolutions, in a picture from 0 to 1, after the denoiser as well
+
 
 # ---- the parts ----
 
@@ -337,7 +339,7 @@ def test_a_saved_pipeline_draws_the_same_image_where_latentcodec_is_not_installe
     assert there.shape == (1, SIZE, SIZE, 3)
     assert there.std() > 0.02  # a picture, not a flat colour that any decoder would draw
     assert np.array_equal(modules, there)
-    assert np.abs(strips - there).max() < 1e-5
+    assert np.abs(strips - there).max() < ROUNDING
     assert np.array_equal((255 * strips).round(), (255 * there).round())
 
 
@@ -367,7 +369,7 @@ def test_an_optimized_pipeline_draws_the_same_image_in_the_thinnest_strips(name,
     expected = draw(pipe, inputs)
     optimize_vae(pipe.vae)
     monkeypatch.setitem(STRIP_BYTES, "cpu", 1)
-    assert np.abs(draw(pipe, inputs) - expected).max() < 1e-5
+    assert np.abs(draw(pipe, inputs) - expected).max() < ROUNDING
 
 
 # ---- plugging in ----

@@ -87,7 +87,7 @@ class StreamPass:
     # ---- the layers
 
     def _conv_in(self, layer: Any, x: Tensor, rows: int) -> Strips:
-        strips = x.permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
+        strips = x.to(self.dtype).permute(0, 2, 3, 1).contiguous().split(rows, dim=1)
         return self._convolved(self._convolution(layer), strips, None)
 
     def _leave(self, network: ImageEncoder | ImageDecoder, strips: Strips) -> list[Tensor]:

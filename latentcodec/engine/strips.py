@@ -107,7 +107,7 @@ class StripPass:
 
     def _conv_in(self, layer: nn.Conv2d, x: Tensor, rows: int) -> Map:
         convolve, moments = self._convolution(layer), self.kernels.moments()
-        pixels = x.permute(0, 2, 3, 1).contiguous()
+        pixels = x.to(self.dtype).permute(0, 2, 3, 1).contiguous()
         ends = ends_for(layer, lambda: (pixels[:, :1], pixels[:, -1:]))
         parts = with_neighbours(pixels.split(rows, dim=1), ends=ends)
         windows = (self._window(*part, None, layer.padding_mode) for part in parts)

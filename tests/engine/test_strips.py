@@ -352,6 +352,23 @@ def test_restore_leaves_what_was_never_adopted_and_refuses_what_is_no_vae():
         restore_vae(encoder)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_formats_without_units_are_computed_in_float32(dtype, monkeypatch):
+    monkeypatch.setenv("LATENTCODEC_DTYPE", "float32")  # as on a machine that would emulate bfloat16
+    vae = AutoencoderKL(**CONFIGS["sd"]).eval()
+    nn.Module.to(vae, dtype)
+    exact = AutoencoderKL(**CONFIGS["sd"]).eval()
+    exact.load_state_dict(vae.state_dict())
+    assert library() is not None
+    optimize_vae(vae)
+    x = (torch.rand(1, 3, 40, 32) * 2 - 1).to(dtype)
+    with torch.no_grad():
+        expected = exact.encoder(x.float())
+        for _ in range(3):  # a pass may be recorded
+            error = (vae.encoder(x).float() - expected).abs().max() / expected.abs().max()
+            assert error <= torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_prints_what_it_measured(dtype, capsys):
     vae = AutoencoderKL(**CONFIGS["photo-f8c16"]).eval().type(dtype)

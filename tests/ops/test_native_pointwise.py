@@ -179,3 +179,11 @@ def test_float16_and_other_activations_are_torch_s():
         NATIVE.normalise_(ours, value, given)
         REFERENCE_KERNELS.normalise_(theirs, value, given)
         assert torch.equal(ours, theirs)
+
+
+def test_a_window_of_another_format_than_its_strip_is_converted():
+    given = torch.randn(1, 4, 6, 8).bfloat16()
+    native, expected = torch.empty(2, 1, 6, 6, 8).unbind()
+    NATIVE.window_(native, None, given, None, None)
+    REFERENCE_KERNELS.window_(expected, None, given, None, None)
+    assert torch.equal(native, expected)

@@ -15,6 +15,7 @@ from latentcodec import optimize_vae
 from latentcodec.engine.streams import StreamPass
 from latentcodec.ops.functional import fastest_kernels
 from latentcodec.ops.native import winograd
+from latentcodec.ops.native.build import library
 from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import REFERENCE_KERNELS
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, to_channels, to_pixels
@@ -106,3 +107,19 @@ def test_a_pass_stays_within_the_bytes_that_it_says_it_needs(name, keep_packed):
             result = vae.decode(z).sample
     assert relative_error(result, expected) <= 1e-4
     assert 0.2 * least < live.peak + weights <= least
+
+
+@pytest.mark.parametrize("name", CAUSAL_NAMES)
+def test_bfloat16_without_units_is_computed_in_float32(name, monkeypatch):
+    monkeypatch.setenv("LATENTCODEC_DTYPE", "float32")  # as on a machine that would emulate it
+    vae = small_vae(name)
+    torch.nn.Module.to(vae, torch.bfloat16)
+    exact = small_vae(name)
+    exact.load_state_dict(vae.state_dict())
+    assert library() is not None
+    optimize_vae(vae)
+    f = family_of(vae).raw_factor(vae.config)
+    x = (torch.rand(1, family_of(vae).image_channels(vae.config), 1, 4 * f, 4 * f) * 2 - 1).bfloat16()
+    with torch.no_grad():
+        ours, expected = vae.encode(x).latent_dist.mean.float(), exact.encode(x.float()).latent_dist.mean
+    assert (ours - expected).abs().max() <= 0.02 * expected.abs().max()

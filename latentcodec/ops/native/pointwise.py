@@ -75,7 +75,7 @@ class NativeKernels(Kernels):
         return NativeMoments(self.library)
 
     def normalise_(self, out: Tensor, x: Tensor, norm: Norm | RMS) -> None:
-        if not _is_native(x, norm) or not out.is_contiguous():
+        if not _is_native(x, norm) or out.dtype != x.dtype or not out.is_contiguous():
             return super().normalise_(out, x, norm)
         x, factors = x.contiguous(), _factors(norm)
         self.library.normalise(
@@ -90,7 +90,7 @@ class NativeKernels(Kernels):
     def window_(
         self, out: Tensor, above: Tensor | None, strip: Tensor, below: Tensor | None, norm: Norm | RMS | None
     ) -> None:
-        if not _is_native(strip, norm):
+        if not _is_native(strip, norm) or out.dtype != strip.dtype:
             return super().window_(out, above, strip, below, norm)
         strip = _with_dense_rows(strip)
         above = None if above is None else _with_dense_rows(above[:, -1:])
