@@ -146,11 +146,13 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, images, m
 
 
 def _children() -> list[str]:
+    """Child processes but those that multiprocessing keeps for the whole session."""
+    servers = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
     return [
         child
         for task in Path("/proc/self/task").iterdir()
         for child in (task / "children").read_text().split()
-        if "resource_tracker" not in (Path("/proc") / child / "cmdline").read_text()
+        if not any(server in (Path("/proc") / child / "cmdline").read_text() for server in servers)
     ]
 
 
