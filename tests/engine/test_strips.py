@@ -123,7 +123,11 @@ def test_bfloat16_errs_no_more_than_diffusers_in_bfloat16(name):
         torch.manual_seed(seed)
         stock = pair(CONFIGS[name])[0].type(torch.bfloat16)
         exact, ours = copy.deepcopy(stock).float(), adopt(copy.deepcopy(stock))
-        x, z = torch.rand(2, 3, 96, 64) * 2 - 1, torch.randn(2, ours.config.latent_channels, 12, 8)
+        cells = (
+            (12, 8) if is_fast(torch.bfloat16) else (4, 3)
+        )  # diffusers' own class is slow where it is emulated
+        x = torch.rand(2, 3, 8 * cells[0], 8 * cells[1]) * 2 - 1
+        z = torch.randn(2, ours.config.latent_channels, *cells)
         with torch.no_grad():
             for part, value in (("encoder", x.bfloat16()), ("decoder", z.bfloat16())):
                 expected = getattr(exact, part)(value.float())

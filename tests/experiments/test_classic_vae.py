@@ -51,6 +51,7 @@ def test_every_configuration_is_a_run_and_says_what_is_its_own(script):
     assert all(config.data.padding == 2 and not config.data.flip for config in configs.values())
 
 
+@pytest.mark.slow
 def test_a_tiny_version_leaves_a_page_with_every_claim(script, tmp_path, monkeypatch, capsys):
     """Three runs of two steps stand for all sixteen."""
     tiny = {"vae-2": script.TWO, "vae-16": script.SIXTEEN, "pixel-scale": script.FEW}

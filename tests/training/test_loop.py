@@ -25,6 +25,7 @@ from two_processes import LONGER
 from latentcodec import LatentCodec, load_image
 from latentcodec.pixels.labelled import LINE
 from latentcodec.training import checkpoint
+from latentcodec.training.console import end_at_interrupt
 from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
 
@@ -50,7 +51,10 @@ def run_train(monkeypatch, capfd):
         said = capfd.readouterr()
         return end.value.code, said.out, said.err
 
-    return run
+    interrupted = signal.getsignal(signal.SIGINT)
+    end_at_interrupt()  # as the main program does first, for as long as it lives
+    yield run
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def wait_until(condition, process=None) -> None:
