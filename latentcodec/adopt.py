@@ -139,8 +139,9 @@ def optimize_vae(
     bound = parse_bytes(max_memory)
     adopt(vae)
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
-        forget(holder)
         holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
+    for network in (vae.encoder, vae.decoder):
+        forget(network)
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:

@@ -100,6 +100,9 @@ class CellSource(EncodedSource):
     def encoded(self, index: int) -> str | bytes:
         return encoded_cell(self.cells[index], self.name(index))
 
+    def lengths(self) -> list[int]:
+        return [-1 if cell is None or cell["bytes"] is None else len(cell["bytes"]) for cell in self.cells]
+
 
 def _digest(cell: Cell) -> str:
     content = b"" if cell is None else cell["bytes"] or str(cell["path"]).encode()

@@ -19,13 +19,14 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcas
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
-from latentcodec.training.data.images import TrainingImages
+from latentcodec.training.data.images import DataConfig, TrainingImages
 from latentcodec.training.data.order import bucket_sizes
 from latentcodec.training.environment import take_environment
 from latentcodec.training.exchange import wait_for_others
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
+from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
@@ -150,8 +151,10 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
                 f"the checkpoint {saved.path} was written by an earlier version, before Muon, and only that version "
                 "resumes it; to train this configuration with this one, choose another output folder"
             )
-        # A checkpoint of an earlier version named fewer of them beside its configuration.
-        known = replace(saved, state={**dict(_flat(saved.state.get("config", {}))), **saved.state})
+        # A checkpoint of an earlier version named fewer of them; what that version did not have was as by default.
+        default = fixed_settings(replace(config, data=DataConfig(), loss=LossConfig()))
+        settings = dict(_flat(saved.state.get("config", {})))
+        known = replace(saved, state={**default, **settings, **saved.state})
         known.require_same({}, fixed_settings(config))
         return saved
     for name in ("codec", "metrics.jsonl"):
