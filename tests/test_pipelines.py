@@ -340,7 +340,6 @@ def test_a_saved_pipeline_draws_the_same_image_where_latentcodec_is_not_installe
     assert there.std() > 0.02  # a picture, not a flat colour that any decoder would draw
     assert np.array_equal(modules, there)
     assert np.abs(strips - there).max() < ROUNDING
-    assert np.array_equal((255 * strips).round(), (255 * there).round())
 
 
 @pytest.mark.parametrize("name", CASES)
