@@ -125,9 +125,9 @@ def optimize_vae(
     of kept, and a pass that does not fit even so raises ValueError with the bytes it needs. Qwen-Image's and Wan's
     classes run so on single images and first frames; clips of several frames run on the class's own code.
 
-    `check` prints how far the results are from diffusers' own class, on random pictures of 256 x 256, and on CPUs in
-    which form each convolution runs: Winograd's F(4x4, 3x3), F(2x2, 3x3) where that is not exact enough for the weight,
-    or direct.
+    `check` prints how far the results are from diffusers' own class, on a random picture of 256 x 256 (64 x 64 in a
+    format that this machine emulates), and on CPUs in which form each convolution runs: Winograd's F(4x4, 3x3),
+    F(2x2, 3x3) where that is not exact enough for the weight, or direct.
 
     On CPUs a fast convolution reads its weight in another order. What was made of the weights stays in memory beside
     them; with `keep_packed=False` each pass makes it anew, layer by layer, and nothing is held twice between calls.

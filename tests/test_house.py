@@ -56,6 +56,12 @@ def room(module):
     return module.split(".")[0]
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest refuses two of one name in one process, and whether two workers hide that is chance."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_room_has_a_floor():
     assert {room(name) for name in modules()} <= FLOOR.keys()
 

@@ -49,4 +49,4 @@ def likelihood() -> dict[str, float]:
 
 def numbers_of_a_gaussian() -> dict[str, dict[str, int]]:
     """How many numbers an encoder must put out: with a diagonal covariance, and with a whole one."""
-    return {str(d): {"diagonal": 2 * d, "whole": d + d * (d + 1) // 2} for d in DIMENSIONS}
+    return {str(d): {"diagonal": 2 * d, "whole": d + len(torch.tril_indices(d, d)[0])} for d in DIMENSIONS}

@@ -40,11 +40,11 @@ def measure_memory(setup: Setup, results: Results, deadline: float) -> None:
             cases = [case for case in by_size if case.dtype == dtype]
             groups = [[case] for case in cases] if side in peers.SIDES else [cases]
             for group in groups:
-                for case, found in zip(group, _in_a_fresh_process(setup, side, group), strict=False):
+                for case, found in zip(group, in_a_fresh_process(setup, side, group), strict=False):
                     results[case][side].peak_bytes, results[case][side].process_bytes = found
 
 
-def _in_a_fresh_process(setup: Setup, side: str, cases: Sequence[Case]) -> list[tuple[float, float]]:
+def in_a_fresh_process(setup: Setup, side: str, cases: Sequence[Case]) -> list[tuple[float, float]]:
     """What `peak_bytes` finds; nothing where the kernel ended the process for want of memory."""
     with tempfile.TemporaryDirectory() as folder:
         if side in peers.SIDES:

@@ -78,7 +78,10 @@ def export(side: str, vae: AutoencoderKL, direction: str, example: Tensor, folde
 
     shape = "[" + ",".join(map(str, (1, *example.shape[1:]))) + "]f32"
     command = [pnnx.EXEC_PATH, "model.pt", f"inputshape={shape}", "fp16=0"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if made.returncode:
+        said = (made.stderr or made.stdout).strip().splitlines()[-1:]
+        raise ValueError(f"ncnn: pnnx could not convert {direction} for inputs of {shape}: {' '.join(said)}")
 
 
 def load(side: str, folder: Path) -> Runner:
@@ -121,7 +124,7 @@ def _ncnn(folder: Path) -> Runner:
         setattr(network.opt, f"use_{option}", False)
     stem = folder / "model.ncnn"
     if network.load_param(f"{stem}.param") or network.load_model(f"{stem}.bin"):
-        raise RuntimeError("ncnn could not load the network that pnnx made")
+        raise ValueError(f"ncnn could not load the network that pnnx made ({stem}.param)")
 
     def run(x: Tensor) -> Tensor:
         results = []

@@ -19,14 +19,13 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcas
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
-from latentcodec.training.data.images import DataConfig, TrainingImages
+from latentcodec.training.data.images import TrainingImages
 from latentcodec.training.data.order import bucket_sizes
 from latentcodec.training.environment import take_environment
 from latentcodec.training.exchange import wait_for_others
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
-from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
@@ -51,6 +50,7 @@ FIXED = (
     "model.norm_num_groups",
     "model.mid_block_add_attention",
     "model.use_quant_conv",
+    "model.padding_mode",
     # What is trained on and what is held out: else images that were trained on would be validated on.
     "data.path",
     "data.drawn",
@@ -152,7 +152,7 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
                 "resumes it; to train this configuration with this one, choose another output folder"
             )
         # A checkpoint of an earlier version named fewer of them; what that version did not have was as by default.
-        default = fixed_settings(replace(config, data=DataConfig(), loss=LossConfig()))
+        default = fixed_settings(Config(output_dir=config.output_dir))
         settings = dict(_flat(saved.state.get("config", {})))
         known = replace(saved, state={**default, **settings, **saved.state})
         known.require_same({}, fixed_settings(config))

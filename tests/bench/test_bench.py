@@ -393,7 +393,7 @@ def test_a_side_without_memory_has_no_numbers(throughput):
 def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, codec_folder):
     setup = throughput.Setup(str(codec_folder), "cpu", None)
     cases = [throughput.Case("decode", "float32", size, 1) for size in (256, 512)]
-    (small, _), (large, whole) = memory._in_a_fresh_process(setup, "diffusers", cases)
+    (small, _), (large, whole) = memory.in_a_fresh_process(setup, "diffusers", cases)
     assert whole > large  # by the weights
     if math.isnan(small):
         pytest.skip("this system does not tell the peak of a process")

@@ -261,6 +261,13 @@ def test_a_resume_with_other_data_or_other_held_out_images_is_refused(changes, t
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
+def test_a_resume_with_another_padding_is_refused(tmp_path, images):
+    config = small(tmp_path / "run", images, max_steps=4)
+    train(start(config), stop_at=2)
+    with pytest.raises(ValueError, match=r"another run:\s+model\.padding_mode: zeros .*, reflect now"):
+        new_trainer(replace(config, model=replace(config.model, padding_mode="reflect")))
+
+
 def test_a_folder_that_has_gained_images_is_not_resumed_on(tmp_path):
     folder = write_images(tmp_path / "set")
     config = small(tmp_path / "run", folder, max_steps=4)

@@ -161,30 +161,39 @@ def add_map(page: Page, data: Mapping[str, Any]) -> None:
     )
 
 
+MORE_NUMBERS = {
+    "ae-16": "autoencoder, 16",
+    "vae-16": "VAE, 16",
+    "collapsed-16": "collapsed, 16",
+    "vae-128": "VAE, 128",
+}
+
+
 def add_more_numbers(page: Page, data: Mapping[str, Any]) -> None:
     page.section(
         "E1 with 16 and 128 numbers",
         "Two numbers are for looking. With sixteen the pictures are better, and with 128 they are no better: what "
         "sixteen do not tell is hardly worth its nats, so most of the others tell next to nothing.",
     )
-    names = {
-        "ae-16": "autoencoder, 16",
-        "vae-16": "VAE, 16",
-        "collapsed-16": "collapsed, 16",
-        "vae-128": "VAE, 128",
-    }
     page.table(
-        ["run", *ROW], [[text, *_row(looked_at(data, name))] for name, text in names.items()], ROW_CAPTION
+        ["run", *ROW],
+        [[text, *_row(looked_at(data, name))] for name, text in MORE_NUMBERS.items()],
+        ROW_CAPTION,
     )
     page.pictures(
-        [(looked_at(data, name)["draws"], text) for name, text in names.items()],
+        [(looked_at(data, name)["draws"], text) for name, text in MORE_NUMBERS.items()],
         "Draws of N(0, I). Of the autoencoder: fragments.",
         0,
     )
     page.pictures(
-        [(looked_at(data, name)["reconstructions"], text) for name, text in names.items()],
+        [(looked_at(data, name)["reconstructions"], text) for name, text in MORE_NUMBERS.items()],
         "Held-out images and their reconstructions.", 0,
     )  # fmt: skip
+    _add_what_numbers_tell(page, data)
+    _add_walks(page, data)
+
+
+def _add_what_numbers_tell(page: Page, data: Mapping[str, Any]) -> None:
     looked = looked_at(data, "vae-16")
     within = ", ".join(f"{share:.1%}" for share in looked["within"])
     stds = looked["draws_std"]
@@ -193,7 +202,10 @@ def add_more_numbers(page: Page, data: Mapping[str, Any]) -> None:
         for index, name in enumerate(("vae-16", "ae-16", "vae-128")):
             told = sorted(looked_at(data, name)["kl_by_number"], reverse=True)
             axes.plot(
-                range(1, len(told) + 1), [max(v, 1e-4) for v in told], label=names[name], **series(index)
+                range(1, len(told) + 1),
+                [max(v, 1e-4) for v in told],
+                label=MORE_NUMBERS[name],
+                **series(index),
             )
         axes.set(xscale="log", yscale="log")
         axes.legend(fontsize=8)
@@ -213,16 +225,22 @@ def add_more_numbers(page: Page, data: Mapping[str, Any]) -> None:
         f"and 99.7 %), deviations {min(stds):.2f} to {max(stds):.2f}, correlation "
         f"{looked['draws_correlation']:.2f} (rms).",
     )
+
+
+def _add_walks(page: Page, data: Mapping[str, Any]) -> None:
     page.pictures(
-        [(walk["picture"], f"number {walk['number']}: {walk['kl']:.2f} nats") for walk in looked["walks"]],
+        [
+            (walk["picture"], f"number {walk['number']}: {walk['kl']:.2f} nats")
+            for walk in looked_at(data, "vae-16")["walks"]
+        ],
         "One number from -6 to 6, the others at their means; the six that tell the most. Between -3 and 3 they are "
         "digits: one slants, another changes what is written.",
         1,
     )
     page.pictures(
-        [(looked_at(data, name)["bubbles"], names[name]) for name in ("ae-16", "vae-16")]
+        [(looked_at(data, name)["bubbles"], MORE_NUMBERS[name]) for name in ("ae-16", "vae-16")]
         + [
-            (looked_at(data, name)["strips"], f"{names[name]}, lines between codes")
+            (looked_at(data, name)["strips"], f"{MORE_NUMBERS[name]}, lines between codes")
             for name in ("ae-16", "vae-16")
         ],
         "Bubbles and straight lines with sixteen numbers.",
