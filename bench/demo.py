@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from latentcodec.openmp import wait_briefly
 
 if TYPE_CHECKING:  # the demo itself starts at once
     from latentcodec.report.page import Page
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of all steps, for the reason in train/train.py
+    wait_briefly()  # for all steps
     todo = steps(options)
     print(f"The demo has {len(todo)} steps, about {clock(sum(step.seconds for step in todo))} on two cores.")
     print(f"Nothing is fetched from the network. {NOT_FETCHED}.")

@@ -13,12 +13,11 @@ import os
 import sys
 
 if __name__ == "__main__":
+    from latentcodec.openmp import wait_briefly
     from latentcodec.training.console import end_at_interrupt, ticking
 
     end_at_interrupt()
-    # Threads that wait for one another shall sleep: where they spin, a process beside them, such as a data worker,
-    # makes a step take several times as long. OpenMP reads this when PyTorch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     with ticking(
         "loading PyTorch and diffusers", shown=os.environ.get("RANK", "0") == "0"
     ):  # which takes seconds

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import latentcodec.cli.encode_options as option
 from latentcodec.cli.output import DONE, LOOK, Codec, Json, counting, say_json, warn
+from latentcodec.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
@@ -60,9 +60,7 @@ def encode(
     pictures that are new. Captions are the .txt files beside the pictures. Pictures that cannot be read are listed in
     rejects.jsonl; the exit code is 3 then.
     """
-    # Threads of the model that wait shall sleep: spinning, they would hold up the workers that decode pictures. OpenMP
-    # reads this when PyTorch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()  # or the threads of the model hold up the workers that decode pictures
     from latentcodec.codec import LatentCodec
     from latentcodec.store.items import Columns
     from latentcodec.store.job import encode as encode_shards

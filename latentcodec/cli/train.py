@@ -14,12 +14,11 @@ def train(context: typer.Context) -> int:
 
     For several GPUs: accelerate launch -m latentcodec train ... or torchrun -m latentcodec train ...
     """
+    from latentcodec.openmp import wait_briefly
     from latentcodec.training.console import end_at_interrupt, ticking
 
     end_at_interrupt()
-    # Threads that wait for one another shall sleep, for the reason in train/train.py: OpenMP reads this when PyTorch is
-    # loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     with ticking("loading PyTorch and diffusers", shown=os.environ.get("RANK", "0") == "0"):
         from latentcodec.training.loop import main
 
