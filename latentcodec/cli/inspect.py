@@ -163,8 +163,21 @@ def _print(facts: dict[str, Any]) -> None:
     """One fact a line."""
     width = max(map(len, facts))
     for name, value in facts.items():
-        if isinstance(value, dict):
+        if name == "samples":
+            value = _decoded(value)
+        elif isinstance(value, dict):
             value = ", ".join(f"{key} {inner}" for key, inner in value.items())
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
         print(f"{name.replace('_', ' '):{width}}  {value}")
+
+
+def _decoded(samples: dict[str, Any]) -> str:
+    """What the pictures that were decoded again while the store was written said, in words."""
+    if not samples:
+        return "no picture was decoded again"
+    lowest = samples["lowest"]
+    return (
+        f"{samples['pictures']} pictures decoded again: {samples['psnr']:.2f} dB, of which rounding takes "
+        f"{samples['loss']:.4f}; lowest {lowest['psnr']:.2f} dB, {lowest['path']}"
+    )

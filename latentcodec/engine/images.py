@@ -76,7 +76,7 @@ class ImageNetworks:
             return partial(direction, self._plan(x, stages, network), network)
 
         maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
-        if self.engine.compiled and is_replayable(x, len(x) * maps * x.dtype.itemsize):
+        if self.engine.compiles(x.device) and is_replayable(x, len(x) * maps * x.dtype.itemsize):
             return replayed(network.source, x, plan, partial(joined, dtype=x.dtype))
         with torch.inference_mode():
             strips = plan()(x)
@@ -85,7 +85,7 @@ class ImageNetworks:
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""
         device, dtype, bound = x.device.type, self.engine.dtype(x), self.engine.bound(x.device)
-        is_native = self.engine.compiled and device == "cpu"
+        is_native = self.engine.compiles(x.device) and device == "cpu"
         weights = _weight_bytes(network.source, dtype, is_native)
         lowest = min(stages, key=lambda stage: stage[0] * stage[1])
         widest = max(lowest[2].in_channels, lowest[2].out_channels)

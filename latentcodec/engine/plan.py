@@ -53,8 +53,9 @@ class Engine:
     the latter two."""
     keep_packed: bool = True
     """Whether weights that were made ready for the convolutions stay in memory between calls."""
-    compiled: bool = False
-    """Whether the pointwise functions are compiled at their first use, and small images replayed on GPUs."""
+    compiled: bool | None = None
+    """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs, where
+    the compiler takes two seconds beside the first pass, and not on GPUs."""
 
     def applies(self, network: nn.Module, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
@@ -88,9 +89,13 @@ class Engine:
         """Bytes that a pass may take."""
         return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether compiled functions run there."""
+        return device.type == "cpu" if self.compiled is None else self.compiled
+
     def kernels(self, device: torch.device) -> Kernels:
         """Of the pointwise work; torch's functions as long as native ones are being compiled."""
-        if not self.compiled or (device.type == "cpu" and library_if_built() is None):
+        if not self.compiles(device) or (device.type == "cpu" and library_if_built() is None):
             return REFERENCE_KERNELS
         return fastest_kernels(device.type)
 
@@ -113,7 +118,7 @@ class Engine:
             return partial(direction, self._plan(x, stages, network), network)
 
         widest = max(h * w * channels_at_once(stage, True) for h, w, stage in stages)
-        if self.compiled and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+        if self.compiles(x.device) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
             return replayed(network, x, plan, partial(joined, dtype=x.dtype))
         if self._is_recordable(network, x, stages):
             return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
@@ -126,7 +131,7 @@ class Engine:
         """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
         largest = max(h * w * max(stage.in_channels, stage.out_channels) for h, w, stage in stages)
         return (
-            self.compiled
+            self.compiles(x.device)
             and self.keep_packed
             and self.max_memory is None
             and x.dtype == torch.float32

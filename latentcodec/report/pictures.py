@@ -24,7 +24,7 @@ def webp(picture: Tensor) -> str:
 def data_url(image: Image.Image) -> str:
     """A PIL image as the data URL of a lossless WebP."""
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", lossless=True, quality=100, method=4, exact=True)
+    image.save(buffer, format="WEBP", lossless=True, quality=50, method=2, exact=True)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

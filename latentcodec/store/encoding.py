@@ -24,6 +24,7 @@ from torch import Tensor
 from latentcodec.codec import LatentCodec
 from latentcodec.files import write_whole
 from latentcodec.latents import LatentSpace
+from latentcodec.ops.native.build import library
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.metrics import psnr
 from latentcodec.store.decoding import Decoded, decoded_batches
@@ -129,6 +130,8 @@ class ShardEncoder:
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
         device, dtype = torch.device(self.device or machine["device"]), getattr(torch, machine["precision"])
+        if device.type == "cpu":
+            library()  # from the first shard on, since torch's functions differ in the last bits
         if (codec.device.type, codec.dtype) == (device.type, dtype):
             return codec
         vae = copy.deepcopy(codec.vae)  # the caller's own stays as it is

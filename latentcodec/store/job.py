@@ -24,6 +24,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.files import move_folder, write_new
 from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, physical_cores
+from latentcodec.ops.native.build import library
 from latentcodec.store.encoding import Receipt, ShardEncoder
 from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
@@ -183,10 +184,12 @@ def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
         )
     machine = plan.parts[-1].machine
     here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    if machine["device"] == "cpu":
+        here = {"torch": torch.__version__, "functions": _functions("cpu")}
     for name, value in here.items():
-        if machine[name] != value and not (name == "device" and machine[name] == "cpu"):
+        if (begun_with := machine.get(name, "torch's")) != value:  # earlier plans know no functions
             warnings.warn(
-                f"{out} was begun with {name} {machine[name]}, here it is {value}: the last bits of the latents will "
+                f"{out} was begun with {name} {begun_with}, here it is {value}: the last bits of the latents will "
                 "differ between its shards",
                 stacklevel=3,
             )
@@ -204,7 +207,13 @@ def _machine(device: str | None, batch: int, threads: int | None, precision: str
         "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
         "threads": threads or physical_cores(),
         "torch": torch.__version__,
+        "functions": _functions(chosen),
     }
+
+
+def _functions(device: str) -> str:
+    """Whose functions encode there: the native ones wherever a compiler is, which are waited for."""
+    return "native" if device == "cpu" and library() is not None else "torch's"
 
 
 def _publish(plan: Plan, out: Path) -> None:

@@ -56,7 +56,7 @@ class Part:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """How this part is encoded: device, precision, batch, threads, torch."""
+        """How this part is encoded: device, precision, batch, threads, torch, functions."""
         return self.about["machine"]
 
     @property
