@@ -9,29 +9,6 @@
 
 namespace {
 
-constexpr int MARGIN = 16;
-
-// V [P^2 planes] <- matrix d matrix^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
-template <int P, int K>
-void transform_tile(const Matrix<P, K> &matrix, float *V, int64_t plane, const Map &x, int64_t image, int64_t row,
-                    int64_t column, const float *zeros) {
-    const float *pixels[K * K];
-    for (int i = 0; i < K; i++)
-        for (int j = 0; j < K; j++) {
-            int64_t y = row + i, z = column + j;
-            bool is_inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
-            pixels[i * K + j] = is_inside ? x.at(image, y, z) : zeros;
-        }
-    for (int64_t c = 0; c < x.C; c += LANES) {
-        Vector d[K * K], result[P * P];
-#pragma GCC unroll 36
-        for (int k = 0; k < K * K; k++) d[k] = load(pixels[k] + c, LANES);
-        transform(matrix, d, result);
-#pragma GCC unroll 36
-        for (int p = 0; p < P * P; p++) store(V + p * plane + c, result[p], LANES);
-    }
-}
-
 // One tile of y at (row, column) <- matrix m matrix^T of m [P^2 planes] + bias + added.
 template <int M, int P>
 void transform_back(const Matrix<M, P> &matrix, const Map &y, int64_t image, int64_t row, int64_t column,
@@ -76,7 +53,7 @@ void convolve(Kind kind, const Map &y, const Map &x, const float *U, const float
         const int64_t first = index * together, count = std::min(together, tiles - first);
         for (int64_t t = 0; t < count; t++) {
             int64_t row = tiling.row(first + t) * kind.step - top, column = tiling.column(first + t) * kind.step - 1;
-            transform_tile(kind.input, V + t * C, block.v_plane, x, tiling.image(first + t), row, column, zeros);
+            transform_tile<Kind::input>(V + t * C, block.v_plane, x, tiling.image(first + t), row, column, zeros);
         }
         for (int p = 0; p < P * P; p++)
             for (int64_t o = 0; o < O; o += PANEL)

@@ -147,3 +147,28 @@ struct Tiling {
     int64_t row(int64_t tile) const { return tile / columns % rows; }
     int64_t column(int64_t tile) const { return tile % columns; }
 };
+
+constexpr int MARGIN = 16;  // values between planes, which else would fall into the same few lines of the cache
+
+// V [P^2 planes] <- MATRIX d MATRIX^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
+// The matrix is a parameter of the template, since its zeros cost something where the compiler does not see them.
+template <const auto &MATRIX>
+void transform_tile(float *V, int64_t plane, const Map &x, int64_t image, int64_t row, int64_t column,
+                    const float *zeros) {
+    constexpr int P = sizeof MATRIX.at / sizeof MATRIX.at[0], K = sizeof MATRIX.at[0] / sizeof(float);
+    const float *pixels[K * K];
+    for (int i = 0; i < K; i++)
+        for (int j = 0; j < K; j++) {
+            int64_t y = row + i, z = column + j;
+            bool is_inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
+            pixels[i * K + j] = is_inside ? x.at(image, y, z) : zeros;
+        }
+    for (int64_t c = 0; c < x.C; c += LANES) {
+        Vector d[K * K], result[P * P];
+#pragma GCC unroll 36
+        for (int k = 0; k < K * K; k++) d[k] = load(pixels[k] + c, LANES);
+        transform(MATRIX, d, result);
+#pragma GCC unroll 36
+        for (int p = 0; p < P * P; p++) store(V + p * plane + c, result[p], LANES);
+    }
+}
