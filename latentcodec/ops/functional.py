@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from latentcodec.ops.convolutions import fold_upsample_weight
-from latentcodec.ops.native import winograd
+from latentcodec.ops.native import weight_gradient, winograd
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.pointwise import NativeKernels
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
@@ -140,7 +140,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class _WinogradConv(torch.autograd.Function):
-    """A 3x3 convolution whose result and whose gradient of the map are Winograd's; that of the weight is torch's.
+    """A 3x3 convolution whose result and gradients are Winograd's.
 
     Once differentiable by its own formulas, by torch's from then on. The gradient of the map is the convolution of the
     result's gradient with the weight turned by half a turn, its inputs and outputs exchanged.
@@ -165,17 +165,19 @@ class _WinogradConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = winograd.whole_map(dy, weight.detach().transpose(0, 1).flip(2, 3), None)
         if ctx.needs_input_grad[1]:
-            settings = (
-                [1, 1],
-                [1, 1],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-            )  # stride, padding, dilation, transposed, ..., groups
-            _, dweight, _ = torch.ops.aten.convolution_backward(
-                dy, x, weight, None, *settings, [False, True, False]
-            )
-        if bias is not None and ctx.needs_input_grad[2]:
+            dweight, dbias = _weight_gradient(dy, x, weight)
+        elif bias is not None and ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
-        return dx, dweight, dbias
+        return dx, dweight, dbias if bias is not None and ctx.needs_input_grad[2] else None
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a 3x3 convolution's weight and bias: by Winograd, or torch's for few tiles of many channels."""
+    x, weight = x.detach(), weight.detach()
+    if weight_gradient.suits(weight, len(x), *x.shape[2:]):
+        return weight_gradient.weight_gradient(dy, x, weight)
+    ones = [1, 1]  # stride, padding, dilation; then: not transposed, no padding of the result, one group
+    _, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, x, weight, [len(weight)], ones, ones, ones, False, [0, 0], 1, [False, True, True]
+    )
+    return dweight, dbias

@@ -5,10 +5,12 @@
 //     dw = G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G     for every output and input channel
 //
 // A thread has a run of tiles and sums of its own, to which some tiles at a time are added; then the sums of all threads
-// are added up in their order, so that a number of threads has one result, to the last bit.
+// are added up in their order, so that a number of threads has one result, to the last bit. The gradient of the bias is added up on the way.
 //
 // Shapes: B batch, H W rows and columns, C channels, O output channels, both multiples of PANEL, P = 6 points on an axis.
 // x is [B, H, W, C], dy [B, H, W, O]. Sums are P^2 planes [C / PANEL, O, PANEL], MARGIN values apart.
+
+#include <vector>
 
 #include "winograd.h"
 
@@ -47,6 +49,17 @@ inline void add_products(float *sums, const float *d, int64_t O, const float *v,
         }
 }
 
+// sums [O] += the pixels of dy's tile at (row, column): those of one tile in float32, which are then added in float64.
+void add_pixels(double *sums, const Map &dy, int64_t image, int64_t row, int64_t column) {
+    const int64_t rows = std::min<int64_t>(4, dy.H - row), columns = std::min<int64_t>(4, dy.W - column);
+    for (int64_t o = 0; o < dy.C; o += LANES) {
+        Vector sum{};
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) sum += load(dy.at(image, row + i, column + j) + o, LANES);
+        for (int k = 0; k < LANES; k++) sums[o + k] += sum[k];
+    }
+}
+
 // What one thread works with: its sums, then `together` transformed tiles of x and of dy, then zeros.
 struct Own {
     float *sums, *V, *D, *zeros;
@@ -59,13 +72,15 @@ struct Own {
     }
 };
 
-// The sums of one thread += what tiles `first` to `first + count` give.
-void add_tiles(const Own &own, const Map &dy, const Map &x, Tiling tiling, int64_t first, int64_t count) {
+// The sums of one thread += what tiles `first` to `first + count` give; pixels [O] likewise.
+void add_tiles(const Own &own, double *pixels, const Map &dy, const Map &x, Tiling tiling, int64_t first,
+               int64_t count) {
     for (int64_t t = 0; t < count; t++) {
         const int64_t image = tiling.image(first + t), row = tiling.row(first + t) * 4;
         const int64_t column = tiling.column(first + t) * 4;
         transform_tile<Plain4::input>(own.V + t * x.C, own.v_plane, x, image, row - 1, column - 1, own.zeros);
         transform_tile<A>(own.D + t * dy.C, own.d_plane, dy, image, row, column, own.zeros);
+        add_pixels(pixels, dy, image, row, column);
     }
     for (int p = 0; p < POINTS; p++)
         for (int64_t c = 0; c < x.C; c += PANEL)
@@ -74,14 +89,31 @@ void add_tiles(const Own &own, const Map &dy, const Map &x, Tiling tiling, int64
                              own.V + p * own.v_plane + c, x.C, count);
 }
 
+// dw[o] [C, 3, 3] <- G^T m G of the sums m of all threads.
+template <class Store>
+void transform_sums(const float *memory, int64_t together, int64_t C, int64_t O, int64_t o, int threads, Store put) {
+    for (int64_t c = 0; c < C; c += LANES) {
+        Vector sums[POINTS]{}, taps[9];
+        for (int64_t part = 0; part < threads; part++) {
+            const Own own(const_cast<float *>(memory), part, together, C, O);
+            const float *at = own.sums + c / PANEL * PANEL * O + o * PANEL + c % PANEL;
+            for (int p = 0; p < POINTS; p++) sums[p] += load(at + p * own.plane, LANES);
+        }
+        transform(G_T, sums, taps);
+        for (int i = 0; i < 9; i++)
+            for (int k = 0; k < LANES; k++) put(c + k, i / 3, i % 3, taps[i][k]);
+    }
+}
+
 }  // namespace
 
 extern "C" {
 
-// dw [O, C, 3, 3] with any strides <- the gradient of the weight that takes x [B, H, W, C] to y [B, H, W, O], zeros
-// around x. `memory` has room for 36 (C O + together (C + O) + 3 MARGIN) + max(C, O) values a thread.
+// dw [O, C, 3, 3] with any strides and db [O] <- the gradients of the weight and of the bias that take x [B, H, W, C]
+// to y [B, H, W, O], zeros around x. Strides of images and rows of dy and x are any. `memory` has room for
+// 36 (C O + together (C + O) + 3 MARGIN) + max(C, O) values a thread.
 void latentcodec_weight_gradient(float *dw, int64_t o_stride, int64_t c_stride, int64_t row_stride,
-                                 int64_t column_stride, const float *dy, int64_t dy_image_stride,
+                                 int64_t column_stride, float *db, const float *dy, int64_t dy_image_stride,
                                  int64_t dy_row_stride, const float *x, int64_t x_image_stride, int64_t x_row_stride,
                                  int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t together,
                                  float *memory, int threads) {
@@ -89,27 +121,22 @@ void latentcodec_weight_gradient(float *dw, int64_t o_stride, int64_t c_stride, 
     const Map result{const_cast<float *>(dy), dy_image_stride, dy_row_stride, B, H, W, O};
     const Tiling tiling{(H + 3) / 4, (W + 3) / 4};
     const int64_t tiles = B * tiling.rows * tiling.columns;
+    std::vector<double> pixels(threads * O);
     in_parallel(threads, threads, [&](int64_t part) {
         const Own own(memory, part, together, C, O);
         std::memset(own.sums, 0, POINTS * own.plane * sizeof(float));
         std::memset(own.zeros, 0, std::max(C, O) * sizeof(float));
         const int64_t end = (part + 1) * tiles / threads;
         for (int64_t first = part * tiles / threads; first < end; first += together)
-            add_tiles(own, result, from, tiling, first, std::min(together, end - first));
+            add_tiles(own, pixels.data() + part * O, result, from, tiling, first, std::min(together, end - first));
     });
     in_parallel(threads, O, [&](int64_t o) {
-        for (int64_t c = 0; c < C; c += LANES) {
-            Vector sums[POINTS]{}, taps[9];
-            for (int64_t part = 0; part < threads; part++) {
-                const Own own(memory, part, together, C, O);
-                const float *at = own.sums + c / PANEL * PANEL * O + o * PANEL + c % PANEL;
-                for (int p = 0; p < POINTS; p++) sums[p] += load(at + p * own.plane, LANES);
-            }
-            transform(G_T, sums, taps);
-            for (int i = 0; i < 9; i++)
-                for (int k = 0; k < LANES; k++)
-                    dw[o * o_stride + (c + k) * c_stride + i / 3 * row_stride + i % 3 * column_stride] = taps[i][k];
-        }
+        transform_sums(memory, together, C, O, o, threads, [&](int64_t c, int64_t row, int64_t column, float value) {
+            dw[o * o_stride + c * c_stride + row * row_stride + column * column_stride] = value;
+        });
+        double sum = 0;
+        for (int64_t part = 0; part < threads; part++) sum += pixels[part * O + o];
+        db[o] = (float)sum;
     });
 }
 }
