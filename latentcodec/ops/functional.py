@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from latentcodec.ops.convolutions import fold_upsample_weight
-from latentcodec.ops.native import winograd
+from latentcodec.ops.native import weight_gradient, winograd
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.pointwise import NativeKernels
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Kernels
@@ -69,7 +69,7 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 3x3 convolution with zeros around; x [B, C, H, W] in channels_last -> [B, O, H, W] likewise."""
-    y: Tensor = _WinogradConv.apply(x, weight, bias)
+    y: Tensor = _WinogradConv.apply(x, weight, bias, False)
     return y
 
 
@@ -87,6 +87,9 @@ def suits_winograd(x: Tensor, weight: Tensor) -> bool:
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Nearest neighbour times two, then the 3x3 convolution; x [B, C, H, W] -> [B, C', 2H, 2W]."""
+    if suits_winograd(x, weight):
+        y: Tensor = _WinogradConv.apply(x, weight, bias, True)
+        return y
     with torch.autocast(x.device.type, enabled=False):  # taps are added up before they are rounded
         folded = fold_upsample_weight(weight).contiguous(memory_format=torch.channels_last)
     return F.conv_transpose2d(x, folded, bias, 2, 1)
@@ -140,42 +143,49 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class _WinogradConv(torch.autograd.Function):
-    """A 3x3 convolution whose result and whose gradient of the map are Winograd's; that of the weight is torch's.
+    """A 3x3 convolution, of x or of x doubled by nearest neighbours, whose result and gradients are Winograd's.
 
     Once differentiable by its own formulas, by torch's from then on. The gradient of the map is the convolution of the
-    result's gradient with the weight turned by half a turn, its inputs and outputs exchanged.
+    result's gradient with the weight turned by half a turn, its inputs and outputs exchanged; of a doubled map, the sums
+    of 2 x 2 of that.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, doubles: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return winograd.whole_map(x.detach(), weight.detach(), None if bias is None else bias.detach())
+        ctx.doubles = doubles
+        given = None if bias is None else bias.detach()
+        return winograd.whole_map(x.detach(), weight.detach(), given, winograd.Scheme(4, doubles))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # since a gradient of this gradient will be asked for
-            y = F.conv2d(x, weight, bias, padding=1)
+            y = F.conv2d(F.interpolate(x, scale_factor=2.0) if ctx.doubles else x, weight, bias, padding=1)
             wanted = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             needed = (value is not None and value.requires_grad for value in (x, weight, bias))
-            return tuple(next(found) if is_needed else None for is_needed in needed)
+            return *(next(found) if is_needed else None for is_needed in needed), None
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = winograd.whole_map(dy, weight.detach().transpose(0, 1).flip(2, 3), None)
+            scheme = winograd.Scheme(4, halves=ctx.doubles)
+            dx = winograd.whole_map(dy, weight.detach(), None, scheme, turns=True)
         if ctx.needs_input_grad[1]:
-            settings = (
-                [1, 1],
-                [1, 1],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-            )  # stride, padding, dilation, transposed, ..., groups
-            _, dweight, _ = torch.ops.aten.convolution_backward(
-                dy, x, weight, None, *settings, [False, True, False]
-            )
-        if bias is not None and ctx.needs_input_grad[2]:
+            dweight, dbias = _weight_gradient(dy, x.detach(), weight.detach(), ctx.doubles)
+        elif ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
-        return dx, dweight, dbias
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, doubles: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of a 3x3 convolution's weight and bias: by Winograd, or torch's for few tiles of many channels."""
+    scheme = winograd.Scheme(4, doubles)
+    if weight_gradient.suits(weight, dy.shape, scheme):
+        return weight_gradient.weight_gradient(dy, x, weight, scheme)
+    x, ones = F.interpolate(x, scale_factor=2.0) if doubles else x, [1, 1]
+    # Stride, padding and dilation are 1; not transposed, no padding of the result, one group.
+    _, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, x, weight, [len(weight)], ones, ones, ones, False, [0, 0], 1, [False, True, True]
+    )
+    return dweight, dbias

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TESTS = ["test_native_pointwise.py", "test_native_convolution.py", "test_winograd.py"]
+TESTS = [
+    "test_native_pointwise.py",
+    "test_native_convolution.py",
+    "test_winograd.py",
+    "test_training_convolutions.py",
+]
 SANITIZED = """
 import sys, pytest
 from latentcodec.ops.native import build

@@ -58,6 +58,7 @@ SIGNATURES = {
     "winograd_convolve": "ii p pnn nnnn nnn p p pnn nn p i",
     "checksum": "npp",
     "winograd_weight": "ii pp nn nnnn i",
+    "weight_gradient": "i p nnnn p pnn pnn nnnn n n p i",
 }
 """The arguments of each function, by the letters of `TYPES`; what they are stands beside the functions."""
 

@@ -32,7 +32,7 @@ class NativeMoments(Moments):
             return super().add(strip, bias, residual)
         if self.known:
             return None
-        strip = _with_dense_rows(strip)
+        strip = with_dense_rows(strip)
         images, rows, columns, channels = strip.shape
         is_first = not self.pixels
         if is_first:
@@ -42,7 +42,7 @@ class NativeMoments(Moments):
             *(DTYPES[strip.dtype], is_first),
             self.sums.data_ptr(),
             self.pivot.data_ptr(),
-            *_place(strip),
+            *place(strip),
             *(images, rows, columns, channels),
             threads_for(strip.numel()),
         )
@@ -92,16 +92,16 @@ class NativeKernels(Kernels):
     ) -> None:
         if not _is_native(strip, norm) or out.dtype != strip.dtype:
             return super().window_(out, above, strip, below, norm)
-        strip = _with_dense_rows(strip)
-        above = None if above is None else _with_dense_rows(above[:, -1:])
-        below = None if below is None else _with_dense_rows(below[:, :1])
+        strip = with_dense_rows(strip)
+        above = None if above is None else with_dense_rows(above[:, -1:])
+        below = None if below is None else with_dense_rows(below[:, :1])
         factors = _factors(norm)
         self.library.window(
             DTYPES[strip.dtype],
             out.data_ptr(),
-            *((None, 0) if above is None else _place(above)[:2]),
-            *_place(strip),
-            *((None, 0) if below is None else _place(below)[:2]),
+            *((None, 0) if above is None else place(above)[:2]),
+            *place(strip),
+            *((None, 0) if below is None else place(below)[:2]),
             *strip.shape,
             *(None if factor is None else factor.data_ptr() for factor in factors),
             *(norm is not None and norm.activation is not None, threads_for(strip.numel())),
@@ -109,8 +109,8 @@ class NativeKernels(Kernels):
         return None
 
     def halving_window_(self, out: Tensor, strip: Tensor, below: Tensor | None) -> None:
-        strip = _with_dense_rows(strip)
-        below = None if below is None else _with_dense_rows(below[:, :1])
+        strip = with_dense_rows(strip)
+        below = None if below is None else with_dense_rows(below[:, :1])
         images, rows, columns, channels = strip.shape
         size = strip.itemsize
         self.library.halving_window(
@@ -162,7 +162,7 @@ def _factors(norm: Norm | RMS | None) -> tuple[Tensor | None, Tensor | None]:
     return (norm.gain.float().contiguous(), None) if isinstance(norm, RMS) else (norm.scale, norm.shift)
 
 
-def _with_dense_rows(strip: Tensor) -> Tensor:
+def with_dense_rows(strip: Tensor) -> Tensor:
     """`strip`, copied unless the pixels of a row follow one another."""
     channels = strip.shape[3]
     is_dense = (channels == 1 or strip.stride(3) == 1) and (
@@ -171,6 +171,6 @@ def _with_dense_rows(strip: Tensor) -> Tensor:
     return strip if is_dense else strip.contiguous()
 
 
-def _place(strip: Tensor) -> tuple[int, int, int]:
+def place(strip: Tensor) -> tuple[int, int, int]:
     """Where a strip is, and how many values its images and its rows lie apart."""
     return strip.data_ptr(), strip.stride(0), strip.stride(1)

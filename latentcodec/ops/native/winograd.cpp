@@ -1,36 +1,14 @@
 // Winograd's convolutions of float32 maps in one pass: some tiles at a time are transformed, multiplied by the
 // transformed weight and transformed back while they are in the cache. The matrices are in `winograd.h`.
 //
-// `outputs` is 4 for F(4x4, 3x3) and 2 for F(2x2, 3x3); `doubles` says that a map is convolved after it was doubled.
+// `outputs` is 4 for F(4x4, 3x3) and 2 for F(2x2, 3x3); `resizing` says whether a map is doubled before it is convolved,
+// or the result of F(4x4, 3x3) is halved, by sums of 2 x 2.
 // C and O are multiples of PANEL. A transformed weight is P^2 planes [O / PANEL, C, PANEL], MARGIN values apart: without
 // that, powers of two would put all planes into the same few lines of the cache.
 
 #include "winograd.h"
 
 namespace {
-
-constexpr int MARGIN = 16;
-
-// V [P^2 planes] <- matrix d matrix^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
-template <int P, int K>
-void transform_tile(const Matrix<P, K> &matrix, float *V, int64_t plane, const Map &x, int64_t image, int64_t row,
-                    int64_t column, const float *zeros) {
-    const float *pixels[K * K];
-    for (int i = 0; i < K; i++)
-        for (int j = 0; j < K; j++) {
-            int64_t y = row + i, z = column + j;
-            bool is_inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
-            pixels[i * K + j] = is_inside ? x.at(image, y, z) : zeros;
-        }
-    for (int64_t c = 0; c < x.C; c += LANES) {
-        Vector d[K * K], result[P * P];
-#pragma GCC unroll 36
-        for (int k = 0; k < K * K; k++) d[k] = load(pixels[k] + c, LANES);
-        transform(matrix, d, result);
-#pragma GCC unroll 36
-        for (int p = 0; p < P * P; p++) store(V + p * plane + c, result[p], LANES);
-    }
-}
 
 // One tile of y at (row, column) <- matrix m matrix^T of m [P^2 planes] + bias + added.
 template <int M, int P>
@@ -76,7 +54,7 @@ void convolve(Kind kind, const Map &y, const Map &x, const float *U, const float
         const int64_t first = index * together, count = std::min(together, tiles - first);
         for (int64_t t = 0; t < count; t++) {
             int64_t row = tiling.row(first + t) * kind.step - top, column = tiling.column(first + t) * kind.step - 1;
-            transform_tile(kind.input, V + t * C, block.v_plane, x, tiling.image(first + t), row, column, zeros);
+            transform_tile<Kind::input>(V + t * C, block.v_plane, x, tiling.image(first + t), row, column, zeros);
         }
         for (int p = 0; p < P * P; p++)
             for (int64_t o = 0; o < O; o += PANEL)
@@ -96,7 +74,7 @@ extern "C" {
 // y [B, H', W', O] dense <- x [B, H, W, C] convolved with the weight of which U is the transform, + bias [O] and added
 // [B, H', W', O] where they are given. Tiles begin `top` rows above and one column left of x. `memory` has room for
 // P^2 (together' (C + O) + 2 MARGIN) + C values a thread, together' being `together` rounded up to 14.
-void latentcodec_winograd_convolve(int outputs, int doubles, float *y, const float *x, int64_t x_image_stride,
+void latentcodec_winograd_convolve(int outputs, int resizing, float *y, const float *x, int64_t x_image_stride,
                                    int64_t x_row_stride, int64_t B, int64_t H, int64_t W, int64_t C, int64_t y_rows,
                                    int64_t y_columns, int64_t O, const float *U, const float *bias, const float *added,
                                    int64_t added_image_stride, int64_t added_row_stride, int64_t top,
@@ -104,17 +82,17 @@ void latentcodec_winograd_convolve(int outputs, int doubles, float *y, const flo
     Map from{const_cast<float *>(x), x_image_stride, x_row_stride, B, H, W, C};
     Map to{y, y_rows * y_columns * O, y_columns * O, B, y_rows, y_columns, O};
     Map residual{const_cast<float *>(added), added_image_stride, added_row_stride, B, y_rows, y_columns, O};
-    Tiling tiling{(y_rows + outputs - 1) / outputs, (y_columns + outputs - 1) / outputs};
-    with_kind(outputs, doubles, [&](auto kind) {
+    with_kind(outputs, resizing, [&](auto kind) {
+        Tiling tiling{(y_rows + kind.outputs - 1) / kind.outputs, (y_columns + kind.outputs - 1) / kind.outputs};
         convolve(kind, to, from, U, bias, residual, tiling, top, together, memory, threads);
     });
 }
 
 // U <- G w G^T of w [O, C, 3, 3] with any strides.
-void latentcodec_winograd_weight(int outputs, int doubles, float *U, const float *w, int64_t O, int64_t C,
+void latentcodec_winograd_weight(int outputs, int resizing, float *U, const float *w, int64_t O, int64_t C,
                                  int64_t o_stride, int64_t c_stride, int64_t row_stride, int64_t column_stride,
                                  int threads) {
-    with_kind(outputs, doubles, [&](auto kind) {
+    with_kind(outputs, resizing, [&](auto kind) {
         constexpr auto matrix = kind.weight;
         constexpr int P = sizeof matrix.at / sizeof matrix.at[0];
         const int64_t plane = C * O + MARGIN;

@@ -8,7 +8,8 @@
 //
 // Where a map is first doubled (nearest neighbour), neighbours are equal, and the row of B^T for the point -1 gives zero
 // for points 0, +-1, +-p: it is left out with its column of A^T, so 25 products instead of 36 make 16 values, and the
-// tile is read from the map as it was before doubling.
+// tile is read from the map as it was before doubling. On the way back, the gradient of a doubled map is added up by
+// twos, and again the point -1 gives zero: 25 products for 2 x 2 sums.
 //
 // Shapes: B batch, H W rows and columns, C channels, O output channels, T = B * tile rows * tile columns tiles,
 // P points on an axis (6, 4; doubled 5, 3). Maps are [B, H, W, C].
@@ -82,7 +83,17 @@ constexpr Matrix<M, M + 1> after_doubling(const Transforms<M> &transforms) {
     return transforms.output.transposed().without_row(VANISHING).transposed();
 }
 
-// What is known of a convolution at compile time.
+// A^T for results that are added up by twos.
+template <int M>
+constexpr Matrix<M / 2, M + 1> before_halving(const Transforms<M> &transforms) {
+    Matrix<M / 2, M + 1> result;
+    Matrix<M, M + 1> output = after_doubling(transforms);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < M + 1; j++) result.at[i / 2][j] += output.at[i][j];
+    return result;
+}
+
+// What is known of a convolution at compile time: it makes `outputs` rows of a tile, and tiles begin `step` rows apart.
 struct Plain4 {
     static constexpr int outputs = 4, step = 4;
     static constexpr auto input = PLAIN4.input;
@@ -108,12 +119,24 @@ struct Doubled2 {
     static constexpr auto output = after_doubling(PLAIN2);
 };
 
+struct Halved4 {
+    static constexpr int outputs = 2, step = 4;
+    static constexpr auto input = DOUBLED4.input.without_row(VANISHING);
+    static constexpr auto weight = Doubled4::weight;
+    static constexpr auto output = before_halving(DOUBLED4);
+};
+
+enum Resizing { NONE, DOUBLES, HALVES };  // as Python has it
+
+// body(kind) for the transforms of F(outputs x outputs, 3 x 3).
 template <class Body>
-void with_kind(int outputs, int doubles, Body body) {
-    if (outputs == 4)
-        doubles ? body(Doubled4{}) : body(Plain4{});
+void with_kind(int outputs, int resizing, Body body) {
+    if (resizing == HALVES)
+        body(Halved4{});
+    else if (outputs == 4)
+        resizing == DOUBLES ? body(Doubled4{}) : body(Plain4{});
     else
-        doubles ? body(Doubled2{}) : body(Plain2{});
+        resizing == DOUBLES ? body(Doubled2{}) : body(Plain2{});
 }
 
 // to[i] = sum over j of matrix[i][j] from[j], for vectors `stride` apart; zeros of the matrix cost nothing.
@@ -147,3 +170,28 @@ struct Tiling {
     int64_t row(int64_t tile) const { return tile / columns % rows; }
     int64_t column(int64_t tile) const { return tile % columns; }
 };
+
+constexpr int MARGIN = 16;  // values between planes, which else would fall into the same few lines of the cache
+
+// V [P^2 planes] <- MATRIX d MATRIX^T of one tile d [K, K] of x, which begins at (row, column); zeros outside the map.
+// The matrix is a parameter of the template, since its zeros cost something where the compiler does not see them.
+template <const auto &MATRIX>
+void transform_tile(float *V, int64_t plane, const Map &x, int64_t image, int64_t row, int64_t column,
+                    const float *zeros) {
+    constexpr int P = sizeof MATRIX.at / sizeof MATRIX.at[0], K = sizeof MATRIX.at[0] / sizeof(float);
+    const float *pixels[K * K];
+    for (int i = 0; i < K; i++)
+        for (int j = 0; j < K; j++) {
+            int64_t y = row + i, z = column + j;
+            bool is_inside = y >= 0 && y < x.H && z >= 0 && z < x.W;
+            pixels[i * K + j] = is_inside ? x.at(image, y, z) : zeros;
+        }
+    for (int64_t c = 0; c < x.C; c += LANES) {
+        Vector d[K * K], result[P * P];
+#pragma GCC unroll 36
+        for (int k = 0; k < K * K; k++) d[k] = load(pixels[k] + c, LANES);
+        transform(MATRIX, d, result);
+#pragma GCC unroll 36
+        for (int p = 0; p < P * P; p++) store(V + p * plane + c, result[p], LANES);
+    }
+}

@@ -34,20 +34,34 @@ CHANNELS_TRIED = 32  # of the output, those with the most uneven weights
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which transforms: `outputs` on each side of a tile, 4 or 2, of a map that is doubled first or not."""
+    """Which transforms: `outputs` on each side of a tile, 4 or 2, of a map that is doubled first or not.
+
+    Or the result of F(4x4, 3x3) is halved, by sums of 2 x 2: so goes the gradient through a map that was doubled.
+    """
 
     outputs: int
     doubles: bool = False
+    halves: bool = False
 
     @property
     def products(self) -> int:
         """P^2: multiplications for each tile and pair of channels."""
-        return (self.outputs + 2 - self.doubles) ** 2
+        return (self.outputs + 2 - (self.doubles or self.halves)) ** 2
 
     @property
     def times(self) -> int:
         """How many rows and columns come of one."""
         return 2 if self.doubles else 1
+
+    @property
+    def side(self) -> int:
+        """Rows that are left of a tile's `outputs`."""
+        return self.outputs // 2 if self.halves else self.outputs
+
+    @property
+    def resizing(self) -> int:
+        """As the native functions are told of it."""
+        return 2 if self.halves else int(self.doubles)
 
     def __str__(self) -> str:
         return f"F({self.outputs}x{self.outputs}, 3x3)" + (" of a doubled map" if self.doubles else "")
@@ -132,12 +146,18 @@ def suits(weight: Tensor, pixels: int) -> bool:
     return not (outputs % PANEL or channels % PANEL) and pixels >= 16 * MIN_TILES and library() is not None
 
 
-def whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of x [B, C, H, W] in channels_last, zeros around it, in the order of F(4x4, 3x3) -> the same."""
-    native, scheme = library(), Scheme(4)
+def whole_map(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme = Scheme(4), turns: bool = False
+) -> Tensor:
+    """The convolution of x [B, C, H, W] in channels_last, zeros around it, resized as the scheme says -> the same.
+
+    `turns` takes weight [C, O, 3, 3] with the taps in reverse order: so gradients go back through a convolution.
+    """
+    native = library()
     assert native is not None
+    weight = weight.transpose(0, 1) if turns else weight
     transformed = torch.empty(weight_values(scheme, *weight.shape[:2]))
-    transform_weight_(transformed, native, weight, scheme)
+    transform_weight_(transformed, native, weight, scheme, turns)
     rows = x.permute(0, 2, 3, 1)
     given = None if bias is None else bias.contiguous()
     y = convolve(native, rows, transformed, len(weight), scheme, given, None, Workspace(), pads_rows=True)
@@ -166,12 +186,17 @@ def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
     return (deviation / exact.square().mean(channels).sqrt().clamp_min(1e-30)).max().item()
 
 
-def transform_weight_(out: Tensor, library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> Tensor:
-    """out [`weight_values`] <- G w G^T of weight [O, C, 3, 3], which may have any strides."""
+def transform_weight_(
+    out: Tensor, library: ctypes.CDLL, weight: Tensor, scheme: Scheme, turns: bool = False
+) -> Tensor:
+    """out [`weight_values`] <- G w G^T of weight [O, C, 3, 3], which may have any strides, its taps in reverse order
+    where it `turns`."""
+    first, (*planes, row, column) = weight.data_ptr(), weight.stride()
+    if turns:  # read from the last tap on: no copy
+        first, row, column = first + weight.itemsize * 2 * (row + column), -row, -column
     library.winograd_weight(
-        *(scheme.outputs, int(scheme.doubles), out.data_ptr(), weight.data_ptr()),
-        *(*weight.shape[:2], *weight.stride()),
-        torch.get_num_threads(),
+        *(scheme.outputs, scheme.resizing, out.data_ptr(), first, *weight.shape[:2]),
+        *(*planes, row, column, torch.get_num_threads()),
     )
     return out
 
@@ -190,13 +215,13 @@ def convolve(
     """The 3x3 convolution of x [B, H, W, C] with a weight [O, C, 3, 3] of which `transformed` holds the transform.
 
     Columns are padded with zeros; rows too where `pads_rows`, else x holds the row above and the row below. ->
-    [B, H', W', O] with H' = H or H - 2, and twice H' and W' where the scheme doubles; O = `outputs`. bias [O], residual
-    as the result.
+    [B, H', W', O] with H' = H or H - 2, and H' and W' as the scheme resizes them; O = `outputs`. bias [O], residual as
+    the result.
     """
     images, rows, columns, channels = x.shape
-    times = scheme.times
-    made = images, (rows if pads_rows else rows - 2) * times, columns * times, outputs
-    tiles = images * -(-made[1] // scheme.outputs) * -(-made[2] // scheme.outputs)
+    times, parts = scheme.times, 1 + scheme.halves
+    made = images, (rows if pads_rows else rows - 2) * times // parts, columns * times // parts, outputs
+    tiles = images * -(-made[1] // scheme.side) * -(-made[2] // scheme.side)
     threads = threads_for(
         tiles * scheme.products * (channels * outputs / PRODUCTS_A_VALUE + channels + outputs)
     )
@@ -205,7 +230,7 @@ def convolve(
     x, y = x if x.is_contiguous() else x.contiguous(), torch.empty(made)
     no_residual = None, 0, 0
     library.winograd_convolve(
-        *(scheme.outputs, int(scheme.doubles), y.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),
+        *(scheme.outputs, scheme.resizing, y.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),
         *(*x.shape, *made[1:], transformed.data_ptr(), None if bias is None else bias.data_ptr()),
         *(no_residual if residual is None else (residual.data_ptr(), *residual.stride()[:2])),
         *(int(pads_rows), together, memory.data_ptr(), threads),
