@@ -226,8 +226,8 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     Along an axis, output 2i sees the taps 0; 1 and 2 of rows i - 1; i, and output 2i + 1 the taps 0 and 1; 2 of rows
     i; i + 1. The transposed convolution wants them as the sums 2; 1 and 2; 0 and 1; 0.
     """
-    taps = weight.flatten(2).flatten(0, 1) @ _folding(weight.device, weight.dtype)  # one product, also for gradients
-    return taps.view(*weight.shape[:2], 4, 4).transpose(0, 1)
+    taps = weight.flatten(2) @ _folding(weight.device, weight.dtype)
+    return taps.unflatten(2, (4, 4)).transpose(0, 1)
 
 
 @cache

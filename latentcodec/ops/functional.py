@@ -3,8 +3,8 @@
 torch's group norm takes channels-last maps apart and puts them together again, in float32 under autocast, and hands
 them to the activation: on a GPU that takes longer than the convolutions of a training step (LOG.md). Here a map is read
 twice and written once, and on the way back map and gradient are read twice. On CPUs it is also the exacter one: torch
-loses digits where a mean is far above the deviation. And a convolution of a doubled map is the transposed one that it
-equals: 4/9 of the multiplications, and no doubled map.
+loses digits where a mean is far above the deviation. And a convolution of a doubled map is Winograd's, or it is the
+transposed one that it equals: 4/9 of the multiplications, and no doubled map.
 
 Shapes: B batch, C channels, H W rows and columns.
 """
@@ -146,8 +146,8 @@ class _WinogradConv(torch.autograd.Function):
     """A 3x3 convolution, of x or of x doubled by nearest neighbours, whose result and gradients are Winograd's.
 
     Once differentiable by its own formulas, by torch's from then on. The gradient of the map is the convolution of the
-    result's gradient with the weight turned by half a turn, its inputs and outputs exchanged; of a doubled map, the sums
-    of 2 x 2 of that.
+    result's gradient with the weight turned by half a turn, its inputs and outputs exchanged; where the map was
+    doubled, sums of 2 x 2 of that.
     """
 
     @staticmethod

@@ -128,7 +128,9 @@ def test_few_tiles_of_many_channels_get_torch_s_weight_gradient(monkeypatch, con
 def test_weight_gradients_are_native_where_they_are_faster():
     many, few = torch.Size((2, 512, 128, 128)), torch.Size((1, 512, 16, 16))
     weight = torch.empty(512, 512, 3, 3)
-    assert weight_gradient.suits(weight, many) == (torch.get_num_threads() <= 14)  # memory for the sums of all
+    assert weight_gradient.suits(weight, many) == (
+        torch.get_num_threads() <= 14
+    )  # memory for the sums of all
     assert not weight_gradient.suits(weight, few)
     assert not weight_gradient.suits(torch.empty(16, 12, 3, 3), many)
 
@@ -147,7 +149,9 @@ def test_only_what_is_asked_for_is_computed():
 
 
 @pytest.mark.parametrize(
-    "pair_of_functions", [(conv3x3, conv3x3_of_torch), (upsample_conv, doubled_conv)], ids=["plain", "doubled"]
+    "pair_of_functions",
+    [(conv3x3, conv3x3_of_torch), (upsample_conv, doubled_conv)],
+    ids=["plain", "doubled"],
 )
 def test_gradients_of_gradients_are_torch_s(pair_of_functions):
     x = torch.randn(1, 16, 16, 16).to(memory_format=torch.channels_last).requires_grad_()

@@ -4,13 +4,15 @@
 //
 //     dw = G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G     for every output and input channel
 //
-// A thread has a run of tiles and sums of its own, to which some tiles at a time are added; then the sums of all threads
-// are added up in their order, so that a number of threads has one result, to the last bit. The gradient of the bias is added up on the way.
+// A thread has a run of tiles and sums of its own, to which some tiles at a time are added; then the sums of all
+// threads are added up in their order, so that a number of threads has one result, to the last bit. The gradient of the
+// bias is added up on the way.
 //
 // Where x was doubled before it was convolved, dy has twice its rows and columns, and tiles d are read before doubling.
 //
 // Shapes: B batch, H W rows and columns of dy, C channels, O output channels, both multiples of PANEL, P points on an
-// axis (6; doubled 5). x is [B, H', W', C], dy [B, H, W, O]. Sums are P^2 planes [C / PANEL, O, PANEL], MARGIN values apart.
+// axis (6; doubled 5). x is [B, H', W', C], dy [B, H, W, O]. Sums are P^2 planes [C / PANEL, O, PANEL], MARGIN values
+// apart.
 
 #include <vector>
 
@@ -143,8 +145,8 @@ void weight_gradient(float *dw, const int64_t *strides, float *db, const Map &dy
 extern "C" {
 
 // dw [O, C, 3, 3] with any strides and db [O] <- the gradients of the weight and of the bias that take x [B, H', W', C]
-// to y [B, H, W, O], zeros around x, which is doubled first where it says so. Strides of images and rows of dy and x are
-// any. `memory` has room for P^2 (C O + together (C + O) + 3 MARGIN) + max(C, O) values a thread.
+// to y [B, H, W, O], zeros around x, which is doubled first where `doubles` says so. Images and rows of dy and x may have
+// any strides. `memory` has room for P^2 (C O + together (C + O) + 3 MARGIN) + max(C, O) values a thread.
 void latentcodec_weight_gradient(int doubles, float *dw, int64_t o_stride, int64_t c_stride, int64_t row_stride,
                                  int64_t column_stride, float *db, const float *dy, int64_t dy_image_stride,
                                  int64_t dy_row_stride, const float *x, int64_t x_image_stride, int64_t x_row_stride,

@@ -1,8 +1,8 @@
 // Winograd's convolutions of float32 maps in one pass: some tiles at a time are transformed, multiplied by the
 // transformed weight and transformed back while they are in the cache. The matrices are in `winograd.h`.
 //
-// `outputs` is 4 for F(4x4, 3x3) and 2 for F(2x2, 3x3); `resizing` says whether a map is doubled before it is convolved,
-// or the result of F(4x4, 3x3) is halved, by sums of 2 x 2.
+// `outputs` is 4 for F(4x4, 3x3) and 2 for F(2x2, 3x3); `resizing` says whether a map is doubled before it is
+// convolved, or the result of F(4x4, 3x3) is halved, by sums of 2 x 2.
 // C and O are multiples of PANEL. A transformed weight is P^2 planes [O / PANEL, C, PANEL], MARGIN values apart: without
 // that, powers of two would put all planes into the same few lines of the cache.
 

@@ -67,6 +67,10 @@ class Scheme:
         return f"F({self.outputs}x{self.outputs}, 3x3)" + (" of a doubled map" if self.doubles else "")
 
 
+PLAIN = Scheme(4)
+"""What training takes for maps that keep their size."""
+
+
 class WinogradConvolution(NativeConvolution):
     """A 3x3 convolution of windows [B, r + 2, W, C]: Winograd's where there are tiles enough, else the direct one."""
 
@@ -147,7 +151,7 @@ def suits(weight: Tensor, pixels: int) -> bool:
 
 
 def whole_map(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme = Scheme(4), turns: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme = PLAIN, turns: bool = False
 ) -> Tensor:
     """The convolution of x [B, C, H, W] in channels_last, zeros around it, resized as the scheme says -> the same.
 
