@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from latentcodec.engine import recordings
-from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
+from latentcodec.engine.checks import (
+    forms_within,
+    has_hooks,
+    is_plain,
+    modules_within,
+    torch_layers_are_replaced,
+)
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.memory import free_memory
@@ -57,10 +63,11 @@ class Engine:
     """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs, where
     the compiler takes two seconds beside the first pass, and not on GPUs."""
 
-    def applies(self, network: nn.Module, x: Tensor) -> bool:
+    def applies(self, network: Any, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
 
-        Gradients, autocast, whatever is not ordinary, hooks on inner layers, and adapters get the plain modules.
+        Gradients, autocast, whatever is not ordinary, hooks on inner layers, adapters, and layers of another form than
+        the network was built with get the plain modules.
         """
         return (
             self.allows(x)
@@ -68,6 +75,7 @@ class Engine:
             and all(
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
             )
+            and forms_within(network) == network.built_as
         )
 
     def allows(self, x: Tensor) -> bool:

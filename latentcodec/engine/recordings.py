@@ -2,7 +2,8 @@
 
 Between calls a recording holds the memory of its pass, so each network has at most one, for the kind of input that it
 saw last, and none whose widest map is larger than a strip. A change of weights is noticed as everywhere else: by their
-addresses, their version counters, and a sum over values from all over them. Biases and norms are read anew each time.
+addresses and strides, their version counters, and a sum over values from all over them. Biases and norms are read anew
+each time.
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -89,7 +90,7 @@ def forget(network: nn.Module) -> None:
 def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Tensor]:
     weights: list[Tensor] = []
     settings = [_setting(module, weights) for module in modules_within(network)]
-    places = [(weight.data_ptr(), _version(weight)) for weight in weights]
+    places = [(weight.data_ptr(), weight.stride(), _version(weight)) for weight in weights]
     key = x.shape, torch.get_num_threads(), settings, places
     if known.key != key:
         known.key, known.recording, known.table = key, None, _probes(weights)
