@@ -80,7 +80,7 @@ class ImageNetworks:
             return None
         if not all(is_unchanged(module, self.types) for module in modules_within(network.source)):
             return None
-        if not self.engine.allows(x):
+        if not self.engine.allows(x, network.conv_in.weight):
             result: Tensor = network(x)
             return result
 

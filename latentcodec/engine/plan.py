@@ -70,7 +70,7 @@ class Engine:
         the network was built with get the plain modules.
         """
         return (
-            self.allows(x)
+            self.allows(x, network.conv_in.weight)
             and not has_hooks(network)
             and all(
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
@@ -78,10 +78,15 @@ class Engine:
             and forms_within(network) == network.built_as
         )
 
-    def allows(self, x: Tensor) -> bool:
-        """Whether strips may compute on such an input, here and now."""
+    def allows(self, x: Tensor, first: Tensor) -> bool:
+        """Whether strips may compute on such an input, here and now; `first` is the weight that it meets first."""
         return (
             is_ordinary(x)
+            and x.is_floating_point()
+            and x.ndim == 4
+            and x.shape[1]
+            == first.shape[1]  # else torch's own error: native functions read what they are told of
+            and x.numel() > 0
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)

@@ -39,7 +39,7 @@ class Recording:
 
     def __init__(self, run: partial[list[Tensor]], x: Tensor) -> None:
         self.held = run.args[0]  # the pass, with its memory and its prepared weights, but not the network
-        self.input = torch.empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).copy_(x)
+        self.input = x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).copy_(x)
         run(self.input)  # weights are prepared, and memory is there
         with Recorder() as self.recorder:
             self.strips = run(self.input)
@@ -58,8 +58,8 @@ class Known:
     def __init__(self) -> None:
         self.lock = Lock()  # held from a replay until its result has been read
         self.key: Any = None
-        self.table = torch.empty(0, dtype=torch.int64)
-        self.sum = torch.zeros(1, dtype=torch.int64)
+        self.table = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.sum = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.total: int | None = None
         self.recording: Recording | None = None
 
@@ -73,13 +73,16 @@ def replayed(network: nn.Module, x: Tensor, plan: Plan, join: Callable[[list[Ten
     Of several threads that call at once, one replays, and the others run as if nothing were recorded.
     """
     known = _known.setdefault(network, Known())
-    with torch.inference_mode():
-        if not known.lock.acquire(blocking=False):
-            return join(plan()(x))
-        try:
-            return join(_strips(known, network, x, plan))
-        finally:
-            known.lock.release()
+    if not known.lock.acquire(blocking=False):
+        with torch.inference_mode():
+            strips = plan()(x)
+        return join(strips)
+    try:
+        with torch.inference_mode():
+            strips = _strips(known, network, x, plan)
+        return join(strips)  # out of inference mode, whose tensors cannot be trained on
+    finally:
+        known.lock.release()
 
 
 def forget(network: nn.Module) -> None:
@@ -126,7 +129,7 @@ def _probes(weights: list[Tensor]) -> Tensor:
         if weight.ndim > 1:
             step = probing_step(weight)
             rows.append((weight.data_ptr(), step, -(-weight.numel() // step)))
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _checksum(known: Known) -> int:

@@ -241,7 +241,8 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
 def _folding(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[9, 16] of zeros and ones: the sums of `fold_upsample_weight`, along both axes."""
     with torch.inference_mode(False):  # fit for autograd, whoever asks for it first
-        axis = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+        sums = [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+        axis = torch.tensor(sums, device=device)
         return torch.kron(axis, axis).to(device, dtype)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = None
         setattr(library, name, _recorded(function))
     return library
+
+
+def floats(*shape: int) -> Tensor:
+    """Memory for float32 values on the CPU, whatever torch's default dtype and device are now."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def threads_for(work: float) -> int:
