@@ -60,6 +60,7 @@ def applies_to(x: Tensor) -> bool:
         and is_ordinary(x)
         and x.device.type in ("cpu", "cuda")
         and x.dtype != torch.float64  # sums are in float32
+        and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and fastest_kernels(x.device.type) is not REFERENCE_KERNELS
     )

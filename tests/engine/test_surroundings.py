@@ -121,3 +121,11 @@ def test_another_number_of_channels_is_torchs_own_error(sides, channels):
             sides[1].encode(torch.rand(2, channels, 44, 36))
         with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
             sides[1].decode(torch.rand(2, channels, 22, 18))
+
+
+def test_an_empty_batch_has_empty_gradients(sides):
+    for side in sides:
+        x = torch.empty(0, 32, 22, 18).to(memory_format=torch.channels_last).requires_grad_()
+        side.decoder.up_blocks[0](x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
