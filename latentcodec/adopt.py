@@ -233,14 +233,21 @@ def _adopt_images(vae: Any) -> None:
 
 def _encode_frames(vae: Any, x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> the posterior's parameters [B, 2s, t, h, w]; clips by the class's own code."""
-    if x.shape[2] == 1 and (moments := vae.image_networks.encode(x[:, :, 0])) is not None:
+    networks = vae.image_networks
+    if (
+        x.shape[2] == 1
+        and networks.are_those_of(vae)
+        and (moments := networks.encode(x[:, :, 0])) is not None
+    ):
         return moments[:, :, None]
     return cast(Tensor, type(vae)._encode(vae, x))
 
 
 def _decode_frames(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
     """[B, s, t, h, w] -> [B, C, T, H, W], clamped as the class does; clips by the class's own code."""
-    if z.shape[2] != 1 or (image := vae.image_networks.decode(z[:, :, 0])) is None:
+    networks = vae.image_networks
+    is_image = z.shape[2] == 1 and networks.are_those_of(vae)
+    if not is_image or (image := networks.decode(z[:, :, 0])) is None:
         return type(vae)._decode(vae, z, return_dict=return_dict)
     image = image.clamp(-1.0, 1.0)[:, :, None]
     return DecoderOutput(sample=image) if return_dict else (image,)
@@ -286,9 +293,9 @@ def _print_differences(vae: Any) -> None:
             f"{what} in {vae.dtype}: {errors[0]:.1e} of the range from diffusers in float32"
             f" (diffusers itself in {vae.dtype}: {errors[1]:.1e})"
         )
-    for name, weight in vae.named_parameters():
-        if weight.ndim > 2 and (form := form_of(weight)) is not None:
-            print(f"  {name.removesuffix('.weight')}: {form}")
+    for name, layer in vae.named_modules():
+        if (form := form_of(layer)) is not None:
+            print(f"  {name}: {form}")
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ plain modules run.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
+import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ LAYERS: set[type[nn.Module]] = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNor
 
 PADDINGS = ("zeros", "reflect", "replicate", "circular")
 """The padding modes of convolutions that strips know: all that torch has."""
+
+FORM = ("kernel_size", "stride", "padding", "_padding", "approximate")
+"""The attributes of layers, beside the shapes of their parameters, that are for their constructors to set."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -37,8 +42,29 @@ def torch_layers_are_replaced() -> bool:
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
-    """Whether no parameter of the module itself is of a tensor subclass, as quantised, sharded and fake ones are."""
-    return all(type(p) in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None)
+    """Whether no parameter of the module itself is of a tensor subclass, as quantised, sharded and fake ones are, and
+    none is expanded or has gaps: native functions read memory from end to end."""
+    return all(
+        type(p) in (nn.Parameter, Tensor) and (p.is_contiguous() or _is_dense(p))
+        for p in module._parameters.values()
+        if p is not None
+    )
+
+
+def _is_dense(x: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(x))
+
+
+def form(module: nn.Module) -> tuple[Any, ...]:
+    """What a module was built as: its type, the shapes of its parameters (None for one that it lacks), and `FORM`."""
+    values = module.__dict__
+    shapes = [None if p is None else p.shape for p in values["_parameters"].values()]
+    return type(module), shapes, *map(values.get, FORM)
+
+
+def forms_within(module: nn.Module) -> list[tuple[Any, ...]]:
+    """The forms of the module and of all inside it, to be compared with those that it was built with."""
+    return [form(part) for part in modules_within(module)]
 
 
 def modules_within(module: nn.Module) -> Iterator[nn.Module]:

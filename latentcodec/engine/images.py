@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import is_unchanged, modules_within, torch_layers_are_replaced
+from latentcodec.engine.checks import form, is_unchanged, modules_within, torch_layers_are_replaced
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.needs import ATTENTION_MAPS, TRANSFORMED_STRIPS
 from latentcodec.engine.plan import QUERIES_AT_ONCE, Engine, joined
@@ -40,6 +40,18 @@ class ImageNetworks:
     types: frozenset[type[nn.Module]]
     """Of the modules as diffusers builds them."""
     engine: Engine = field(default_factory=Engine)
+    built_as: list[tuple[Any, ...]] = field(init=False)
+    """The modules and their forms, which are those of the VAE as long as none is replaced."""
+
+    def __post_init__(self) -> None:
+        self.built_as = _modules_and_forms(
+            self.encoder.source, self.decoder.source, self.quant_conv, self.post_quant_conv
+        )
+
+    def are_those_of(self, vae: Any) -> bool:
+        """Whether the VAE still has these modules, and has them as they were."""
+        parts = vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv
+        return _modules_and_forms(*parts) == self.built_as
 
     def encode(self, x: Tensor) -> Tensor | None:
         """[B, C, H, W] -> the posterior's parameters [B, 2s, h, w]; None as `_run` says."""
@@ -68,7 +80,7 @@ class ImageNetworks:
             return None
         if not all(is_unchanged(module, self.types) for module in modules_within(network.source)):
             return None
-        if not self.engine.allows(x):
+        if not self.engine.allows(x, network.conv_in.weight):
             result: Tensor = network(x)
             return result
 
@@ -112,6 +124,10 @@ class ImageNetworks:
             workspace=Workspace() if is_native else None,
             keeps_packed=self.engine.keep_packed,
         )
+
+
+def _modules_and_forms(*parts: nn.Module) -> list[tuple[Any, ...]]:
+    return [(module, form(module)) for part in parts for module in modules_within(part)]
 
 
 def _weight_bytes(source: nn.Module, dtype: torch.dtype, is_native: bool) -> int:

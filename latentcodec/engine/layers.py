@@ -19,7 +19,7 @@ from latentcodec.vae.layers import LayerTypes
 
 def norm_act(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
     """activation(norm(x)); [B, C, H, W] -> [B, C, H, W]."""
-    if not (applies_to(x) and _is_fusible(norm, activation)):
+    if not (applies_to(x) and _is_fusible(norm, activation) and x.shape[1] == norm.num_channels):
         return activation(norm(x))
     return norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from latentcodec.engine.checks import forms_within
 from latentcodec.engine.layers import FAST_LAYERS, norm_act
 from latentcodec.engine.plan import Engine
 from latentcodec.vae.networks import Decoder, Encoder
@@ -23,6 +24,7 @@ class EngineEncoder(Encoder):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config, FAST_LAYERS)
         self.engine = Engine()
+        self.built_as = forms_within(self)
 
     def forward(self, sample: Tensor) -> Tensor:
         if self.engine.applies(self, sample):
@@ -39,6 +41,7 @@ class EngineDecoder(Decoder):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config, FAST_LAYERS)
         self.engine = Engine()
+        self.built_as = forms_within(self)
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         if latent_embeds is None and self.engine.applies(self, sample):

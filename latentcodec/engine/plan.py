@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from latentcodec.engine import recordings
-from latentcodec.engine.checks import has_hooks, is_plain, modules_within, torch_layers_are_replaced
+from latentcodec.engine.checks import (
+    forms_within,
+    has_hooks,
+    is_plain,
+    modules_within,
+    torch_layers_are_replaced,
+)
 from latentcodec.engine.cuda_graphs import is_replayable, replayed
 from latentcodec.engine.layers import ResnetBlock2D, Upsample
 from latentcodec.engine.memory import free_memory
@@ -57,23 +63,30 @@ class Engine:
     """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs, where
     the compiler takes two seconds beside the first pass, and not on GPUs."""
 
-    def applies(self, network: nn.Module, x: Tensor) -> bool:
+    def applies(self, network: Any, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
 
-        Gradients, autocast, whatever is not ordinary, hooks on inner layers, and adapters get the plain modules.
+        Gradients, autocast, whatever is not ordinary, hooks on inner layers, adapters, and layers of another form than
+        the network was built with get the plain modules.
         """
         return (
-            self.allows(x)
+            self.allows(x, network.conv_in.weight)
             and not has_hooks(network)
             and all(
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
             )
+            and forms_within(network) == network.built_as
         )
 
-    def allows(self, x: Tensor) -> bool:
-        """Whether strips may compute on such an input, here and now."""
+    def allows(self, x: Tensor, first: Tensor) -> bool:
+        """Whether strips may compute on such an input, here and now; `first` is the weight that it meets first."""
         return (
             is_ordinary(x)
+            and x.is_floating_point()
+            and x.ndim == 4
+            and x.shape[1]
+            == first.shape[1]  # else torch's own error: native functions read what they are told of
+            and x.numel() > 0
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)

@@ -2,7 +2,8 @@
 
 Between calls a recording holds the memory of its pass, so each network has at most one, for the kind of input that it
 saw last, and none whose widest map is larger than a strip. A change of weights is noticed as everywhere else: by their
-addresses, their version counters, and a sum over values from all over them. Biases and norms are read anew each time.
+addresses and strides, their version counters, and a sum over values from all over them. Biases and norms are read anew
+each time.
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -38,7 +39,7 @@ class Recording:
 
     def __init__(self, run: partial[list[Tensor]], x: Tensor) -> None:
         self.held = run.args[0]  # the pass, with its memory and its prepared weights, but not the network
-        self.input = torch.empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).copy_(x)
+        self.input = x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).copy_(x)
         run(self.input)  # weights are prepared, and memory is there
         with Recorder() as self.recorder:
             self.strips = run(self.input)
@@ -57,8 +58,8 @@ class Known:
     def __init__(self) -> None:
         self.lock = Lock()  # held from a replay until its result has been read
         self.key: Any = None
-        self.table = torch.empty(0, dtype=torch.int64)
-        self.sum = torch.zeros(1, dtype=torch.int64)
+        self.table = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.sum = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.total: int | None = None
         self.recording: Recording | None = None
 
@@ -72,13 +73,16 @@ def replayed(network: nn.Module, x: Tensor, plan: Plan, join: Callable[[list[Ten
     Of several threads that call at once, one replays, and the others run as if nothing were recorded.
     """
     known = _known.setdefault(network, Known())
-    with torch.inference_mode():
-        if not known.lock.acquire(blocking=False):
-            return join(plan()(x))
-        try:
-            return join(_strips(known, network, x, plan))
-        finally:
-            known.lock.release()
+    if not known.lock.acquire(blocking=False):
+        with torch.inference_mode():
+            strips = plan()(x)
+        return join(strips)
+    try:
+        with torch.inference_mode():
+            strips = _strips(known, network, x, plan)
+        return join(strips)  # out of inference mode, whose tensors cannot be trained on
+    finally:
+        known.lock.release()
 
 
 def forget(network: nn.Module) -> None:
@@ -89,7 +93,7 @@ def forget(network: nn.Module) -> None:
 def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Tensor]:
     weights: list[Tensor] = []
     settings = [_setting(module, weights) for module in modules_within(network)]
-    places = [(weight.data_ptr(), _version(weight)) for weight in weights]
+    places = [(weight.data_ptr(), weight.stride(), _version(weight)) for weight in weights]
     key = x.shape, torch.get_num_threads(), settings, places
     if known.key != key:
         known.key, known.recording, known.table = key, None, _probes(weights)
@@ -125,7 +129,7 @@ def _probes(weights: list[Tensor]) -> Tensor:
         if weight.ndim > 1:
             step = probing_step(weight)
             rows.append((weight.data_ptr(), step, -(-weight.numel() // step)))
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _checksum(known: Known) -> int:

@@ -143,7 +143,8 @@ class StreamPass:
         if stage.resample is None:
             return strips
         settings = self.dtype, self.workspace, self.keeps_packed
-        convolve = window_upsample_convolution(stage.resample.weight, stage.resample.bias, *settings)
+        layer = stage.resample
+        convolve = window_upsample_convolution(layer.weight, layer.bias, *settings, owner=layer)
         rows = max(1, rows // 2)
         around = None if before is None else _through(stage.shortcut, regrouped(before, rows))
         return self._convolved(convolve, regrouped(strips, rows), None, around)
@@ -188,7 +189,7 @@ class StreamPass:
         """`layer`, with the last temporal tap where it has several, for windows without columns beside them."""
         source = getattr(layer, "source", layer)
         settings = layer.stride[0], int(layer.padding[1]), self.dtype, self.workspace, self.keeps_packed
-        return window_convolution(source.weight, source.bias, *settings)
+        return window_convolution(source.weight, source.bias, *settings, owner=source)
 
     def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
         """Of a strip in `stage`: even, so that strips can be halved."""

@@ -82,7 +82,7 @@ class StripPass:
         feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width, x.shape[1]))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
-            for layer in stage.downsamplers:
+            for layer in stage.downsamplers or ():
                 width //= 2
                 moments = self.kernels.moments()
                 strips = self._downsample(layer, feature, moments)
@@ -98,7 +98,7 @@ class StripPass:
         feature = self._mid_block(decoder.mid_block, feature)
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
             feature = self._blocks(stage, feature)
-            for layer in stage.upsamplers:
+            for layer in stage.upsamplers or ():
                 width *= 2
                 feature = self._upsample(layer, feature, self._rows(following, z, width))
         return self._conv_out(decoder, feature)
@@ -184,9 +184,8 @@ class StripPass:
 
     def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
         settings = self.dtype, self.workspace, self.keeps_packed
-        convolve = self._ready(
-            layer.conv, lambda conv: window_upsample_convolution(conv.weight, conv.bias, *settings)
-        )
+        make = window_upsample_convolution
+        convolve = self._ready(layer.conv, lambda c: make(c.weight, c.bias, *settings, owner=c))
         moments, padding = self.kernels.moments(), layer.conv.padding_mode
         if padding == "reflect":
             padding = "replicate"  # mirrored at its border, a doubled map has that border again
@@ -216,7 +215,7 @@ class StripPass:
         """`layer` for windows, which hold the rows above and below, and columns beside them unless these are zeros."""
         columns = int(layer.padding[1]) if layer.padding_mode == "zeros" else 0
         settings = layer.stride[0], columns, self.dtype, self.workspace, self.keeps_packed
-        return self._ready(layer, lambda conv: window_convolution(conv.weight, conv.bias, *settings))
+        return self._ready(layer, lambda c: window_convolution(c.weight, c.bias, *settings, owner=c))
 
     def _ready(self, layer: nn.Conv2d, make: Callable[[nn.Conv2d], WindowConvolution]) -> WindowConvolution:
         """make(layer), once for all passes where they are recorded."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import cast
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.convolution import MOST_TAPS, DirectConvolution, NativeConvolution, Workspace
@@ -37,8 +37,9 @@ Prepared = Convolution | NativeConvolution
 
 PROBES = 1024  # values of a weight that are looked at to see whether it has changed
 
-_prepared = WeakTensorKeyDictionary()
-"""weight -> (its state, the values that are probed, the prepared convolution)."""
+_prepared: WeakKeyDictionary[object, tuple[Any, Tensor, Any, Prepared]] = WeakKeyDictionary()
+"""owner -> (the state of its weight, the values that are probed, their sum, the prepared convolution). By owners, since
+torch refuses to swap (`swap_tensors`) a tensor that somebody refers to weakly."""
 
 
 def window_convolution(
@@ -49,17 +50,18 @@ def window_convolution(
     dtype: torch.dtype,
     workspace: Workspace | None = None,
     keep: bool = True,
+    owner: object | None = None,
 ) -> WindowConvolution:
     """A convolution of windows of `dtype`: [B, rows, W, C] -> [B, rows', W', C'].
 
     weight [C', C, k, k] and bias [C'] as a layer holds them; `columns` zeros are padded left and right. Of a weight
     [C', C, t, k, k] the last of its t taps in time counts: there are only zeros before an image. Winograd's
     convolutions are chosen only where there is a `workspace` for them. What was made of the weight is kept for the next
-    call unless `keep` is False.
+    call with its `owner`, the layer, unless `keep` is False.
     """
     settings = {"stride": stride, "columns": columns}
     prepare = partial(_prepare_direct, stride=stride, columns=columns)
-    return _window_convolution(weight, bias, dtype, prepare, workspace, settings, keep)
+    return _window_convolution(weight, bias, dtype, prepare, workspace, settings, keep, owner)
 
 
 def window_upsample_convolution(
@@ -68,6 +70,7 @@ def window_upsample_convolution(
     dtype: torch.dtype,
     workspace: Workspace | None = None,
     keep: bool = True,
+    owner: object | None = None,
 ) -> WindowConvolution:
     """Nearest neighbour times two, then the 3x3 convolution: [B, r + 2, W, C] -> [B, 2r, 2W, C'].
 
@@ -75,7 +78,7 @@ def window_upsample_convolution(
     each parity of row and column: the taps of one transposed convolution of size 4 and stride 2. That is 4/9 of the
     multiplications and no doubled map; exact at the borders too, where zeros double to zeros.
     """
-    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {}, keep)
+    return _window_convolution(weight, bias, dtype, _prepare_upsample, workspace, {}, keep, owner)
 
 
 def _window_convolution(
@@ -86,8 +89,9 @@ def _window_convolution(
     workspace: Workspace | None,
     settings: dict[str, int],
     keep: bool,
+    owner: object | None,
 ) -> WindowConvolution:
-    run = _prepared_convolution(weight, dtype, prepare, workspace, settings, keep)
+    run = _prepared_convolution(weight, dtype, prepare, workspace, settings, keep, owner)
     assert bias is not None  # every convolution of an AutoencoderKL has one
     bias = bias.detach().to(dtype)
 
@@ -111,20 +115,23 @@ def _prepared_convolution(
     workspace: Workspace | None,
     settings: dict[str, int],
     keep: bool,
+    owner: object | None,
 ) -> Convolution:
     """The prepared convolution; on a CPU the one prepared earlier, unless the weight has changed since."""
     if weight.device.type != "cpu":  # where there is no packing
         return cast(Convolution, prepare(weight.detach(), dtype))
     version = 0 if weight.is_inference() else weight._version
-    state = weight.data_ptr(), version, dtype, workspace is None, settings
-    known, probed, total, run = _prepared.get(weight, (None, None, None, None))
-    if not keep:
-        _prepared.pop(weight, None)
-        run = prepare(weight.detach(), dtype, winograd=workspace is not None)
-    elif known != state or probed.sum().item() != total:
-        run = prepare(weight.detach(), dtype, winograd=workspace is not None, keep=True)
-        probed = _probed(weight.detach())
-        _prepared[weight] = state, probed, probed.sum().item(), run
+    state = weight.data_ptr(), weight.stride(), version, dtype, workspace is None, settings
+    known = None if owner is None else _prepared.get(owner)
+    if known is not None and keep and known[0] == state and known[1].sum().item() == known[2]:
+        run = known[3]
+    else:
+        run = prepare(weight.detach(), dtype, winograd=workspace is not None, keep=keep)
+        if owner is not None and keep:
+            probed = _probed(weight.detach())
+            _prepared[owner] = state, probed, probed.sum().item(), run
+        elif known is not None:
+            _prepared.pop(owner, None)
     if workspace is not None and isinstance(run, NativeConvolution):
         if workspace.records:
             workspace.convolutions.append(run)
@@ -132,10 +139,10 @@ def _prepared_convolution(
     return cast(Convolution, run)
 
 
-def form_of(weight: Tensor) -> str | None:
-    """In which form a convolution with this weight runs on a CPU, and how far that is from the direct one in float32 on
+def form_of(owner: object) -> str | None:
+    """In which form the convolution of this owner runs on a CPU, and how far that is from the direct one in float32 on
     noise; None where nothing is kept of it."""
-    known = _prepared.get(weight)
+    known = _prepared.get(owner)
     if known is None:
         return None
     run = known[-1]
@@ -234,7 +241,8 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
 def _folding(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[9, 16] of zeros and ones: the sums of `fold_upsample_weight`, along both axes."""
     with torch.inference_mode(False):  # fit for autograd, whoever asks for it first
-        axis = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+        sums = [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+        axis = torch.tensor(sums, device=device)
         return torch.kron(axis, axis).to(device, dtype)
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._triton import has_triton
 
 from latentcodec.ops.convolutions import fold_upsample_weight
@@ -34,7 +36,8 @@ def is_ordinary(x: Tensor) -> bool:
     """Whether x is a plain tensor, and nothing but autograd follows what is done with it.
 
     Compilers and tracers would record our operations in place of the layers'; vmap, jvp, forward-mode derivatives and
-    dispatch modes (make_fx, fake tensors) have no rule for them; subclasses of tensors bring operations of their own.
+    dispatch modes (make_fx, fake tensors) have no rule for them; function modes but that of a device (`with device:`)
+    look for the layers' own; subclasses of tensors bring operations of their own.
     """
     return (
         not torch.compiler.is_compiling()
@@ -42,6 +45,7 @@ def is_ordinary(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
+        and all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
         and forward_mode._current_level < 0
     )
 
@@ -56,6 +60,7 @@ def applies_to(x: Tensor) -> bool:
         and is_ordinary(x)
         and x.device.type in ("cpu", "cuda")
         and x.dtype != torch.float64  # sums are in float32
+        and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and fastest_kernels(x.device.type) is not REFERENCE_KERNELS
     )

@@ -92,10 +92,11 @@ def packs_correctly(device_type: str, dtype: torch.dtype) -> bool:
     """Whether this torch packs weights as we ask it to, and then gives what plain convolutions give."""
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shapes = (1, 6, 7, 32), (48, 32, 3, 3), (32, 48, 4, 4), (48,), (1, 4, 7, 48)
     window, direct, folded, bias, residual = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in shapes
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        for shape in shapes
     )
     direct, folded = (weight.to(memory_format=torch.channels_last) for weight in (direct, folded))
     x = window.permute(0, 3, 1, 2)

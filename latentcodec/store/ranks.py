@@ -18,17 +18,19 @@ def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
     """This process and their number, as torchrun, accelerate or SLURM tell them; (0, 1) where nobody does.
 
     Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks. Raises
-    ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told.
+    ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told, and naming
+    the variable that holds no number.
     """
     rank, world = 0, 1
     for rank_name, world_name in RANKS:
         if rank_name in environment and world_name in environment:
-            rank, world = int(environment[rank_name]), int(environment[world_name])
+            rank, world = _number(environment, rank_name), _number(environment, world_name)
             break
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
-        first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", "0")) for name in ("MIN", "STEP"))
-        task, rest = divmod(int(environment["SLURM_ARRAY_TASK_ID"]) - first, step or 1)
-        tasks = int(environment["SLURM_ARRAY_TASK_COUNT"])
+        first, step, number, tasks = (
+            _number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "STEP", "ID", "COUNT")
+        )
+        task, rest = divmod(number - first, step or 1)
         if rest or task >= tasks:
             raise ValueError(
                 f"SLURM array task {environment['SLURM_ARRAY_TASK_ID']} has no place among {tasks} that start at "
@@ -36,3 +38,14 @@ def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
             )
         rank, world = task * world + rank, tasks * world
     return rank, world
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """What a variable says, 0 without it."""
+    value = environment.get(name, "0")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(
+            f"{name} in the environment is {value!r}, not a number: unset it, or set it as a launcher does"
+        ) from None

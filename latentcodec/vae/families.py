@@ -51,7 +51,7 @@ def _per_channel(config: Config, buffers: Mapping[str, Tensor]) -> LatentUnits:
 
 
 def _float64(values: Any) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64)
+    return torch.tensor(list(values), dtype=torch.float64, device="cpu")
 
 
 def _stage_widths(config: Config) -> list[int]:

@@ -175,11 +175,11 @@ class DownStage(Stage):
 
     def __init__(self, shape: Shape, downsample: bool) -> None:
         super().__init__(shape)
-        self.downsamplers = nn.ModuleList([Downsample(shape.out_channels)] if downsample else [])
+        self.downsamplers = nn.ModuleList([Downsample(shape.out_channels)]) if downsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.refine(hidden_states)
-        for downsampler in self.downsamplers:
+        for downsampler in self.downsamplers or ():
             x = downsampler(x)
         return x
 
@@ -189,11 +189,11 @@ class UpStage(Stage):
 
     def __init__(self, shape: Shape, upsample: bool) -> None:
         super().__init__(shape)
-        self.upsamplers = nn.ModuleList([shape.types.upsample(shape.out_channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([shape.types.upsample(shape.out_channels)]) if upsample else None
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         x = self.refine(hidden_states, temb)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers or ():
             x = upsampler(x)
         return x
 

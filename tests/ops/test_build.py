@@ -114,3 +114,21 @@ def test_twenty_threads_share_one_vae():
     with torch.no_grad():
         for index, image in enumerate(images):
             assert torch.equal(results[index], vae.encoder(image))
+
+
+@pytest.mark.parametrize("script", ["printf 'caf\\351\\n'", '[ "$1" = --version ] || { echo >&2; exit 1; }'])
+def test_a_compiler_that_says_nothing_or_no_utf8_is_no_error(fresh, monkeypatch, caplog, tmp_path, script):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert build.library() is None
+    assert "slower but equal" in caplog.text
+
+
+def test_a_compiler_with_half_a_quotation_is_no_error(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", 'c++ "-O1')
+    with caplog.at_level(logging.WARNING):
+        assert build.library() is None
+    assert "slower but equal" in caplog.text

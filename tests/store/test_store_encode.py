@@ -250,6 +250,9 @@ def test_ranks_of_launchers():
     for task in ("8", "13"):  # between two steps, and behind the last one
         with pytest.raises(ValueError, match=f"SLURM array task {task} has no place among 4 that start at 5"):
             rank_and_world(steps | {"SLURM_ARRAY_TASK_ID": task})
+    for name, others in (("RANK", {"WORLD_SIZE": "2"}), ("SLURM_ARRAY_TASK_STEP", steps)):
+        with pytest.raises(ValueError, match=f"^{name} in the environment is 'abc', not a number"):
+            rank_and_world({**others, name: "abc"})
 
 
 # --- more pictures, and fewer

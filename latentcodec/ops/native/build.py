@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ def library() -> ctypes.CDLL | None:
     try:
         return _declared(ctypes.CDLL(str(_built(compiler, _flags()))))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        said = (getattr(error, "stderr", None) or "").strip()  # some compilers fail without a word
+        reason = (said or str(error)).splitlines()[0]
         log.warning("the native functions could not be built, so torch's run, slower but equal: %s", reason)
         return None
 
@@ -117,6 +119,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def floats(*shape: int) -> Tensor:
+    """Memory for float32 values on the CPU, whatever torch's default dtype and device are now."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def threads_for(work: float) -> int:
     """How many of torch's threads are worth waking for so much work, in values that are read, or as many as cost as
     much time: waking one takes longer than `WORTH_A_THREAD` of them."""
@@ -138,7 +145,10 @@ def _recorded(function: Any) -> Callable[..., None]:
 def _compiler() -> list[str] | None:
     """The command that compiles C++, as the environment's CXX or as found in the path."""
     for command in [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError:  # a quotation mark without its other half
+            words = command.split()
         if words and shutil.which(words[0]):
             return words
     return None
@@ -146,7 +156,9 @@ def _compiler() -> list[str] | None:
 
 def _file(compiler: list[str], flags: list[str]) -> Path:
     """Where the library lies once it is compiled."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
+    ).stdout
     digest = hashlib.sha256(repr((compiler, version, flags)).encode())
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.read_bytes())
@@ -171,17 +183,24 @@ def _compile(command: list[str], sources: list[Path], library: Path) -> None:
         objects = [Path(folder, source.stem + ".o") for source in sources]
         running = [
             subprocess.Popen(
-                [*command, "-c", str(source), "-o", str(made)], stderr=subprocess.PIPE, text=True
+                [*command, "-c", str(source), "-o", str(made)],
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             )
             for source, made in zip(sources, objects, strict=True)
         ]
-        for process in running:
-            _, errors = process.communicate()
+        said = [process.communicate()[1] for process in running]  # all, so that none is left behind
+        for process, errors in zip(running, said, strict=True):
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
         linked = Path(folder, library.name)
         subprocess.run(
-            [*command, *map(str, objects), "-o", str(linked)], check=True, capture_output=True, text=True
+            [*command, *map(str, objects), "-o", str(linked)],
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         linked.replace(library)
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.ops.native.build import PRODUCTS_A_VALUE, threads_for
+from latentcodec.ops.native.build import PRODUCTS_A_VALUE, floats, threads_for
 from latentcodec.ops.onednn import Convolution
 
 PANEL = 16  # outputs that are summed up at a time
@@ -27,20 +26,20 @@ class Workspace:
 
     def __init__(self, records: bool = False) -> None:
         self.records = records
-        self.values = torch.empty(0)
+        self.values = floats(0)
         self.weights: list[Tensor] = []  # that no convolution holds now
         self.convolutions: list[NativeConvolution] = []  # of a recording: their weights stay where they are
 
     def memory(self, size: int) -> Tensor:
         """At least `size` float32 values, the same at each call."""
         if self.values.numel() < size:
-            self.values = torch.empty(size)
+            self.values = floats(size)
         return self.values
 
     def borrow_weight(self, size: int) -> Tensor:
         """`size` float32 values, to be given back into `weights`."""
-        memory = self.weights.pop() if self.weights else torch.empty(0)
-        return memory if memory.numel() >= size else torch.empty(size)
+        memory = self.weights.pop() if self.weights else floats(0)
+        return memory if memory.numel() >= size else floats(size)
 
 
 class NativeConvolution:
@@ -102,7 +101,7 @@ class _RunningDirect:
         threads = threads_for(results * made.packed.numel() / PRODUCTS_A_VALUE)
         together = min(TOGETHER, -(-results // threads))
         own = (together + ROWS) * (size**2 * channels + made.packed.shape[0] * PANEL)
-        memory, y = self.workspace.memory(threads * own), torch.empty(images, *shape)
+        memory, y = self.workspace.memory(threads * own), floats(images, *shape)
         made.library.convolve(
             *(y.data_ptr(), window.data_ptr(), *window.stride()[:2], *window.shape, *shape),
             *(size, stride, made.columns, made.packed.data_ptr(), None if bias is None else bias.data_ptr()),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.ops.native.build import threads_for
+from latentcodec.ops.native.build import floats, threads_for
 from latentcodec.ops.pointwise import RMS, Activation, Kernels, Moments, Norm
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,8 +36,8 @@ class NativeMoments(Moments):
         images, rows, columns, channels = strip.shape
         is_first = not self.pixels
         if is_first:
-            self.pivot = torch.empty(images, 1, 1, channels)
-            self.sums = torch.empty(2, images, channels, dtype=torch.float64)
+            self.pivot = floats(images, 1, 1, channels)
+            self.sums = torch.empty(2, images, channels, dtype=torch.float64, device="cpu")
         self.library.add_moments(
             *(DTYPES[strip.dtype], is_first),
             self.sums.data_ptr(),
@@ -55,8 +55,9 @@ class NativeMoments(Moments):
         self.known = True
         images, channels = self.pivot.shape[0], self.pivot.shape[3]
         weight, bias = (value.detach().float().contiguous() for value in (weight, bias))
-        scale, shift = torch.empty(2, images, 1, channels)
-        self.mean, self.inverse = torch.empty(2, images, groups, 1, dtype=torch.float64)
+        scale, shift = floats(2, images, 1, channels)
+        shape = 2, images, groups, 1
+        self.mean, self.inverse = torch.empty(shape, dtype=torch.float64, device="cpu")
         self.library.norm(
             *(value.data_ptr() for value in (scale, shift, self.mean, self.inverse)),
             *(value.data_ptr() for value in (self.sums, self.pivot, weight, bias)),
@@ -126,7 +127,7 @@ class NativeKernels(Kernels):
             return super().gradient_sums(dy, x, *known)
         dy, x = dy.contiguous(), x.contiguous()
         images, rows, columns, channels = x.shape
-        sums = torch.zeros(2, images, 1, channels, dtype=torch.float64)
+        sums = torch.zeros(2, images, 1, channels, dtype=torch.float64, device="cpu")
         self.library.gradient_sums(
             DTYPES[x.dtype],
             *(value.data_ptr() for value in (sums, dy, x)),

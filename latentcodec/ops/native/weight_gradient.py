@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentcodec.ops.native.build import PRODUCTS_A_VALUE, library, threads_for
+from latentcodec.ops.native.build import PRODUCTS_A_VALUE, floats, library, threads_for
 from latentcodec.ops.native.convolution import PANEL
 from latentcodec.ops.native.pointwise import place, with_dense_rows
 from latentcodec.ops.native.winograd import MARGIN, PLAIN, Scheme
@@ -47,8 +47,8 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, scheme: Scheme = PLAI
     threads = _threads(tiles, channels, outputs, scheme)
     together = min(TOGETHER, -(-tiles // threads))
     plane = channels * outputs + together * (channels + outputs) + 3 * MARGIN
-    memory = torch.empty(threads * (scheme.products * plane + max(channels, outputs)))
-    dweight, dbias = torch.empty_like(weight), torch.empty(outputs)
+    memory = floats(threads * (scheme.products * plane + max(channels, outputs)))
+    dweight, dbias = torch.empty_like(weight), floats(outputs)
     native.weight_gradient(
         *(int(scheme.doubles), dweight.data_ptr(), *dweight.stride(), dbias.data_ptr()),
         *(*place(dy), *place(x), *x.shape, outputs),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcodec.ops.native.build import PRODUCTS_A_VALUE, library, threads_for
+from latentcodec.ops.native.build import PRODUCTS_A_VALUE, floats, library, threads_for
 from latentcodec.ops.native.convolution import PANEL, ROWS, NativeConvolution, Workspace
 from latentcodec.ops.onednn import Convolution
 
@@ -86,7 +86,7 @@ class WinogradConvolution(NativeConvolution):
         self.weight, self.scheme = weight, scheme
         self.error = 0.0  # as `best` measured it
         keep = keep and weight.numel() <= KEPT_VALUES
-        self.kept = self.transformed(torch.empty(self.size)) if keep else None
+        self.kept = self.transformed(floats(self.size)) if keep else None
 
     @classmethod
     def best(
@@ -160,7 +160,7 @@ def whole_map(
     native = library()
     assert native is not None
     weight = weight.transpose(0, 1) if turns else weight
-    transformed = torch.empty(weight_values(scheme, *weight.shape[:2]))
+    transformed = floats(weight_values(scheme, *weight.shape[:2]))
     transform_weight_(transformed, native, weight, scheme, turns)
     rows = x.permute(0, 2, 3, 1)
     given = None if bias is None else bias.contiguous()
@@ -177,9 +177,10 @@ def error(library: ctypes.CDLL, weight: Tensor, scheme: Scheme) -> float:
     unevenness = flat.abs().amax(1) / flat.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     weight = weight[unevenness.topk(min(CHANNELS_TRIED, len(weight))).indices]
     made = scheme.outputs // scheme.times
-    noise = torch.randn(1, made + 2, 4 * made, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = floats(1, made + 2, 4 * made, weight.shape[1]).normal_(generator=generator)
     window = F.silu(noise)
-    transformed = torch.empty(weight_values(scheme, *weight.shape[:2]))
+    transformed = floats(weight_values(scheme, *weight.shape[:2]))
     transform_weight_(transformed, library, weight, scheme)
     ours = convolve(library, window, transformed, len(weight), scheme, None, None, Workspace())
     map_ = F.interpolate(window.permute(0, 3, 1, 2), scale_factor=float(scheme.times))
@@ -231,7 +232,7 @@ def convolve(
     )
     together = tiles_together(scheme, tiles, channels, outputs, threads)
     memory = workspace.memory(threads * block_values(scheme, together, channels, outputs))
-    x, y = x if x.is_contiguous() else x.contiguous(), torch.empty(made)
+    x, y = x if x.is_contiguous() else x.contiguous(), floats(*made)
     no_residual = None, 0, 0
     library.winograd_convolve(
         *(scheme.outputs, scheme.resizing, y.data_ptr(), x.data_ptr(), x.stride(0), x.stride(1)),

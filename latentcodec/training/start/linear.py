@@ -247,6 +247,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.bias
 
 
-def _resampling(layers: nn.ModuleList) -> nn.Conv2d:
-    """The convolution of a stage's only down- or upsampler."""
+def _resampling(layers: nn.ModuleList | None) -> nn.Conv2d:
+    """The convolution of a stage's only down- or upsampler; every stage but the last has one."""
+    assert layers is not None
     return cast(nn.Conv2d, layers[0].conv)
