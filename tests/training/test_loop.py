@@ -345,7 +345,10 @@ def test_images_rejected_by_any_process_are_listed_once(two):
 
 
 def test_a_signal_to_torchrun_ends_all_processes_with_a_checkpoint(two):
-    assert two["code"] in (1, -signal.SIGABRT)  # torchrun's own, whatever the processes return; seen: an abort
+    assert two["code"] in (
+        1,
+        -signal.SIGABRT,
+    )  # torchrun's own, whatever the processes return; seen: an abort
     assert two["orphans"] == []
     output = two["out"] / "signal"
     assert checkpoint.newest(output / "checkpoints").step == metrics(output)[-1]["step"] >= 2
