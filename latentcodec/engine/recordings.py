@@ -62,6 +62,8 @@ class Known:
         self.sum = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.total: int | None = None
         self.recording: Recording | None = None
+        self.is_hopeless = False
+        """Whether something in such a pass is not native, so that it cannot be recorded."""
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
@@ -97,14 +99,16 @@ def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Ten
     key = x.shape, torch.get_num_threads(), settings, places
     if known.key != key:
         known.key, known.recording, known.table = key, None, _probes(weights)
-        known.total = _checksum(known)
+        known.total, known.is_hopeless = _checksum(known), False
+        return plan()(x)
+    if known.is_hopeless:
         return plan()(x)
     total = _checksum(known)
     if known.recording is None or total != known.total:
         known.total, known.recording = total, None
         recording = Recording(plan(), x)
         if not recording.recorder.is_complete:
-            known.key = None
+            known.is_hopeless = True
             return recording.strips
         known.recording = recording
         return recording.strips

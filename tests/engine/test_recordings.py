@@ -1,6 +1,7 @@
 """Recorded passes give what the class itself gives: for new inputs, new weights, new settings, and many threads."""
 
 import gc
+import subprocess
 import threading
 import weakref
 
@@ -51,6 +52,31 @@ def assert_equal(reference, vae, tolerance=1e-5):
 def test_a_replay_computes_anew(recorded, monkeypatch):
     monkeypatch.setattr(StripPass, "encode", None)
     monkeypatch.setattr(StripPass, "decode", None)
+    assert_equal(*recorded)
+
+
+def test_a_pass_that_cannot_be_recorded_is_tried_once(monkeypatch):
+    """Wide maps take convolutions that are not native: to record every other pass took more time than it saved."""
+    reference, vae = pair(CONFIG)
+    optimize_vae(vae)
+    tried = []
+
+    class Watched(Recorder):
+        is_complete = property(lambda _: False, lambda *_: None)
+
+        def __init__(self):
+            super().__init__()
+            tried.append(self)
+
+    monkeypatch.setattr(recordings, "Recorder", Watched)
+    for _ in range(6):
+        assert_equal(reference, vae)
+    assert len(tried) == 2  # the encoder's and the decoder's
+
+
+def test_a_warm_call_starts_no_process(recorded, monkeypatch):
+    """To ask a compiler for its version takes longer than a small picture."""
+    monkeypatch.setattr(subprocess, "Popen", None)
     assert_equal(*recorded)
 
 

@@ -88,6 +88,8 @@ def library() -> ctypes.CDLL | None:
 
 def library_if_built() -> ctypes.CDLL | None:
     """The compiled functions, or None as long as another thread compiles them: so that no first call waits for that."""
+    if library.cache_info().currsize:  # asked for before: to look for a compiler takes milliseconds
+        return library()
     if not _builders and (compiler := _compiler()) is not None and not _is_built(compiler):
         log.info("compiling the native functions; until they are there, torch's run, slower but equal")
         _builders.append(threading.Thread(target=library, name="latentcodec native build"))
