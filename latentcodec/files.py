@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.
 # All controls but tab and line feed; separators of lines and paragraphs; overrides of the direction of writing.
 CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
 STAGED = ".incomplete-"  # then the process and its machine: where files wait for their names
+LOCK_SECONDS = 60.0  # of patience with another process, which renames files meanwhile: milliseconds
 _said: set[str] = set()
 
 
@@ -164,7 +166,10 @@ def make_durable(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that ask for it in this way; nobody where folders cannot be locked."""
+    """Hold the folder against other processes that ask for it in this way; nobody where folders cannot be locked.
+
+    Raises TimeoutError naming the folder where another process holds it for longer than `LOCK_SECONDS`.
+    """
     try:
         import fcntl  # Windows has none
 
@@ -173,8 +178,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"another process has been writing to this folder for {LOCK_SECONDS:.0f} s, or was stopped "
+                        "while it did: end it and try again",
+                        str(folder),
+                    ) from None
+                time.sleep(0.01)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
         yield
     finally:
         os.close(descriptor)  # and with it the lock

@@ -189,6 +189,16 @@ def test_processes_that_write_at_once_leave_the_files_of_one_of_them(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
+def test_a_stopped_process_does_not_hold_a_folder_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    writes_too_long = pytest.raises(TimeoutError, match="another process has been writing to this folder")
+    with files.locked(tmp_path), writes_too_long:
+        write_files(tmp_path, {"a": b"1"}, last="a")
+    assert list(tmp_path.iterdir()) == []
+    write_files(tmp_path, {"a": b"1"}, last="a")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     script = (
         "import os, sys; from pathlib import Path; from latentcodec import files\n"
