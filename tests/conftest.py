@@ -32,13 +32,11 @@ COSTLY = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that share a costly fixture as one group."""
-    for item in items:
-        shared = next((name for name in COSTLY if name in getattr(item, "fixturenames", ())), None)
-        if shared is not None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared}"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that share a costly fixture as one group; later hooks come after pytest-xdist has looked."""
+    shared = next((name for name in COSTLY if name in getattr(item, "fixturenames", ())), None)
+    if shared is not None:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared}"))
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ def test_it_loads_by_name_and_reconstructs_what_it_was_not_trained_on(name):
     assert evaluate(codec, images).mean("psnr") > (25 if LATENTS[name] == 16 else 20)
 
 
+@pytest.mark.slow  # where bfloat16 is emulated
 def test_in_bfloat16_the_engine_errs_no_more_than_diffusers():
     """Root mean square over both codecs and directions; trained weights have means that biases cancel."""
     squares = torch.zeros(2)

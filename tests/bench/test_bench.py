@@ -223,6 +223,7 @@ def test_damaged_and_tiny_images_are_skipped_and_listed(
     assert "2a_damaged.png" in page
 
 
+@pytest.mark.slow
 def test_several_codecs_share_a_page_and_the_klt_can_have_its_own_images(
     reconstruction, codec_folder, image_folder, tmp_path, capsys
 ):
@@ -437,7 +438,7 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
         ),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_any_choice_of_sides_is_measured_and_reported(
     throughput, codec_folder, tmp_path, capsys, monkeypatch, sides, headline, dtype
 ):

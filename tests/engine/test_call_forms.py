@@ -142,7 +142,13 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "make_fx, symbolic" else name
+        for name in TRANSFORMS
+    ],
+)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_transforms_give_the_numbers_of_diffusers(vaes, name, grad, strips):
     if name in ("jvp", "dual numbers", "vmap"):  # for which torch's attention has no rule on CPUs

@@ -63,6 +63,7 @@ def digits(**settings):
     return DataConfig(**{**defaults, "workers": 0, "val_images": 4, "val_resolution": 32, **settings})
 
 
+@pytest.mark.slow
 def test_padding_repeats_the_edge_around_images_of_both_sets():
     images = open_images(digits(), 1, 0)
     (batch,) = training_batches(images, 5, steps=1)

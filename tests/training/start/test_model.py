@@ -472,6 +472,7 @@ def a_short_run_of(name, output, images, *settings) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_the_distillation_configuration_brings_a_student_closer_to_its_teacher(tmp_path, images):
     teacher = f"--model.teacher={saved(tiny(), tmp_path / 'teacher')}"
     student = ["--model.block_out_channels=[16,16,16]", "--model.norm_num_groups=2"]
@@ -493,6 +494,7 @@ class RandomFeatures(nn.Module):
         return (self.features(y) - self.features(x)).square().mean((1, 2, 3))
 
 
+@pytest.mark.slow
 def test_the_decoder_configuration_lowers_its_perceptual_loss_and_keeps_the_latents(
     tmp_path, images, monkeypatch
 ):
