@@ -32,7 +32,7 @@ class LatentCodec:
     """Encodes images in [-1, 1] to latents of zero mean and unit variance, and decodes them.
 
     `codec.vae` is diffusers' own object: pass it as `vae=` to any pipeline that is made for its class. On a CPU it runs
-    on native functions; on a GPU it does after `optimize_vae(codec.vae)`, since compilers take longer there.
+    on native functions where it computes in float32; elsewhere it does after `optimize_vae(codec.vae)`.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -88,7 +88,7 @@ class ImageNetworks:
             return partial(direction, self._plan(x, stages, network), network)
 
         maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
-        if self.engine.compiles(x.device) and is_replayable(x, len(x) * maps * x.dtype.itemsize):
+        if self.engine.compiles(x) and is_replayable(x, len(x) * maps * x.dtype.itemsize):
             return replayed(network.source, x, plan, partial(joined, dtype=x.dtype))
         with torch.inference_mode():
             strips = plan()(x)
@@ -97,7 +97,7 @@ class ImageNetworks:
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""
         device, dtype, bound = x.device.type, self.engine.dtype(x), self.engine.bound(x.device)
-        is_native = self.engine.compiles(x.device) and device == "cpu"
+        is_native = self.engine.compiles(x) and device == "cpu"
         weights = _weight_bytes(network.source, dtype, is_native)
         lowest = min(stages, key=lambda stage: stage[0] * stage[1])
         widest = max(lowest[2].in_channels, lowest[2].out_channels)
@@ -117,7 +117,7 @@ class ImageNetworks:
         room = bound - weights
         return StreamPass(
             dtype,
-            self.engine.kernels(x.device),
+            self.engine.kernels(x),
             strip_bytes=min(STRIP_BYTES[device], max(smallest, room // in_hand)),
             score_bytes=min(4 * lowest[0] * lowest[1] * QUERIES_AT_ONCE[device], room // 8),
             scratch=torch.empty(0, dtype=dtype, device=x.device),

@@ -60,8 +60,8 @@ class Engine:
     keep_packed: bool = True
     """Whether weights that were made ready for the convolutions stay in memory between calls."""
     compiled: bool | None = None
-    """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs, where
-    the compiler takes two seconds beside the first pass, and not on GPUs."""
+    """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs in
+    float32, where the compiler takes two seconds beside the first pass and there is most to gain."""
 
     def applies(self, network: Any, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
@@ -102,15 +102,18 @@ class Engine:
         """Bytes that a pass may take."""
         return self.max_memory or int(free_memory(device) * SHARE_OF_FREE_MEMORY)
 
-    def compiles(self, device: torch.device) -> bool:
-        """Whether compiled functions run there."""
-        return device.type == "cpu" if self.compiled is None else self.compiled
+    def compiles(self, x: Tensor) -> bool:
+        """Whether compiled functions run in a pass over x."""
+        if self.compiled is not None:
+            return self.compiled
+        return x.device.type == "cpu" and self.dtype(x) == torch.float32
 
-    def kernels(self, device: torch.device) -> Kernels:
+    def kernels(self, x: Tensor) -> Kernels:
         """Of the pointwise work; torch's functions as long as native ones are being compiled."""
-        if not self.compiles(device) or (device.type == "cpu" and library_if_built() is None):
+        device = x.device.type
+        if not self.compiles(x) or (device == "cpu" and library_if_built() is None):
             return REFERENCE_KERNELS
-        return fastest_kernels(device.type)
+        return fastest_kernels(device)
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         """[B, C, H, W] -> posterior moments [B, 2c, H // f, W // f]."""
@@ -131,7 +134,7 @@ class Engine:
             return partial(direction, self._plan(x, stages, network), network)
 
         widest = max(h * w * channels_at_once(stage, True) for h, w, stage in stages)
-        if self.compiles(x.device) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+        if self.compiles(x) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
             return replayed(network, x, plan, partial(joined, dtype=x.dtype))
         if self._is_recordable(network, x, stages):
             return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
@@ -144,19 +147,19 @@ class Engine:
         """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
         largest = max(h * w * max(stage.in_channels, stage.out_channels) for h, w, stage in stages)
         return (
-            self.compiles(x.device)
+            self.compiles(x)
             and self.keep_packed
             and self.max_memory is None
             and x.dtype == torch.float32
             and len(x) * largest * x.dtype.itemsize <= STRIP_BYTES["cpu"]
-            and isinstance(self.kernels(x.device), NativeKernels)
+            and isinstance(self.kernels(x), NativeKernels)
             and all(weight.numel() <= KEPT_VALUES for weight in network.parameters())
         )
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StripPass:
         """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
         device, dtype, bound = x.device.type, self.dtype(x), self.bound(x.device)
-        kernels = self.kernels(x.device)
+        kernels = self.kernels(x)
         is_native = isinstance(kernels, NativeKernels)
         needs = needs_of(network, x, dtype, stages, is_native, self.keep_packed)
         if self.max_memory is None:

@@ -23,7 +23,7 @@ import torch
 from latentcodec.codec import LatentCodec
 from latentcodec.files import move_folder, write_new
 from latentcodec.loading import CONFIG
-from latentcodec.machine import DTYPES, fast_dtype, physical_cores
+from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores
 from latentcodec.ops.native.build import library
 from latentcodec.store.encoding import Receipt, ShardEncoder
 from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
@@ -185,7 +185,7 @@ def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
     machine = plan.parts[-1].machine
     here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if machine["device"] == "cpu":
-        here = {"torch": torch.__version__, "functions": _functions("cpu")}
+        here = {"torch": torch.__version__, "functions": _functions("cpu", DTYPES[machine["precision"]])}
     for name, value in here.items():
         if (begun_with := machine.get(name, "torch's")) != value:  # earlier plans know no functions
             warnings.warn(
@@ -207,13 +207,14 @@ def _machine(device: str | None, batch: int, threads: int | None, precision: str
         "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
         "threads": threads or physical_cores(),
         "torch": torch.__version__,
-        "functions": _functions(chosen),
+        "functions": _functions(chosen, dtype),
     }
 
 
-def _functions(device: str) -> str:
-    """Whose functions encode there: the native ones wherever a compiler is, which are waited for."""
-    return "native" if device == "cpu" and library() is not None else "torch's"
+def _functions(device: str, dtype: torch.dtype) -> str:
+    """Whose functions encode there: in float32 the native ones wherever a compiler is, which are waited for."""
+    is_float32 = dtype == torch.float32 or not is_fast(dtype)  # what is emulated is computed in float32
+    return "native" if device == "cpu" and is_float32 and library() is not None else "torch's"
 
 
 def _publish(plan: Plan, out: Path) -> None:
