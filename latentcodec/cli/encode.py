@@ -70,6 +70,7 @@ def encode(
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine {engine}: local or ray")
     begun = time.monotonic()
+    rank, world = rank_and_world(rank=rank, world=world)
     model = LatentCodec.from_pretrained(codec)
     plan = prepare(
         sources, out, model, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
@@ -79,8 +80,6 @@ def encode(
     )  # fmt: skip
     if dry_run:
         return _estimate(plan, model, out, as_json)
-    told_rank, told_world = rank_and_world()
-    rank, world = told_rank if rank is None else rank, told_world if world is None else world
     pictures = sum(plan.rows(shard) for shard in missing_shards(out, plan)[rank::world])
     with counting(pictures, "pictures") as advance:
         if engine == "ray":

@@ -76,6 +76,7 @@ class Engine:
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
             )
             and forms_within(network) == network.built_as
+            and not _is_constant(network, x)
         )
 
     def allows(self, x: Tensor, first: Tensor) -> bool:
@@ -183,6 +184,18 @@ class Engine:
             workspace,
             keeps_packed=self.keep_packed,
         )
+
+
+def _is_constant(network: Any, x: Tensor) -> bool:
+    """Whether a map of the network is one cell that its convolutions see on all sides.
+
+    Then its norms get a variance of zero, or of what was rounded before, which they divide by: only the same functions
+    in the same order give the same numbers.
+    """
+    shift = 0 if hasattr(network, "up_blocks") else len(network.down_blocks) - 1
+    if max(x.shape[2] >> shift, x.shape[3] >> shift) > 1:
+        return False
+    return any(isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros" for layer in network.modules())
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -132,8 +132,7 @@ def encode(
     is called after each batch.
     """
     out = Path(out).expanduser()
-    told_rank, told_world = rank_and_world()
-    rank, world = told_rank if rank is None else rank, told_world if world is None else world
+    rank, world = rank_and_world(rank=rank, world=world)
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}: ranks count from 0")
     encoder = ShardEncoder(

@@ -14,18 +14,35 @@ RANKS = (  # names of the rank and of the number of ranks
 )
 
 
-def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def rank_and_world(
+    environment: Mapping[str, str] = os.environ, rank: int | None = None, world: int | None = None
+) -> tuple[int, int]:
     """This process and their number, as torchrun, accelerate or SLURM tell them; (0, 1) where nobody does.
+
+    What the caller knows, `rank` or `world`, comes first; with both the environment is not asked.
 
     Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks. Raises
     ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told, and naming
-    the variable that holds no number.
+    the variable that holds no number, or whose counterpart is missing.
     """
+    if rank is None or world is None:
+        told_rank, told_world = _told(environment)
+        return told_rank if rank is None else rank, told_world if world is None else world
+    return rank, world
+
+
+def _told(environment: Mapping[str, str]) -> tuple[int, int]:
     rank, world = 0, 1
     for rank_name, world_name in RANKS:
         if rank_name in environment and world_name in environment:
             rank, world = _number(environment, rank_name), _number(environment, world_name)
             break
+        if _number(environment, rank_name) > 0 or _number(environment, world_name) > 1:
+            given, missing = (rank_name, world_name) if rank_name in environment else (world_name, rank_name)
+            raise ValueError(
+                f"{given} is {environment[given]} and {missing} is not set, so the part of this process in the work "
+                f"cannot be told: set both, unset {given}, or give --rank and --world"
+            )
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
         first, step, number, tasks = (
             _number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "STEP", "ID", "COUNT")

@@ -69,10 +69,8 @@ class LatentBatches(IterableDataset):
         one rank only. `rank`, `world`: from torchrun's or SLURM's environment by default. Raises ValueError for what
         the store does not hold.
         """
-        told_rank, told_world = rank_and_world()
+        self.rank, self.world = rank_and_world(rank=rank, world=world)
         self.store, self.batch_size, self.shuffle, self.seed = store, batch_size, shuffle, seed
-        self.rank = told_rank if rank is None else rank
-        self.world = told_world if world is None else world
         self.drop_last, self.epoch, self.first = drop_last, 0, 0
         settings = store.index.settings
         self.draw = settings.posterior != "mode" if draw is None else draw

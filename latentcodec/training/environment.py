@@ -21,6 +21,9 @@ PASSED_OVER = {
     "ACCELERATE_GRADIENT_CLIPPING": ("", "train.clip_norm"),
     "ACCELERATE_DOWNCAST_BF16": ("no", "train.mixed_precision"),
 }
+# How many processes there are, as torchrun and srun say it; which of them this one is, as Accelerate reads it.
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 FALSE = {"", "0", "false", "no", "off", "n", "f"}
 FORMATS = {"no", "bf16", "fp16"}
 
@@ -35,6 +38,12 @@ def take_environment() -> list[str]:
             raise ValueError(
                 f"{key} is set: {what} cannot train the codec and its discriminator together; start with plain data "
                 "parallelism (torchrun, or accelerate launch --multi_gpu)"
+            )
+    for count in COUNTS:
+        if os.environ.get(count, "1").strip() not in ("", "0", "1") and not any(map(os.environ.get, RANKS)):
+            raise ValueError(
+                f"{count} is {os.environ[count]} and RANK is not set, so each process would train alone: start with "
+                f"torchrun or accelerate launch, once on each machine, or unset {count}"
             )
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if told not in FORMATS | FALSE:

@@ -54,6 +54,18 @@ def test_every_padding_mode_equals_the_class_at_every_strip_height(
     assert len(strips) == 2
 
 
+@pytest.mark.parametrize("mode", ["replicate", "circular"])  # torch refuses to mirror one row
+def test_one_cell_that_pads_with_itself_gives_the_numbers_of_the_class(mode):
+    vae = padded_vae("kl", mode)
+    x, z = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 1, 1)
+    with torch.no_grad():
+        expected = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
+        adopt(vae)
+        for _ in range(3):  # a recording would be replayed by then
+            assert relative_error(vae.encode(x).latent_dist.parameters, expected[0]) <= 1e-5
+            assert relative_error(vae.decode(z).sample, expected[1]) <= 1e-5
+
+
 @pytest.mark.parametrize("only", ["upsamplers", "conv1", "conv_in", "conv_out"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_may_differ_between_layers(mode, only, monkeypatch):

@@ -253,6 +253,16 @@ def test_ranks_of_launchers():
     for name, others in (("RANK", {"WORLD_SIZE": "2"}), ("SLURM_ARRAY_TASK_STEP", steps)):
         with pytest.raises(ValueError, match=f"^{name} in the environment is 'abc', not a number"):
             rank_and_world({**others, name: "abc"})
+    for given, missing in (
+        ("RANK", "WORLD_SIZE"),
+        ("WORLD_SIZE", "RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        with pytest.raises(ValueError, match=f"{given} is 2 and {missing} is not set"):
+            rank_and_world({given: "2"})
+        assert rank_and_world({given: "2"}, rank=1, world=3) == (1, 3)
+    assert rank_and_world({"WORLD_SIZE": "1"}) == (0, 1)
+    assert rank_and_world({"RANK": "1", "WORLD_SIZE": "4"}, rank=3) == (3, 4)
 
 
 # --- more pictures, and fewer

@@ -60,6 +60,20 @@ def test_the_environment_asks_for_no_shards(key, tmp_path, images, monkeypatch):
     new_trainer(small(tmp_path, images))
 
 
+@pytest.mark.parametrize("count", environment.COUNTS)
+def test_processes_that_do_not_know_of_one_another_are_refused(count, monkeypatch):
+    for name in (*environment.COUNTS, *environment.RANKS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(count, "2")
+    with pytest.raises(ValueError, match=f"{count} is 2 and RANK is not set"):
+        environment.take_environment()
+    monkeypatch.setenv("RANK", "0")
+    assert environment.take_environment() == []
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv(count, "1")
+    assert environment.take_environment() == []
+
+
 def test_an_unknown_precision_of_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ValueError, match=r"ACCELERATE_MIXED_PRECISION is fp8: set train\.mixed_precision"):
