@@ -51,7 +51,7 @@ from latentcodec.ops.convolutions import form_of
 from latentcodec.ops.native.build import library_if_built
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
 from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
-from latentcodec.vae.layers import ACTIVATIONS
+from latentcodec.vae.networks import check_widths
 from latentcodec.vae.padding import PADDING_KEY, padding_modes, set_padding_mode
 
 CLASSES: dict[str, Any] = {
@@ -83,7 +83,7 @@ def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
     unknown = set(config) - set(kind._get_init_keys(kind)) - {"_class_name", "_diffusers_version"}
     if unknown - {PADDING_KEY}:
         raise ValueError(f"{name} has no configuration key {', '.join(sorted(unknown))}")
-    _check(config)
+    check_widths(config)
     vae = _stock(name, config)
     set_padding_mode(vae, config.get(PADDING_KEY, "zeros"))
     return adopt(vae)
@@ -296,17 +296,3 @@ def _print_differences(vae: Any) -> None:
     for name, layer in vae.named_modules():
         if (form := form_of(layer)) is not None:
             print(f"  {name}: {form}")
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    """Reject, by key, what torch would reject later with a message about a layer deep inside."""
-    groups = config.get("norm_num_groups", 32)
-    for key in ("block_out_channels", "decoder_block_out_channels"):
-        for width in config.get(key) or ():
-            if width % groups:
-                raise ValueError(f"{key}: {width} is not divisible by norm_num_groups ({groups})")
-    if config.get("attn_scales"):
-        raise ValueError("attn_scales: the class itself cannot encode with attention between its stages")
-    activation = config.get("act_fn", "silu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"act_fn: {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")

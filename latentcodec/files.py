@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import re
 import secrets
 import shutil
 import stat
@@ -29,8 +28,6 @@ NOT_DONE_HERE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPN
 NOT_DONE_HERE |= {errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
 NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
 NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
-# All controls but tab and line feed; separators of lines and paragraphs; overrides of the direction of writing.
-CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
 STAGED = ".incomplete-"  # then the process and its machine: where files wait for their names
 LOCK_SECONDS = 60.0  # of patience with another process, which renames files meanwhile: milliseconds
 _said: set[str] = set()
@@ -75,10 +72,7 @@ def write_new(path: Path, content: bytes) -> bool:
         except OSError as error:
             if error.errno not in NO_LINK_HERE or os.path.lexists(path):
                 raise
-            _warn(
-                path,
-                f"has no hard links ({error.strerror}): a file that is being written can be seen half done",
-            )
+            _warn(path, f"has no hard links ({error.strerror}): a file can be seen half written")
             with path.open("xb"):
                 pass
             _copy_over(beside, path, None)
@@ -267,21 +261,6 @@ def read_start(path: str | Path, count: int = 64) -> bytes:
             return file.read(count)
     except OSError:
         return b""
-
-
-def printable(text: str) -> str:
-    """`text` as UTF-8 and a terminal can take it; line breaks and tabs stay.
-
-    Bytes of a file name that are not UTF-8, and characters that move a terminal's cursor, clear its screen or turn
-    the direction of writing, become backslash escapes.
-    """
-    utf8 = text.encode(errors="backslashreplace").decode()
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), utf8)
-
-
-def one_line(text: str) -> str:
-    """`printable` text without line breaks: what a message or a list with a line for each file can hold."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _copy_over(source: Path, target: Path, refusal: OSError | None) -> None:

@@ -18,10 +18,10 @@ from latentcodec.files import (
     make_durable,
     move_folder,
     open_regular,
-    printable,
     write_files,
     write_whole,
 )
+from latentcodec.printable import printable
 
 REFUSALS = [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES]
 

@@ -328,6 +328,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_pipeline_draws_the_same_image_where_latentcodec_is_not_installed(name, folders):
     """Run as modules bit for bit, as floats; in strips to the rounding of sums, and to the bit in the 8-bit image."""

@@ -100,10 +100,10 @@ class ImageNetworks:
         is_native = self.engine.compiles(x) and device == "cpu"
         weights = _weight_bytes(network.source, dtype, is_native)
         lowest = min(stages, key=lambda stage: stage[0] * stage[1])
-        widest = max(lowest[2].in_channels, lowest[2].out_channels)
+        widest = lowest[2].widest
         attended = ATTENTION_MAPS * lowest[0] * lowest[1] * widest * len(x) * dtype.itemsize
         blocks = sum(len(stage.resnets) for *_, stage in stages) + len(stages)
-        row_bytes = max(w * max(stage.in_channels, stage.out_channels) for _, w, stage in stages)
+        row_bytes = max(w * stage.widest for _, w, stage in stages)
         smallest = 2 * row_bytes * len(x) * dtype.itemsize
         in_hand = STRIPS_A_BLOCK * blocks + (TRANSFORMED_STRIPS if is_native else 0)
         least = weights + max(attended, in_hand * smallest)

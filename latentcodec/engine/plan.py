@@ -146,7 +146,7 @@ class Engine:
 
     def _is_recordable(self, network: nn.Module, x: Tensor, stages: list[tuple[int, int, Stage]]) -> bool:
         """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
-        largest = max(h * w * max(stage.in_channels, stage.out_channels) for h, w, stage in stages)
+        largest = max(h * w * stage.widest for h, w, stage in stages)
         return (
             self.compiles(x)
             and self.keep_packed

@@ -193,13 +193,13 @@ class StreamPass:
 
     def _rows(self, stage: Stage, x: Tensor, width: int) -> int:
         """Of a strip in `stage`: even, so that strips can be halved."""
-        row_bytes = len(x) * width * _widest(stage) * self.dtype.itemsize
+        row_bytes = len(x) * width * stage.widest * self.dtype.itemsize
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
         largest = max(
-            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(_widest(stage), x.shape[1])
+            (min(height, self._rows(stage, x, width)) + 2) * (width + 1) * max(stage.widest, x.shape[1])
             for stage, height, width in stages  # the first convolution may read more channels than any makes
         )
         self.scratch.resize_(len(x) * largest)
@@ -207,11 +207,6 @@ class StreamPass:
     def _scratch(self, *shape: int) -> Tensor:
         """A window for the next convolution, always in the same memory; each is read before the next is filled."""
         return self.scratch[: math.prod(shape)].view(shape)
-
-
-def _widest(stage: Stage) -> int:
-    """Channels of the widest map that a stage reads or makes."""
-    return max(stage.in_channels, stage.out_channels)
 
 
 def _through(shortcut: Averages | Copies | None, strips: Strips) -> Strips:

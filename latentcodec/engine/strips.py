@@ -229,7 +229,7 @@ class StripPass:
 
     def _rows(self, stage: Stage, x: Tensor, width: int, given: int = 0) -> int:
         """Of a strip in `stage`, which is given maps of `given` channels: even, so that strips can be halved."""
-        row_bytes = len(x) * width * max(_widest(stage), given) * self.dtype.itemsize
+        row_bytes = len(x) * width * max(stage.widest, given) * self.dtype.itemsize
         return max(2, self.strip_bytes // row_bytes // 2 * 2)
 
     def _window(
@@ -255,7 +255,7 @@ class StripPass:
         ]  # the first convolution may read more channels than any makes
         largest = max(
             (min(height, self._rows(stage, x, width, channels)) + 2)
-            * ((width + 1) * max(_widest(stage), channels))
+            * ((width + 1) * max(stage.widest, channels))
             for (stage, height, width), channels in zip(stages, given, strict=False)
         )
         self.scratch.resize_(len(x) * largest)
@@ -278,11 +278,6 @@ class StripPass:
 
 def _norm(moments: Moments, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
     return moments.norm(layer.weight, layer.bias, layer.num_groups, layer.eps, activation)
-
-
-def _widest(stage: Stage) -> int:
-    """Channels of the widest map that a stage reads or makes."""
-    return max(stage.in_channels, stage.out_channels)
 
 
 def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:

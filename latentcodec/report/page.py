@@ -19,7 +19,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from latentcodec.files import printable
+from latentcodec.printable import printable
 from latentcodec.report.pictures import webp
 from latentcodec.report.plots import inline_svg
 from latentcodec.report.results import numeric_columns

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from latentcodec.files import printable, write_whole
+from latentcodec.files import write_whole
 from latentcodec.machine import cpu_name, instruction_sets, physical_cores
 from latentcodec.pixels import LeftOut
+from latentcodec.printable import printable
 
 LIMITS = (
     "ONEDNN_MAX_CPU_ISA",

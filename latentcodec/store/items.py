@@ -16,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from latentcodec.files import open_regular, printable, read_regular
+from latentcodec.files import open_regular, read_regular
 from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, find_images
+from latentcodec.printable import printable
 from latentcodec.store.caches import find_caches
 
 CACHE = "cache"  # kind of an entry that is another program's file of latents

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from latentcodec.files import one_line
+from latentcodec.printable import one_line
 
 SECONDS_BETWEEN = 2.0  # two drawings of a line
 INTERRUPTED = "error: interrupted before the first step; what earlier starts saved is untouched\n"

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentcodec.files import printable
 from latentcodec.pixels import LeftOut, encode_image, labelled_grid, to_uint8
 from latentcodec.pixels.folders import counted as by_reason
+from latentcodec.printable import printable
 from latentcodec.quality.metrics import Evaluation
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Reject

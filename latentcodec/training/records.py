@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latentcodec.files import append_file, printable, write_whole
+from latentcodec.files import append_file, write_whole
+from latentcodec.printable import printable
 
 
 def json_line(record: dict[str, Any]) -> str:

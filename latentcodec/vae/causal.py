@@ -157,6 +157,11 @@ class Stage:
         """Channels of the residual blocks' result."""
         return int(self.resnets[-1].conv2.weight.shape[0])
 
+    @property
+    def widest(self) -> int:
+        """Channels of the widest map that the stage reads or makes."""
+        return max(self.in_channels, self.out_channels)
+
 
 class Middle:
     """The lowest resolution: residual block, then attention and residual block, once or more."""

@@ -161,6 +161,11 @@ class Stage(nn.Module):
             for before, after in pairwise(widths)
         )
 
+    @property
+    def widest(self) -> int:
+        """Channels of the widest map that the stage reads or makes."""
+        return max(self.in_channels, self.out_channels)
+
     def refine(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
         for index, resnet in enumerate(self.resnets):

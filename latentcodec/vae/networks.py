@@ -15,7 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from latentcodec.vae.layers import DownStage, LayerTypes, Shape, UNetMidBlock2D, UpStage, group_norm
+from latentcodec.vae.layers import (
+    ACTIVATIONS,
+    DownStage,
+    LayerTypes,
+    Shape,
+    UNetMidBlock2D,
+    UpStage,
+    group_norm,
+)
 
 # Whether the stages of a block type carry attention; the only types that an AutoencoderKL can be built from.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -135,3 +143,17 @@ def _shapes(
 
 def _widths(config: Mapping[str, Any]) -> tuple[list[int], int, str]:
     return list(config["block_out_channels"]), config["norm_num_groups"], config["act_fn"]
+
+
+def check_widths(config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the key that torch would refuse later, with a message about a layer deep inside."""
+    groups = config.get("norm_num_groups", 32)
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        for width in config.get(key) or ():
+            if width % groups:
+                raise ValueError(f"{key}: {width} is not divisible by norm_num_groups ({groups})")
+    if config.get("attn_scales"):
+        raise ValueError("attn_scales: the class itself cannot encode with attention between its stages")
+    activation = config.get("act_fn", "silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"act_fn: {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")

@@ -282,6 +282,7 @@ def test_reconstruction_names_what_it_cannot_open(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_earlier_report_and_not_the_table(
     reconstruction, codec_folder, image_folder, tmp_path, capsys, monkeypatch
 ):
@@ -391,6 +392,7 @@ def test_a_side_without_memory_has_no_numbers(throughput):
     assert math.isnan(record["time_over_ours"])
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, codec_folder):
     setup = throughput.Setup(str(codec_folder), "cpu", None)
     cases = [throughput.Case("decode", "float32", size, 1) for size in (256, 512)]

@@ -46,6 +46,7 @@ def test_encode_a_folder(place, capsys, monkeypatch):
     assert load_image(place / "decoded/000.png").shape == (1, 3, 32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and Accelerate's own
 def test_train_on_latents(place):
     prepare(

@@ -1,4 +1,4 @@
-"""Compile every kernel of `triton_pointwise.py` for NVIDIA's Hopper GPUs, without having one; print its name.
+"""Compile every kernel of `triton_kernels.py` for NVIDIA's Hopper GPUs, without having one; print its name.
 
 Run by tests/test_triton_kernels.py in a process of its own.
 """
@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latentcodec.ops import triton_pointwise as kernels
+from latentcodec.ops import triton_kernels as kernels
+from latentcodec.ops.triton_pointwise import LARGEST, NAMES, SCORES
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MAP, FLOAT = "*bf16", "*fp32"
@@ -34,12 +35,12 @@ def compile_all(channels: int, groups: int) -> None:
     shape = {"C": channels, "WIDTH": width, "TILE": 8}
     for has in (False, True):
         compile_kernel(
-            kernels._finish,
+            kernels.finish,
             {"X": MAP, "BIAS": MAP, "RESIDUAL": MAP, "PARTS": FLOAT},
             {"HAS_BIAS": has, "HAS_RESIDUAL": has, **shape},
         )
         compile_kernel(
-            kernels._merge,
+            kernels.merge,
             {
                 "PARTS": FLOAT,
                 "WAITING": MAP,
@@ -53,11 +54,11 @@ def compile_all(channels: int, groups: int) -> None:
             {"WAITS": has, **merged},
         )
         compile_kernel(
-            kernels._halving_window, {"OUT": MAP, "STRIP": MAP, "BELOW": MAP}, {"HAS_BELOW": has, **shape}
+            kernels.halving_window, {"OUT": MAP, "STRIP": MAP, "BELOW": MAP}, {"HAS_BELOW": has, **shape}
         )
-    for activation in kernels.NAMES.values():
+    for activation in NAMES.values():
         compile_kernel(
-            kernels._window,
+            kernels.window,
             {"OUT": MAP, "ABOVE": MAP, "STRIP": MAP, "BELOW": MAP, **NORM},
             {
                 "BORDER": 1,
@@ -69,19 +70,19 @@ def compile_all(channels: int, groups: int) -> None:
             },
         )
     shape["MEMBERS"] = members
-    compile_kernel(kernels._gradient_sums, {**GRADIENT, "PARTS": FLOAT}, shape)
-    compile_kernel(kernels._gradient, {**GRADIENT, "FACTORS": FLOAT, "DX": MAP}, shape)
+    compile_kernel(kernels.gradient_sums, {**GRADIENT, "PARTS": FLOAT}, shape)
+    compile_kernel(kernels.gradient, {**GRADIENT, "FACTORS": FLOAT, "DX": MAP}, shape)
     sums = {"PARTS": FLOAT, "WEIGHT": FLOAT, "INVERSE": FLOAT, "FACTORS": FLOAT, "SUMS": FLOAT}
-    compile_kernel(kernels._merge_gradients, sums, merged)
+    compile_kernel(kernels.merge_gradients, sums, merged)
 
 
 if __name__ == "__main__":
     for channels, groups in ((128, 32), (96, 8)):
         compile_all(channels, groups)
-    for dtype, largest in kernels.LARGEST.items():
+    for dtype, largest in LARGEST.items():
         weights = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}[str(dtype)]
         compile_kernel(
-            kernels._weigh,
+            kernels.weigh,
             {"SCORES": FLOAT, "WEIGHTS": weights, "INVERSE": FLOAT, "factor": "fp32"},
-            {"LIMIT": largest, "TILE": kernels.SCORES},
+            {"LIMIT": largest, "TILE": SCORES},
         )

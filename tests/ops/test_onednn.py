@@ -30,7 +30,14 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("setting", [{}, {"CXX": ""}, AVX2], ids=["as it is", "no compiler", "AVX2"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param({}, id="as it is", marks=pytest.mark.slow),
+        pytest.param({"CXX": ""}, id="no compiler", marks=pytest.mark.slow),
+        pytest.param(AVX2, id="AVX2"),
+    ],
+)
 def test_a_warm_pass_reorders_no_weight(dtype, setting):
     root = Path(__file__).parents[2]
     run = subprocess.run(

@@ -321,6 +321,7 @@ def at_operation(number: int, act: Callable[[], None]) -> None:
     sys.addaudithook(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_kill_at_any_operation_of_a_save_loses_nothing(folder: Path, keep_last: int):
     outcomes = []
@@ -353,6 +354,7 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing(folder: Path, keep_last
     assert outcomes.count(1) > 7
 
 
+@pytest.mark.slow
 def test_a_failure_at_any_operation_of_a_save_loses_nothing(folder: Path):
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -386,6 +388,7 @@ def test_a_failure_at_any_operation_of_a_save_loses_nothing(folder: Path):
     assert "unclear" not in outcomes
 
 
+@pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_with_the_same_weights(folder: Path):
     def train(folder: Path) -> None:
         prepare(folder)

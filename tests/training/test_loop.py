@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -152,15 +154,15 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, images, m
     assert time.monotonic() - sent < 10
 
 
-def _children() -> list[str]:
+def _children() -> list[int]:
     """Child processes but those that multiprocessing keeps for the whole session."""
     servers = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
-    return [
-        child
-        for task in Path("/proc/self/task").iterdir()
-        for child in (task / "children").read_text().split()
-        if not any(server in (Path("/proc") / child / "cmdline").read_text() for server in servers)
-    ]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if not any(server in " ".join(child.cmdline()) for server in servers):
+                found.append(child.pid)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,7 @@ def finished(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_a_signal_to_accelerate_launch_ends_in_a_checkpoint_and_the_same_command_resumes(finished):
     assert finished["codes"] == (-signal.SIGUSR1, 0)
     assert 2 <= finished["stopped_at"] < 16
@@ -202,6 +205,7 @@ def test_a_signal_to_accelerate_launch_ends_in_a_checkpoint_and_the_same_command
     assert [line["step"] for line in metrics(finished["output"]) if "total" in line] == [*range(1, 17)]
 
 
+@pytest.mark.slow
 def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, run_train):
     left = finished["output"] / "config.yaml"
     assert run_train("--config", left, "--output_dir", tmp_path / "again")[0] == 0
@@ -210,6 +214,7 @@ def test_the_config_it_leaves_repeats_the_run_bit_for_bit(finished, tmp_path, ru
     assert (tmp_path / "again" / weights).read_bytes() == (finished["output"] / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_finished_command_changes_nothing_and_says_so(finished, run_train):
     output = finished["output"]
 
@@ -225,6 +230,7 @@ def test_the_finished_command_changes_nothing_and_says_so(finished, run_train):
     assert files == contents()
 
 
+@pytest.mark.slow
 def test_the_codec_loads_in_stock_diffusers_and_its_latents_have_unit_variance(finished):
     folder, config = finished["output"] / "codec", finished["config"]
     codec, stock = LatentCodec.from_pretrained(folder), AutoencoderKL.from_pretrained(folder).eval()
@@ -240,6 +246,7 @@ def test_the_codec_loads_in_stock_diffusers_and_its_latents_have_unit_variance(f
     torch.testing.assert_close(y, codec.decode(z), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_pictures_scores_and_a_card(finished):
     output = finished["output"]
     assert sorted(path.name for path in (output / "samples").iterdir()) == [
@@ -301,6 +308,7 @@ def two(tmp_path_factory, images):
     return {"out": out, "found": found, "code": code, "orphans": processes_naming(out)}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, images, two):
     one = recorded(everything(small(tmp_path / "one", images, batch_size=4)))
     for name in ("plain", "accumulated"):
@@ -315,6 +323,7 @@ def test_two_processes_equal_one(tmp_path, images, two):
         assert {key: other[key] for key in expected} == pytest.approx(expected, rel=10 * AMPLIFIED, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stop_heard_by_one_of_two_processes_stops_both_and_resumes_exactly(two):
     assert [(found["resume"]["step"], found["resume"]["signal"]) for found in two["found"]] == [(3, 15)] * 2
     for found in two["found"]:
@@ -324,6 +333,7 @@ def test_a_stop_heard_by_one_of_two_processes_stops_both_and_resumes_exactly(two
     assert metrics(two["out"] / "plain") == metrics(two["out"] / "resumed")
 
 
+@pytest.mark.slow
 def test_a_bad_number_in_one_of_two_processes_changes_nothing_in_either(two):
     for found in two["found"]:
         states = found["bad_numbers"]["states"]
@@ -339,11 +349,13 @@ def test_a_bad_number_in_one_of_two_processes_changes_nothing_in_either(two):
     assert [line["positions"] for line in skipped] == [[*range(4 * n, 4 * n + 4)] for n in (3, 4, 5)]
 
 
+@pytest.mark.slow
 def test_images_rejected_by_any_process_are_listed_once(two):
     names = sorted(Path(path).name for path in rejects(two["out"] / "corrupt"))
     assert names == ["01.png", "05.png", "07.png", "08.png"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_all_processes_with_a_checkpoint(two):
     assert two["code"] in (
         1,

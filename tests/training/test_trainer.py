@@ -98,7 +98,7 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are fewer than four cores
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resume_in_the_middle_of_an_epoch_is_bit_identical_with_workers(tmp_path, images, workers):
     def config(name, workers):
         return everything(small(tmp_path / name, images, workers, accumulation=2, max_steps=4))

@@ -433,6 +433,7 @@ def _train_in_two_processes(config, results) -> None:
         assert process.exitcode == 0, (results / f"{rank}.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("follows", ["nobody", "its latents"])
 def test_two_processes_fine_tune_and_finish_as_one_does(tmp_path, images, follows):
     source = saved(tiny(), tmp_path / "parent")
