@@ -6,6 +6,7 @@ are refused without being opened for reading. Formats beyond Pillow's own come w
 
 import importlib
 import io
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 import latentcodec.pixels.jpeg as jpeg
 import latentcodec.pixels.jxl as jxl
@@ -49,6 +50,7 @@ PLUGINS = {  # suffix of a file -> what reads it
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 JPEG_XL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 GIF_PIXELS_A_BYTE = 4000  # a code of 12 bits repeats fewer than 4096 pixels
+TIFF_HEADER_BYTES, TIFF_PLANAR = 8, 2
 SMALL_PIXELS = 4_000_000  # a canvas that is worth no question
 
 
@@ -118,7 +120,10 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
         return _open_webp(file, name)
     if start.startswith(b"GIF8"):
         _refuse_empty_canvas(start, file)
-    return _pillow(file, name, formats)
+    image = _pillow(file, name, formats)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _refuse_missing_parts(image)
+    return image
 
 
 def _pillow(file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -181,7 +186,7 @@ def _open_webp(file: BinaryIO, name: str) -> Image.Image:
 def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
     content = file.read()
     if not jpeg.is_suspicious(content):
-        return _pillow(io.BytesIO(content), name)
+        return _without_short_segments(content, name)
     found = jpeg.structure(content)
     if found.scans > jpeg.MOST_SCANS:
         raise ValueError(
@@ -191,19 +196,49 @@ def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
     if not found.is_ended and found.describes_all_coefficients and _has_all_its_data(stripped, name):
         note(name, "no end marker; its pixels are whole")
         content = stripped + jpeg.END
-    return _pillow(io.BytesIO(content), name)
+    return _without_short_segments(content, name)
+
+
+def _without_short_segments(content: bytes, name: str) -> Image.Image:
+    """Pillow refuses a picture for a segment beside it that is cut short, such as one with its resolution."""
+    try:
+        return _pillow(io.BytesIO(content), name)
+    except UnidentifiedImageError:
+        kept = jpeg.without_short_segments(content)
+        if len(kept) == len(content):
+            raise
+        image = _pillow(io.BytesIO(kept), name)
+    note(name, "segments of applications that are cut short, passed over")
+    return image
 
 
 def _has_all_its_data(content: bytes, name: str) -> bool:
     """Whether more image data would change nothing: then none is missing. Where some is, a decoder fills in."""
     pictures = []
-    for tail in jpeg.TAILS:
+    for tail in jpeg.tails(content):
         try:
             with _pillow(io.BytesIO(content + tail), name) as image:
                 pictures.append(image.tobytes())
         except OSError:
             return False
     return all(picture == pictures[0] for picture in pictures)
+
+
+def _refuse_missing_parts(image: TiffImagePlugin.TiffImageFile) -> None:
+    """A TIFF lists where its strips or tiles lie; what is not listed Pillow fills with black, or with the header.
+
+    Of packed ones libtiff says it.
+    """
+    parts = image.tile or []
+    if any(part.codec_name == "libtiff" for part in parts):
+        return
+    planes = 1
+    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == TIFF_PLANAR:
+        planes = len(image.getbands())
+    listed = [part.extents for part in parts if part.extents and part.offset >= TIFF_HEADER_BYTES]
+    pixels = sum((right - left) * (bottom - top) for left, top, right, bottom in listed)
+    if pixels < planes * math.prod(image.size):
+        raise ValueError("truncated: strips or tiles of it are not in the file")
 
 
 def _refuse_empty_canvas(start: bytes, file: BinaryIO) -> None:

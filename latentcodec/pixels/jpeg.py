@@ -1,4 +1,4 @@
-"""The container of a JPEG file: a missing end marker, and progressive files of thousands of scans.
+"""The container of a JPEG file: a missing end marker, cut segments, and progressive files of thousands of scans.
 
 ITU-T T.81, annexes B and G. The pixels themselves are decoded by Pillow.
 """
@@ -12,8 +12,12 @@ START_OF_SCAN, END = b"\xff\xda", b"\xff\xd9"
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 AFTER_ENTROPY_CODED = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither stuffing nor a restart
 COEFFICIENTS = 64
-# Tails that a decoder takes for more image data, if it needs any. None holds a marker before its end.
-TAILS = (END, b"\x55\x2b\x9c" * 400 + END, b"\xaa\xd3\x17" * 400 + END)
+SHORTEST = {b"JFIF": 14, b"ICC_PROFILE\0": 14, b"Adobe": 12}  # segments of applications, in bytes
+RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]  # they come in turn between parts of a scan
+DATA = (
+    b"\x55\x2b\x9c" * 400,
+    b"\xaa\xd3\x17" * 400,
+)  # that a decoder takes for more of a scan, if it needs any
 
 
 @dataclass
@@ -65,6 +69,30 @@ def structure(content: bytes) -> JPEGStructure:
             place = marker.end() - 2
     found.is_ended = content[place : place + 2] == END
     return found
+
+
+def without_short_segments(content: bytes) -> bytes:
+    """The file without applications' segments that are too short for what their names say."""
+    kept, place = bytearray(content[:2]), 2
+    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != START_OF_SCAN[1:]:
+        length = int.from_bytes(content[place + 2 : place + 4], "big")
+        segment = content[place + 4 : place + 2 + length]
+        if not any(segment.startswith(name) and length < 2 + least for name, least in SHORTEST.items()):
+            kept += content[place : place + 2 + length]
+        place += 2 + length
+    return bytes(kept) + content[place:]
+
+
+def tails(content: bytes) -> list[bytes]:
+    """What may follow a file that breaks off in a scan: the end, or more data, with and without the next restart.
+
+    A decoder passes over data where it waits for a restart, so that without one the rest of the picture would stay as
+    it is, as if it were whole.
+    """
+    last = max(RESTARTS, key=content.rfind)
+    follows = content.rfind(last) > content.rfind(START_OF_SCAN)
+    restart = RESTARTS[(RESTARTS.index(last) + 1) % 8] if follows else RESTARTS[0]
+    return [start + data + END for start in (b"", restart) for data in (b"", *DATA)]
 
 
 def _add_scan(found: JPEGStructure, header: bytes) -> None:
