@@ -78,6 +78,7 @@ def encode(
         columns=Columns(image_column, caption_column, label_column, subset, split), device=device, batch=batch,
         threads=threads, precision=precision, keep_codec=not no_codec, save=not dry_run,
     )  # fmt: skip
+    _say_left_out(plan)
     if dry_run:
         return _estimate(plan, model, out, as_json)
     pictures = sum(plan.rows(shard) for shard in missing_shards(out, plan)[rank::world])
@@ -89,6 +90,16 @@ def encode(
         else:
             job = encode_shards(out, model, rank, world, device, workers, advance)
     return report(job, out, time.monotonic() - begun, world, as_json)
+
+
+def _say_left_out(plan: Plan) -> None:
+    """Says before anything long begins what the plan leaves out, by reason."""
+    from latentcodec.pixels.folders import LeftOut, counted
+
+    rejects = plan.rejects()
+    items = [LeftOut(item["path"], item["reason"].removeprefix(f"{item['path']}: ")) for item in rejects]
+    if items:
+        warn(f"left out: {counted(items)}; the first is {items[0].path}")
 
 
 def report(job: Job, out: Path, seconds: float, world: int, as_json: bool) -> int:

@@ -32,14 +32,18 @@ def reconstruct(
     from latentcodec.pixels import WRITERS, UnreadableImage, image_grid, load_image, save_image
     from latentcodec.quality.metrics import psnr, ssim
     from latentcodec.quality.metrics import reconstruct as through
-    from latentcodec.store.items import list_entries
+    from latentcodec.store.listing import list_entries
 
-    paths = [Path(entry.path) for entry in list_entries(pictures) if entry.kind == "file"]
+    listed = list_entries(pictures)
+    paths = [Path(entry.path) for entry, reason in listed if entry.kind == "file" and reason is None]
+    refused = [f"{entry.path}: {reason}" for entry, reason in listed if reason is not None]
+    for line in refused:
+        warn(f"left out: {line}")
     if not paths:
         raise ValueError(f"{', '.join(pictures)}: no image file among them")
     model = LatentCodec.from_pretrained(codec, device=device)
     names = _names(paths, out, tuple(WRITERS))
-    scores, left_out = [], 0
+    scores, left_out = [], len(refused)
     for path, target in zip(paths, names, strict=True):
         try:
             x = load_image(path, model.image_channels)

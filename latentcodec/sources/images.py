@@ -91,9 +91,9 @@ def open_source(
     if is_idx(path) or (path.is_dir() and idx_files(path)):
         _refuse_column("idx files, which bring their labels along", label_column)
         return open_idx(path, place.split, channels)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return open_npz(path, place.split, image_column, label_column, channels)
-    if path.suffix == ".tar" and path.is_file():
+    if path.suffix.lower() == ".tar" and path.is_file():
         _refuse_column("tar files", label_column)
         return TarSource([path], image_column, channels)
     if path.is_dir() and not is_saved_to_disk(path):

@@ -12,6 +12,8 @@ from latentcodec.pixels import LeftOut
 from latentcodec.pixels.folders import is_read, left_out_clause, not_read
 from latentcodec.sources.encoded import EncodedSource
 
+BLOCK_BYTES = 1 << 20
+
 
 class _Member(NamedTuple):
     shard: int
@@ -60,25 +62,41 @@ class TarSource(EncodedSource):
 
     def _walk(self, number: int, shard: str, field: str | None) -> None:
         """Find the images of a shard: files and hard links to files of the same shard."""
-        try:
-            with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for item in tar:
-                    path = PurePosixPath(item.name)
-                    if item.isdir() or path.name.startswith(
-                        "."
-                    ):  # macOS writes resource forks into its tar files
-                        continue
-                    reason = _why_not(item, path, field)
-                    if reason is not None:
-                        self.left_out.append(LeftOut(f"{shard}:{item.name}", reason))
-                    elif is_wanted(path, field):
-                        source = tar.getmember(item.linkname) if item.islnk() else item
-                        self.members.append(_Member(number, item.name, source.offset_data, source.size))
-        except (tarfile.TarError, OSError, KeyError) as error:
-            raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+        members = read_members(shard)
+        by_name = {item.name: item for item in members}
+        for item in members:
+            path = PurePosixPath(item.name)
+            if item.isdir() or path.name.startswith("."):  # macOS writes resource forks into its tar files
+                continue
+            source = by_name.get(item.linkname) if item.islnk() else item
+            reason = why_not(item, path, field) if source else "a link to what is not in this tar"
+            if reason is not None:
+                self.left_out.append(LeftOut(f"{shard}:{item.name}", reason))
+            elif source and is_wanted(path, field):
+                self.members.append(_Member(number, item.name, source.offset_data, source.size))
 
 
-def _why_not(item: tarfile.TarInfo, path: PurePosixPath, field: str | None) -> str | None:
+def read_members(shard: str | Path) -> list[tarfile.TarInfo]:
+    """All members of an uncompressed tar file; raises `ValueError` naming it where there may be more than are found.
+
+    The library takes a broken header for the end, and the end of the first of several joined files for that of all.
+    """
+    try:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = tar.getmembers()
+            file.seek(tar.offset)
+            while block := file.read(BLOCK_BYTES):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(
+                        f"it goes on after byte {tar.offset:,}, with a broken header or with another tar file; join "
+                        "tar files with tar -A"
+                    )
+            return members
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+
+
+def why_not(item: tarfile.TarInfo, path: PurePosixPath, field: str | None) -> str | None:
     """Why a member that looks like an image is not read; None for one that is, and for what is none."""
     if is_wanted(path, field):
         if item.issym() or item.ischr() or item.isblk() or item.isfifo():

@@ -1,4 +1,4 @@
-"""Which pictures an encoding is about, each with what is needed to read it in any process.
+"""The pictures of an encoding, each with what is needed to read it in any process.
 
 Sources are folders, image files, glob patterns, uncompressed tars (WebDataset shards), parquet files and data sets of
 `datasets` (a folder of save_to_disk, or a name on the hub). An `Entry` is a few words and numbers, so that a plan can
@@ -8,18 +8,13 @@ hold millions, and `EntryReader` gets a picture's bytes and caption from it. Wha
 
 from __future__ import annotations
 
-import glob
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentcodec.files import open_regular, read_regular
-from latentcodec.pixels import IMAGE_SUFFIXES, UnreadableImage, find_images
-from latentcodec.printable import printable
-from latentcodec.store.caches import find_caches
+from latentcodec.pixels import UnreadableImage
 
 CACHE = "cache"  # kind of an entry that is another program's file of latents
 CAPTION_SUFFIX = ".txt"
@@ -61,85 +56,6 @@ class Columns(NamedTuple):
     split: str = "train"
 
 
-def list_entries(sources: Iterable[str], columns: Columns = Columns()) -> list[Entry]:  # noqa: B008 - immutable
-    """Every picture of `sources`, in their order, those of one source sorted by name.
-
-    Raises ValueError naming the source where there is nothing to read, and for a picture that is named twice.
-    """
-    entries = [entry for source in sources for entry in _entries_of(source, columns)]
-    seen: set[tuple[str, str]] = set()
-    for entry in entries:
-        if (key := (entry.source, entry.id)) in seen:
-            raise ValueError(f"{entry.path}: named twice; give each folder, file or data set once")
-        seen.add(key)
-    return entries
-
-
-def list_caches(folders: Iterable[str]) -> list[Entry]:
-    """Every file of latents below `folders`. Raises ValueError naming a folder that holds none."""
-    entries = []
-    for name in folders:
-        folder = Path(name).expanduser().resolve()
-        for file in find_caches(folder):
-            entries.append(
-                Entry(printable(file.relative_to(folder).as_posix()), printable(str(folder)), CACHE)
-            )
-    return entries
-
-
-def _entries_of(source: str, columns: Columns) -> Iterator[Entry]:
-    path = Path(source).expanduser()
-    if not path.exists() and glob.has_magic(source):
-        found = sorted(glob.glob(str(path), recursive=True))
-        if not found:
-            raise ValueError(f"{source}: no file matches this pattern")
-        for name in found:
-            yield from _entries_of(name, columns)
-    elif path.suffix == ".tar" and path.is_file():
-        yield from _tar_entries(path.resolve())
-    elif path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-        yield Entry(printable(path.name), printable(str(path.parent.resolve())), "file")
-    elif path.is_dir() and not _is_dataset(path):
-        folder = path.resolve()
-        tars = sorted(folder.rglob("*.tar"))
-        if tars:
-            for tar in tars:
-                yield from _tar_entries(tar)
-        else:
-            for file in find_images(folder):
-                yield Entry(printable(file.relative_to(folder).as_posix()), printable(str(folder)), "file")
-    elif path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"{source}: no image file, tar or parquet file")
-    elif not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ValueError(f"{source}: no such file or folder")
-    else:
-        name = str(path.resolve()) if path.exists() else source
-        rows = len(_dataset(name, columns))
-        width = len(str(rows))
-        yield from (Entry(f"row {row:0{width}}", name, "row", offset=row) for row in range(rows))
-
-
-def _is_dataset(folder: Path) -> bool:
-    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    return saved or next(folder.rglob("*.parquet"), None) is not None
-
-
-def _tar_entries(tar: Path) -> Iterator[Entry]:
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            members = {item.name: item for item in archive if item.isfile()}
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{tar}: not a whole, uncompressed tar file ({error})") from error
-    pictures = [n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
-    pictures = sorted(name for name in pictures if not PurePosixPath(name).name.startswith("."))
-    if not pictures:
-        raise ValueError(f"{tar}: holds no image")
-    for name in pictures:
-        item, caption = members[name], members.get(str(PurePosixPath(name).with_suffix(CAPTION_SUFFIX)))
-        text = (caption.offset_data, caption.size) if caption else (0, -1)
-        yield Entry(printable(name), str(tar), "tar", item.offset_data, item.size, *text)
-
-
 class EntryReader:
     """Gets bytes, caption and label of an entry; can be sent to another process."""
 
@@ -179,7 +95,7 @@ class EntryReader:
         return (caption.strip() if caption else None), label
 
     def _row(self, entry: Entry) -> dict[str, Any]:
-        return _dataset(entry.source, self.columns)[entry.offset]
+        return dataset_of(entry.source, self.columns)[entry.offset]
 
 
 def _file_of(entry: Entry) -> Path:
@@ -216,7 +132,7 @@ def _read(file: str, offset: int, length: int, name: str) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _dataset(name: str, columns: Columns) -> Any:
+def dataset_of(name: str, columns: Columns) -> Any:
     """The wanted columns of a data set, its pictures undecoded. Raises ValueError naming it."""
     import datasets
 
@@ -234,7 +150,7 @@ def _dataset(name: str, columns: Columns) -> Any:
 
 
 def _image_column(name: str, columns: Columns) -> str:
-    return _image_column_of(_dataset(name, columns), name, columns)
+    return _image_column_of(dataset_of(name, columns), name, columns)
 
 
 def _image_column_of(dataset: Any, name: str, columns: Columns) -> str:

@@ -18,7 +18,8 @@ import pyarrow as pa
 from latentcodec.pixels import UnreadableImage, image_size
 from latentcodec.store.caches import read_cache
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
-from latentcodec.store.items import CACHE, Columns, Entry, EntryReader, list_caches, list_entries
+from latentcodec.store.items import CACHE, Columns, Entry, EntryReader
+from latentcodec.store.listing import Listed, list_caches, list_entries
 from latentcodec.store.picture import latent_shape, target_size
 from latentcodec.store.plan import COLUMNS, Part, Plan, plan_digest
 
@@ -40,13 +41,14 @@ def make_plan(
     Where it has all of them, it is `before` itself. `sampled` pictures, evenly spread, are decoded again while
     encoding. Raises ValueError where there is nothing to read.
     """
-    entries = list_caches(sources) if settings.imported else list_entries(sources, columns)
+    listed = list_caches(sources) if settings.imported else list_entries(sources, columns)
     if before is not None:
         known = before.keys()
-        entries = [entry for entry in entries if (entry.source, entry.id) not in known]
-        if not entries:
+        listed = [item for item in listed if (item.entry.source, item.entry.id) not in known]
+        if not listed:
             return before
-    sizes = _sizes(entries, settings, columns)
+    entries = [item.entry for item in listed]
+    sizes = _sizes(listed, settings, columns)
     shards, order, reasons = _cut(entries, sizes, settings, shard_size)
     accepted = sum(count for *_, count in shards)
     samples = np.unique(np.linspace(0, accepted - 1, min(sampled, accepted)).round().astype(int)).tolist()
@@ -67,14 +69,17 @@ def make_plan(
     return Plan([*(before.parts if before else []), Part(table, about)])
 
 
-def _sizes(entries: list[Entry], settings: Settings, columns: Columns) -> list[tuple[int, int] | str | None]:
-    """H, W of each picture from its header, or why it cannot be read; None throughout where one size is for all."""
+def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[tuple[int, int] | str | None]:
+    """H, W of each picture from its header, or why it is left out; None throughout where one size is for all."""
     if settings.size is not None:
-        return [None] * len(entries)
+        return [item.reason for item in listed]
     reader = EntryReader(columns, with_captions=False)
     f = settings.downsampling_factor
 
-    def size(entry: Entry) -> tuple[int, int] | str:
+    def size(item: Listed) -> tuple[int, int] | str:
+        entry, reason = item
+        if reason is not None:
+            return reason
         try:
             if entry.kind == CACHE:
                 _, h, w = read_cache(entry.path).latent.shape
@@ -85,7 +90,7 @@ def _sizes(entries: list[Entry], settings: Settings, columns: Columns) -> list[t
 
     with warnings.catch_warnings(), ThreadPoolExecutor(HEADER_READERS) as pool:
         warnings.simplefilter("default")  # the plan must not depend on a filter that makes them errors
-        return list(pool.map(size, entries))
+        return list(pool.map(size, listed))
 
 
 def _cut(

@@ -1,0 +1,119 @@
+"""What a source of an encoding holds: nothing in it is left out without a reason that rejects.jsonl has."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentcodec.pixels import decode_image
+from latentcodec.sources.tars import TarSource
+from latentcodec.store.items import Columns, EntryReader
+from latentcodec.store.job import encode, prepare
+from latentcodec.store.listing import list_entries
+from tests.store.stores import SMALL, tiny_codec
+
+
+def picture(grey):
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), grey, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar(path, members):
+    """A tar of (name, bytes) or (name, type, target of a link)."""
+    with tarfile.open(path, "w") as archive:
+        for name, *content in members:
+            item = tarfile.TarInfo(name)
+            if isinstance(content[0], bytes) and len(content) == 1:
+                item.size = len(content[0])
+                archive.addfile(item, io.BytesIO(content[0]))
+            else:
+                item.type, item.linkname = content
+                archive.addfile(item)
+    return path
+
+
+def greys(listed):
+    reader = EntryReader(Columns(), with_captions=True)
+    return [
+        round(float(decode_image(reader.picture(entry), 1)[0, 0, 0] + 1) * 127.5)
+        for entry, reason in listed
+        if reason is None
+    ]
+
+
+def left_out(listed):
+    return {entry.id: reason for entry, reason in listed if reason is not None}
+
+
+def test_links_in_a_tar_are_followed_or_named(tmp_path):
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    members = [
+        ("a.png", picture(10)),
+        ("b.png", hard, "a.png"),
+        ("c.png", soft, "a.png"),
+        ("d.png", hard, "no.png"),
+    ]
+    shard = tar(tmp_path / "a.tar", [*members, ("e.jp2", b"x"), ("f.png", picture(60))])
+    listed = list_entries([str(shard)])
+    assert greys(listed) == [10, 10, 60]
+    reasons = left_out(listed)
+    assert reasons.keys() == {"c.png", "d.png", "e.jp2"}
+    assert "not followed" in reasons["c.png"]
+    assert "not in this tar" in reasons["d.png"]
+    assert len(TarSource([shard], None, 3)) == 3
+
+
+def test_captions_of_a_tar_made_from_inside_a_folder_are_found(tmp_path):
+    shard = tar(tmp_path / "a.tar", [("./x/a.png", picture(1)), ("./x/a.txt", b"a cat")])
+    ((entry, _),) = list_entries([str(shard)])
+    assert EntryReader(Columns(), with_captions=True).caption_and_label(entry) == ("a cat", None)
+
+
+@pytest.mark.parametrize("damage", ["header", "cut", "joined"])
+def test_a_tar_that_goes_on_behind_its_end_is_refused(tmp_path, damage):
+    shard = tar(tmp_path / "a.tar", [(f"{k}.png", picture(k)) for k in (10, 20, 30)])
+    content = bytearray(shard.read_bytes())
+    content[1024 + 100] ^= 255  # in the header of the second member
+    broken = {
+        "header": bytes(content),
+        "cut": shard.read_bytes()[: 1024 + 300],
+        "joined": shard.read_bytes() * 2,
+    }
+    shard.write_bytes(broken[damage])
+    for read in (lambda: list_entries([str(shard)]), lambda: TarSource([shard], None, 3)):
+        with pytest.raises(ValueError, match=r"a\.tar: not a whole.*tar file"):
+            read()
+
+
+def test_a_tar_beside_pictures_does_not_take_over_the_folder(tmp_path):
+    for k in (10, 20, 30):
+        (tmp_path / f"{k}.png").write_bytes(picture(k))
+    (tmp_path / "photo.jp2").write_bytes(b"x")
+    tar(tmp_path / "one.tar", [("t.png", picture(90))])
+    tar(tmp_path / "none.tar", [("notes.txt", b"x")])
+    listed = list_entries([str(tmp_path)])
+    assert greys(listed) == [10, 20, 30]
+    assert left_out(listed).keys() == {"t.png", "none.tar", "photo.jp2"}
+    assert "beside 3 pictures" in left_out(listed)["t.png"]
+
+
+def test_what_a_folder_leaves_out_is_in_the_rejects_of_the_store(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(picture(10))
+    (photos / "b.jp2").write_bytes(b"x")
+    for size in (16, None):
+        out = tmp_path / f"store-{size}"
+        prepare([str(photos)], out, tiny_codec(), size=size, **SMALL)
+        assert encode(out, workers=0).index.rejected == 1
+        (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+        assert reject == {"path": f"{photos}/b.jp2", "reason": ".jp2 files are not read; convert them"}
+
+
+def test_suffixes_in_capitals_are_suffixes(tmp_path):
+    shard = tar(tmp_path / "one.TAR", [("T.PNG", picture(90))])
+    assert greys(list_entries([str(shard)])) == greys(list_entries([str(tmp_path)])) == [90]
