@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import math
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ from latentcodec.sources.labels import Labels
 
 UNSIGNED_BYTES = 8  # the type of an idx file's values
 PARTS = {"train": "train", "test": "t10k", "validation": "t10k"}  # split -> how the files of a set begin
+NPZ_ERRORS: tuple[
+    type[Exception], ...
+] = (  # of numpy and zipfile, for damaged, packed, hostile and other files
+    *(OSError, EOFError, ValueError, MemoryError, OverflowError, RuntimeError, AttributeError),
+    *(zlib.error, zipfile.BadZipFile),
+)
 GREY = (0.299, 0.587, 0.114)  # as PIL, and so every other source, makes colours grey
 
 
@@ -112,7 +119,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array of bytes in an idx file. Raises ValueError where it is none, or not whole."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from error
     if len(content) < 4 or content[:2] != b"\0\0":
         raise ValueError(f"{path}: not an idx file, which begins with two zero bytes")
@@ -157,8 +164,9 @@ def open_npz(
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            content = {name: file[name] for name in file.files}
+            arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
+    except NPZ_ERRORS as error:
         raise ValueError(f"{path}: not an npz file that can be read ({error})") from error
     listed = (
         ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in arrays.items()) or "none"

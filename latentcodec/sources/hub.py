@@ -83,19 +83,19 @@ def undecoded(dataset: Any, column: str, label: str) -> Any:
         raise ValueError(f"{label}: column {column!r} cannot be read as images: {one_line(error)}") from error
 
 
-def find_image_column(features: datasets.Features, label: str, column: str | None) -> str:
-    """The column asked for, or the only one that the data set declares to hold images.
+def find_image_column(
+    features: datasets.Features, label: str, column: str | None, key: str = "data.image_column"
+) -> str:
+    """The column asked for by `key`, or the only one that the data set declares to hold images.
 
     Raises `ValueError` naming the column for one that holds something else than an image a row.
     """
     columns = ", ".join(features)
     if column is not None:
         if column not in features:
-            raise ValueError(
-                f"{label} has no column {column!r} (data.image_column); its columns are: {columns}"
-            )
+            raise ValueError(f"{label} has no column {column!r} ({key}); its columns are: {columns}")
         if problem := _why_no_image(features[column]):
-            raise ValueError(f"{label}: column {column!r} (data.image_column) holds {problem}")
+            raise ValueError(f"{label}: column {column!r} ({key}) holds {problem}")
         return column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     lists = [name for name, feature in features.items() if _is_list_of_images(feature)]
@@ -103,9 +103,7 @@ def find_image_column(features: datasets.Features, label: str, column: str | Non
         raise ValueError(f"{label}: column {lists[0]!r} holds {_why_no_image(features[lists[0]])}")
     if len(found) != 1:
         problem = f"{len(found)} columns of images" if found else "no column declared as images"
-        raise ValueError(
-            f"{label} has {problem}; name one with data.image_column. Its columns are: {columns}"
-        )
+        raise ValueError(f"{label} has {problem}; name one with {key}. Its columns are: {columns}")
     return found[0]
 
 
@@ -169,7 +167,8 @@ def load_dataset(place: Place, streaming: bool = False) -> Any:
         return datasets.load_dataset(where, place.subset, split=place.split, streaming=streaming)
     except Exception as error:  # the library raises dozens of types, the network's and arrow's among them
         tried = "" if path.exists() else ": it is no file or folder here, and on the hub"
-        raise ValueError(f"{place}{tried}: {one_line(error)}") from error
+        root = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ValueError(f"{place}{tried}: {one_line(root or error)}") from error
 
 
 def is_saved_to_disk(folder: Path) -> bool:
@@ -186,7 +185,7 @@ def _pick_split(loaded: Any, split: str) -> datasets.Dataset:
     return loaded[split]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of somebody else's says, short enough for a message of ours."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 400 else f"{words[:400]} ..."

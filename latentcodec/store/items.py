@@ -156,4 +156,4 @@ def _image_column(name: str, columns: Columns) -> str:
 def _image_column_of(dataset: Any, name: str, columns: Columns) -> str:
     from latentcodec.sources.images import find_image_column
 
-    return find_image_column(dataset.features, name, columns.image)
+    return find_image_column(dataset.features, name, columns.image, "--image-column")

@@ -1,6 +1,9 @@
 """Idx and npz files: the images and labels that were written, and mistakes that name the file."""
 
 import gzip
+import io
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -108,3 +111,41 @@ def test_labels_that_do_not_fit_and_arrays_that_are_not_there_are_refused(tmp_pa
     (tmp_path / "no.npz").write_bytes(b"?")
     with pytest.raises(ValueError, match="not an npz file"):
         open_source(Place(str(tmp_path / "no.npz")), channels=1)
+
+
+def header_of(shape):
+    """The beginning of an npy file of bytes that says this shape."""
+    said = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(said)) + said.encode()
+
+
+def archive(name, content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr(name, content)
+    return file.getvalue()
+
+
+BROKEN_NPZ = {
+    "empty": b"",
+    "a shape beyond memory": archive("x.npy", header_of("(100000000000, 9, 7)")),
+    "a shape beyond 64 bits": archive("x.npy", header_of("(9999999999999999999999, 9, 7)")),
+    "no array": archive("readme.txt", b"hello"),
+    "an unknown way of packing": archive("x.npy", header_of("(1, 9, 7)")).replace(b"\x08\0", b"\x63\0"),
+    "a password": archive("x.npy", header_of("(1, 9, 7)")).replace(b"\x14\0\0\0", b"\x14\0\1\0"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_NPZ)
+def test_a_broken_npz_file_is_named(tmp_path, kind):
+    (tmp_path / "set.npz").write_bytes(BROKEN_NPZ[kind])
+    with pytest.raises(ValueError, match=r"set\.npz: "):
+        open_source(Place(str(tmp_path / "set.npz")), channels=1)
+
+
+def test_a_gzip_file_that_cannot_be_unpacked_is_named(tmp_path):
+    packed = bytearray(gzip.compress(idx(GREY)))
+    packed[10] |= 7  # a kind of block that there is not
+    (tmp_path / "a-images-idx3-ubyte.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"a-images-idx3-ubyte\.gz: not a whole gzip file"):
+        open_source(Place(str(tmp_path / "a-images-idx3-ubyte.gz")), channels=1)

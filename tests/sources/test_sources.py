@@ -4,6 +4,8 @@ import tarfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from image_sets import (
@@ -186,3 +188,11 @@ def test_a_data_set_with_subsets_is_asked_for_one_of_them(tmp_path):
     with pytest.raises(ValueError, match=r"Config name is missing.*cats.*dogs"):
         open_images(config_of(tmp_path), 3, 0)
     assert len(open_images(config_of(tmp_path, subset="dogs"), 3, 0).train) == 3
+
+
+def test_what_the_library_met_in_a_data_set_is_said(tmp_path):
+    pq.write_table(
+        pa.table([pa.array([b"a"]), pa.array([b"b"])], names=["image", "image"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=r"a\.parquet.*Multiple matches"):
+        open_place(Place(str(tmp_path / "a.parquet")))
