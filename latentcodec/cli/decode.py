@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
     from latentcodec.store import LatentStore
 
+LONGEST_NAME = 240  # bytes of UTF-8; file systems take 255, with the suffix
+
 
 def decode(
     latents: Annotated[
@@ -24,7 +27,7 @@ def decode(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.", show_default=False)],
     codec: Annotated[str | None, typer.Option(help="By default the copy in the store.")] = None,
     form: Annotated[str, typer.Option("--format", help="png, jpg or webp.")] = "png",
-    first: Annotated[int | None, typer.Option(help="Decode so many pictures, and no more.")] = None,
+    first: Annotated[int | None, typer.Option(min=0, help="Decode so many pictures, and no more.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -43,16 +46,16 @@ def decode(
     if latents.is_dir():
         store = LatentStore(latents)
         total = len(store) if first is None else min(first, len(store))
-        pictures = _of_store(store, _codec(codec, store, device), total)
+        pictures = _of_store(store, _codec(codec, store, device), total, suffix)
     else:
         if codec is None:
             raise ValueError(f"{latents}: a file of latents does not say which codec made it; give --codec")
-        found = _of_file(latents, codec, device)
+        found = _of_file(latents, codec, device, suffix)
         total = len(found) if first is None else min(first, len(found))
         pictures = iter(found[:total])
     with counting(total, "pictures") as advance:
         for name, picture in pictures:
-            save_image(picture, (out / name).with_suffix(suffix))
+            save_image(picture, out / name)
             advance(1, 0)
     print(f"{total:,} pictures: {out}")
     say_json(as_json, {"items": total})
@@ -70,21 +73,49 @@ def _codec(given: str | None, store: LatentStore, device: str | None) -> LatentC
     return codec
 
 
-def _of_store(store: LatentStore, codec: LatentCodec, total: int) -> Iterator[tuple[Path, Tensor]]:
+def _of_store(
+    store: LatentStore, codec: LatentCodec, total: int, suffix: str
+) -> Iterator[tuple[Path, Tensor]]:
     """(name within the folder, [1, C, H, W]) of each picture."""
-    several = len({item.source for item in (store[i] for i in range(min(total, 1000)))}) > 1
+    shards = (store.shard(number) for number, entry in enumerate(store.index.shards) if entry.items)
+    names = Names(
+        (source for shard in shards for source in shard.batch.column("source").unique().to_pylist()), suffix
+    )
     for index in range(total):
         item = store[index]
-        name = PurePosixPath(item.id)
-        if name.is_absolute() or ".." in name.parts:
-            raise ValueError(
-                f"{store.folder}: the id {item.id!r} leads out of the folder; no picture is written there"
-            )
-        path = Path(Path(item.source).name, name) if several else Path(name)
-        yield path, codec.decode(item.latent[None].float(), size=item.size)
+        yield names.of(item.source, item.id), codec.decode(item.latent[None].float(), size=item.size)
 
 
-def _of_file(path: Path, codec: str, device: str | None) -> list[tuple[Path, Tensor]]:
+class Names:
+    """A file name for each picture, no two the same: its id, in a folder of its source where there are several."""
+
+    def __init__(self, sources: Iterable[str], suffix: str) -> None:
+        """`sources`: of all pictures."""
+        self.suffix, self._taken = suffix, set[Path]()
+        self._folders: dict[str, Path] = {}
+        for source in dict.fromkeys(sources):
+            name = _inside(source).name or "root"
+            taken = sum(folder.name.startswith(name) for folder in self._folders.values())
+            self._folders[source] = Path(f"{name}-{taken + 1}" if taken else name)
+
+    def of(self, source: str, picture: str) -> Path:
+        """The path within the folder: `a.jpg` becomes a.png, and where that is taken a.jpg.png."""
+        path = _inside(picture)
+        folder = self._folders[source] if len(self._folders) > 1 else Path()
+        endings = (f"{path.name}{f'-{number}' if number else ''}{self.suffix}" for number in count())
+        names = chain([f"{path.stem}{self.suffix}"], endings)
+        found = next(place for name in names if (place := folder / path.parent / name) not in self._taken)
+        self._taken.add(found)
+        return found
+
+
+def _inside(name: str) -> Path:
+    """A path or id without what leads out of a folder, each part as long as file systems allow."""
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
+    return Path(*(part if len(part.encode()) <= LONGEST_NAME else part[:40] + part[-20:] for part in parts))
+
+
+def _of_file(path: Path, codec: str, device: str | None, suffix: str) -> list[tuple[Path, Tensor]]:
     """The pictures of one file of latents, [c, h, w] or [B, c, h, w]."""
     from latentcodec.codec import LatentCodec
     from latentcodec.store.caches import read_latents
@@ -93,5 +124,6 @@ def _of_file(path: Path, codec: str, device: str | None) -> list[tuple[Path, Ten
     if z.ndim == 3:
         z = z[None]
     model = LatentCodec.from_pretrained(codec, device=device)
-    names = [f"{path.stem}.x" if len(z) == 1 else f"{path.stem}-{number:04}.x" for number in range(len(z))]
+    numbers = [""] if len(z) == 1 else [f"-{number:04}" for number in range(len(z))]
+    names = [f"{path.stem}{number}{suffix}" for number in numbers]
     return [(Path(name), model.decode(one[None])) for name, one in zip(names, z, strict=True)]

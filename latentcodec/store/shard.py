@@ -64,6 +64,11 @@ class Shard:
         if rows is not None and rows != len(self):
             raise StoreError(f"{path}: {len(self)} rows, the index says {rows}")
         self.about = _about(path, schema.metadata or {})
+        if (self.about.get("codec"), self.about.get("shard")) != (settings.codec, int(path.stem)):
+            raise StoreError(
+                f"{path}: this file is shard {self.about.get('shard')} of a store of the codec "
+                f"{self.about.get('codec')}, moved or copied to this place"
+            )
         self.columns = [
             c for column in latent_columns(settings, shape) for c in (column.name, column.scale) if c
         ]

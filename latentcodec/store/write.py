@@ -109,6 +109,7 @@ def finish(
     for number, shard in _finished_shards(store, plan, dropped):
         entry = known.get(plan.file(number))
         if entry is None or entry.bytes != shard.path.stat().st_size or entry.items != len(shard):
+            _require_planned(plan, number, shard, dropped)
             entry = checked_entry(store, shard)
         entries.append(entry)
         rejects += shard.about["rejects"]
@@ -154,10 +155,24 @@ def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tup
         yield number, shard
 
 
+def _require_planned(plan: Plan, number: int, shard: Shard, dropped: set[str]) -> None:
+    """Raises StoreError where a shard holds, with what it left out, other pictures than the plan gave it."""
+    planned = [picture.entry for picture in plan.pictures(number, 0, plan.rows(number))]
+    left_out = {reject["path"] for reject in shard.about["rejects"]}
+    wanted = [(entry.source, entry.id) for entry in planned
+              if entry.path not in left_out and f"{entry.source}\t{entry.id}" not in dropped]  # fmt: skip
+    held = zip(*(shard.batch.column(name).to_pylist() for name in ("source", "id")), strict=True)
+    if list(held) != wanted:
+        raise StoreError(
+            f"{shard.path}: holds other pictures than the plan gave this shard, as one of another store does; delete "
+            "it and run the same `latentcodec encode` again"
+        )
+
+
 def _record_drops(store: Path, plan: Plan, drop: list[str]) -> set[str]:
     """`source` and `id` of all dropped pictures; new ones are on the disk before any shard is touched."""
     path = store / DROPPED
-    dropped: set[str] = set(json.loads(read_regular(path))) if path.is_file() else set()
+    dropped = _read_drops(path) if path.is_file() else set()
     if drop:
         found = plan.find(drop)
         for name in drop:
@@ -166,6 +181,18 @@ def _record_drops(store: Path, plan: Plan, drop: list[str]) -> set[str]:
         dropped |= {key for keys in found.values() for key in keys}
         write_whole(path, (json.dumps(sorted(dropped), indent=1) + "\n").encode())
     return dropped
+
+
+def _read_drops(path: Path) -> set[str]:
+    try:
+        keys = json.loads(read_regular(path))
+        if not isinstance(keys, list) or not all(isinstance(key, str) and "\t" in key for key in keys):
+            raise ValueError("no list of sources and ids")
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{path}: damaged ({error}); bring it back from a copy, or delete it and name the pictures again (--drop)"
+        ) from error
+    return set(keys)
 
 
 def _known_entries(store: Path) -> dict[str, ShardEntry]:

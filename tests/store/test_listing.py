@@ -7,13 +7,13 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from stores import SMALL, tiny_codec
 
 from latentcodec.pixels import decode_image
 from latentcodec.sources.tars import TarSource
 from latentcodec.store.items import Columns, EntryReader
 from latentcodec.store.job import encode, prepare
 from latentcodec.store.listing import list_entries
-from tests.store.stores import SMALL, tiny_codec
 
 
 def picture(grey):
