@@ -34,7 +34,7 @@ from latentcodec.store.plan import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--codec", required=True)
     parser.add_argument("--out", required=True, type=Path, help="folder for encoding.json")

@@ -38,7 +38,7 @@ TEXT_WIDTH = 8  # of the embedding that stands for a prompt
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--codec", required=True, help="folder, hub id, .safetensors file or bundled name")
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
     parser.add_argument(

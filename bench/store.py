@@ -40,7 +40,7 @@ PICTURES = 12  # whose loss is measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="folder for store.json")
     parser.add_argument("--items", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)

@@ -17,7 +17,7 @@ from latentcodec.store import encode, prepare, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("photos", help="folder of pictures")
     parser.add_argument("--codec", default="photo-f8c16")
     parser.add_argument("--out", type=Path, required=True, help="folder of the store")

@@ -35,7 +35,7 @@ LEFT_OUT = dict.fromkeys(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--codec", default="photo-f8c16", help="a folder, a hub id or a bundled name")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures and of the pipeline")
     parser.add_argument("--photo", help="what goes through the pipeline; default: a drawn picture")

@@ -36,7 +36,7 @@ SAMPLES = 4
 
 def main(arguments: Sequence[str] | None = None) -> float:
     """Trains, saves and samples; returns the mean loss of the last tenth of the steps."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", help="a store of square latents of one size")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30.0)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from latentcodec.files import read_regular
 
@@ -21,6 +23,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANT = re.compile(
     r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
 )
+COUNTER = "num_batches_tracked"  # of a batch norm, the only whole number among weights
+FLOATING = re.compile(r"(torch\.b?float|B?F)\d")  # as torch and safetensors write types
 LARGEST_JSON = 10_000_000  # bytes; an index of a thousand shards has fewer
 LARGEST_NUMBER = 2**20  # of any count or width in a configuration
 LARGEST_DEPTH = 1000  # layers of a stage, stages
@@ -30,8 +34,35 @@ def check_folder(folder: Path) -> None:
     """Raises `ValueError` naming the file and the key that no VAE can have, before anything of it is built."""
     config = read_json(folder / CONFIG)
     check_numbers(config, str(folder / CONFIG))
-    for index in folder.glob("*.index*.json"):
-        _check_index(folder, index)
+    shards = {name for index in folder.glob("*.index*.json") for name in _check_index(folder, index)}
+    alone = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    variants = (
+        []
+        if alone or shards
+        else [file.name for file in folder.glob("diffusion_pytorch_model.*.safetensors") if file.is_file()]
+    )
+    for name in [*alone, *variants, *sorted(shards)]:
+        check_dtypes(folder / name)
+
+
+def check_dtypes(file: Path) -> None:
+    """Raises `ValueError` for weights of a quantised model; a file that cannot be read is left to whoever loads it."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            kinds = {key: content.get_slice(key).get_dtype() for key in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return
+    refuse_quantised(kinds, file)
+
+
+def refuse_quantised(kinds: Mapping[str, str], file: Path) -> None:
+    """Raises `ValueError` for a weight that is no floating-point number: its codes would be taken for its values."""
+    for key, kind in kinds.items():
+        if not FLOATING.match(kind) and not key.endswith(COUNTER):
+            raise ValueError(
+                f"{file}: {key} is of type {kind}, as in a quantised model; only floating-point weights are read: save "
+                "the model in float32 or a half precision"
+            )
 
 
 def read_json(file: Path) -> Any:
@@ -98,8 +129,8 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
         yield key, value
 
 
-def _check_index(folder: Path, index: Path) -> None:
-    """The index of weights in several files: safetensors in this folder, all of them there."""
+def _check_index(folder: Path, index: Path) -> set[str]:
+    """The files that an index of weights names: safetensors in this folder, all of them there."""
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -112,3 +143,4 @@ def _check_index(folder: Path, index: Path) -> None:
             )
         if not (folder / name).is_file():
             raise ValueError(f"{index} names {name}, which is not there")
+    return set(shards.values())

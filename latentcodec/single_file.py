@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentcodec.adopt import build
-from latentcodec.model_folder import check_numbers, read_json
+from latentcodec.model_folder import check_numbers, read_json, refuse_quantised
 from latentcodec.vae.families import FAMILIES, FLUX2, KL, WAN, covered
 from latentcodec.vae_config import check_config, class_named_in
 
@@ -67,6 +67,7 @@ def load_single_file(path: Path) -> Any:
     be told by a config.json.
     """
     state, keys = _read(path)
+    refuse_quantised({key: str(value.dtype) for key, value in state.items() if key.startswith(PARTS)}, path)
     config = _config_beside(path)
     try:
         name, state, config = _described(state, keys, config)

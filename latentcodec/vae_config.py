@@ -17,8 +17,11 @@ from latentcodec.vae.padding import PADDING_KEY
 
 def class_named_in(config: Mapping[str, Any], origin: str) -> str:
     """The covered class that a config.json describes. Raises ValueError naming `origin` for another one."""
+    name = config.get("_class_name") or KL.name
+    if not isinstance(name, str):
+        raise ValueError(f"{origin}: _class_name cannot be {name!r}")
     try:
-        return family_named(config.get("_class_name") or KL.name).name
+        return family_named(name).name
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 

@@ -1,6 +1,7 @@
 """The arrows between the rooms: who may import whom, read off the source, so that the house stays a house."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -127,3 +128,13 @@ def test_there_is_no_room_for_odds_and_ends():
     assert not [
         file for file in PACKAGE.rglob("*.py") if file.stem in {"utils", "util", "helpers", "common", "misc"}
     ]
+
+
+def test_nothing_needs_the_docstrings_that_python_drops_with_oo():
+    files = [
+        file
+        for room in ("latentcodec", "bench", "experiments", "examples", "train")
+        for file in (ROOT / room).rglob("*.py")
+    ]
+    assert files
+    assert not [file.name for file in files if re.search(r"__doc__\.|__doc__.*splitlines", file.read_text())]

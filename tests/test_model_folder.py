@@ -38,6 +38,15 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def typed_weights(dtype):
+    def change(folder):
+        state = load_file(folder / WEIGHTS)
+        state["decoder.conv_in.bias"] = state["decoder.conv_in.bias"].to(dtype)
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
 def set_weight(value):
     def change(folder):
         state = load_file(folder / WEIGHTS)
@@ -126,6 +135,13 @@ FAULTS = {
     ),
     "weights of NaN": (set_weight(float("nan")), r"1 of \d+ numbers of decoder.conv_in.bias are NaN"),
     "infinite weights": (set_weight(float("inf")), r"1 of \d+ numbers of decoder.conv_in.bias are NaN"),
+    "weights of int8": (
+        typed_weights(torch.int8),
+        "decoder.conv_in.bias is of type I8, as in a quantised model",
+    ),
+    "weights of true and false": (typed_weights(torch.bool), "is of type BOOL"),
+    "complex weights": (typed_weights(torch.complex64), "is of type C64"),
+    "a list as class": (lambda f: edit(f, _class_name=["AutoencoderKL"]), "_class_name cannot be"),
     "scalars as weights": (scalar_weights, "cannot be loaded|expected shape"),
 }
 
@@ -135,7 +151,7 @@ FAULTS = {
 def test_a_fault_is_refused_in_one_line(fault, way, folder):
     damage, words = FAULTS[fault]
     damage(folder)
-    if way == "file" and fault.startswith("an index"):
+    if way == "file" and fault.startswith(("an index", "a list as class")):
         return  # of which a single file knows nothing
     with pytest.raises(ValueError, match=words if way == "folder" else ".") as caught:
         LatentCodec.from_pretrained(folder if way == "folder" else folder / WEIGHTS)
@@ -204,3 +220,15 @@ def test_weights_written_through_data_count_after_a_refresh():
 
 def codec_raw(codec, z):
     return z * codec.latents_std + codec.latents_mean
+
+
+def test_whole_numbers_beside_the_vae_of_a_checkpoint_are_no_fault(folder):
+    state = {f"vae.{key}": value for key, value in load_file(folder / WEIGHTS).items()}
+    save_file(state | {"text.position_ids": torch.arange(3)}, folder / WEIGHTS)
+    assert LatentCodec.from_pretrained(folder / WEIGHTS).latent_channels == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_every_floating_type_are_read(dtype, folder):
+    typed_weights(dtype)(folder)
+    assert LatentCodec.from_pretrained(folder).dtype == torch.float32

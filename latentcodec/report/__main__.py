@@ -16,7 +16,9 @@ from latentcodec.report.results import read_json
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Raises SystemExit with 2 and one line where a file is no result."""
-    parser = argparse.ArgumentParser(prog="python -m latentcodec.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m latentcodec.report", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of bench/ or `latentcodec inspect`")
     parser.add_argument("--out", type=Path, help="folder of the pages; default: beside the results")
     parser.add_argument("--card", action="store_true", help="print Markdown for a model card")

@@ -46,7 +46,7 @@ class Config:
     finish: FinishConfig = field(default_factory=FinishConfig)
 
     def __post_init__(self) -> None:
-        _require_values(self)
+        _require_values(Config, self)
         for key, value in settings_of(self):
             _require_sound(key, value)
         check_numbers(asdict(self.model), "model")
@@ -78,15 +78,14 @@ def _expanded(key: str, path: str) -> str:
         raise ValueError(f"{key} {path}: {error}") from error
 
 
-def _require_values(section: Any, prefix: str = "") -> None:
+def _require_values(section: type, settings: Any, prefix: str = "") -> None:
     """Refuse `null` for a setting that must have a value: the library lets it pass where the default is a text."""
-    kinds = get_type_hints(type(section))
-    for entry in fields(section):
-        value = getattr(section, entry.name)
-        if is_dataclass(value):
-            _require_values(value, f"{prefix}{entry.name}.")
-        elif value is None and type(None) not in get_args(kinds[entry.name]):
-            raise ValueError(f"{prefix}{entry.name} cannot be null; leave it out for its default")
+    for name, kind in get_type_hints(section).items():
+        value = getattr(settings, name)
+        if is_dataclass(kind) and isinstance(kind, type):
+            _require_values(kind, value, f"{prefix}{name}.")
+        elif value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{prefix}{name} cannot be null; leave it out for its default")
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -142,6 +141,7 @@ def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py
         settings: Namespace = parser.parse_args(arguments)
         settings.pop("config")
         _require_sections(settings, parser.get_defaults())
+        _require_values(Config, settings)  # before the sections compute with them
         config: Config = _plain(Config(**parser.instantiate(settings)))
         return config
     except (ArgumentError, ValueError) as error:

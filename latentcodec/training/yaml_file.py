@@ -22,6 +22,7 @@ NUMBERS = {  # YAML 1.2, section 10.3.2, with the underscores of 1.1
     "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")} | {"!"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,6 +66,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {line}: an alias (*{event.anchor}); write its value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in TAGS:
+            raise ValueError(f"line {line}: the tag {tag}; write the value without it")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"line {line}: more than {DEEPEST} levels of nesting")

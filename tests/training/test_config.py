@@ -85,6 +85,9 @@ def test_unknown_key_or_wrong_type_in_the_file_is_named(capsys, tmp_path, text, 
         (b"", "no keys"),
         (b"# train:\n", "no keys"),
         (b"- 1\n", "no keys"),
+        (b"data: {path: !!set {a}}\n", "line 1: the tag"),
+        (b"\ndata: {path: !!binary aGk=}\n", "line 2: the tag"),
+        (b"data: {path: !!timestamp 2024-01-01}\n", "line 1: the tag"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_named_with_its_fault(capsys, tmp_path, content, reason):
@@ -188,6 +191,16 @@ def test_a_number_out_of_its_range_is_refused_with_key_range_and_value(capsys, k
 )
 def test_an_impossible_list_is_refused_by_its_key(capsys, key, value):
     assert f"{key} " in refusal(capsys, f"--{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "key", ["model.norm_num_groups", "model.block_out_channels", "loss.scale", "data.path"]
+)
+def test_null_is_refused_by_its_key_where_a_value_is_needed(capsys, key):
+    if key == "data.path":
+        assert parse(["--output_dir", "runs/x", f"--{key}=null"]).data.path is None
+    else:
+        assert key in refusal(capsys, f"--{key}=null")
 
 
 def test_every_setting_is_in_the_help_with_its_documentation(capsys):
