@@ -30,12 +30,13 @@ def reconstruct(
     """
     from latentcodec.codec import LatentCodec
     from latentcodec.pixels import WRITERS, UnreadableImage, image_grid, load_image, save_image
+    from latentcodec.printable import existing
     from latentcodec.quality.metrics import psnr, ssim
     from latentcodec.quality.metrics import reconstruct as through
     from latentcodec.store.listing import list_entries
 
     listed = list_entries(pictures)
-    paths = [Path(entry.path) for entry, reason in listed if entry.kind == "file" and reason is None]
+    paths = [existing(entry.path) for entry, reason in listed if entry.kind == "file" and reason is None]
     refused = [f"{entry.path}: {reason}" for entry, reason in listed if reason is not None]
     for line in refused:
         warn(f"left out: {line}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentcodec.pixels import UnreadableImage
+from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
 from latentcodec.store.format import Settings
 from latentcodec.store.items import CACHE, Columns, EntryReader
@@ -90,7 +91,7 @@ def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded
     entry = picture.entry
     try:
         if entry.kind == CACHE:
-            cached = read_cache(entry.path)
+            cached = read_cache(existing(entry.path))
             caption, label = reader.caption_and_label(entry)
             return Decoded(
                 picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label

@@ -8,13 +8,12 @@ hold millions, and `EntryReader` gets a picture's bytes and caption from it. Wha
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentcodec.files import open_regular, read_regular
 from latentcodec.pixels import UnreadableImage
+from latentcodec.printable import existing
 
 CACHE = "cache"  # kind of an entry that is another program's file of latents
 CAPTION_SUFFIX = ".txt"
@@ -65,7 +64,7 @@ class EntryReader:
     def picture(self, entry: Entry) -> str | bytes:
         """The picture's file, or the bytes of one. Raises UnreadableImage where there are none."""
         if entry.kind == "file":
-            return str(_file_of(entry))
+            return str(existing(entry.path))
         if entry.kind == "tar":
             return _read(entry.source, entry.offset, entry.length, entry.path)
         from latentcodec.sources.images import encoded_cell
@@ -98,21 +97,13 @@ class EntryReader:
         return dataset_of(entry.source, self.columns)[entry.offset]
 
 
-def _file_of(entry: Entry) -> Path:
-    """The picture's file; a name that is no UTF-8 stands in the entry with escapes, as `printable` writes them."""
-    path = Path(entry.path)
-    if "\\udc" in entry.path and not path.exists():
-        return Path(re.sub(r"\\udc([89a-f][0-9a-f])", lambda hit: chr(0xDC00 + int(hit[1], 16)), entry.path))
-    return path
-
-
 def _caption_of_file(entry: Entry) -> str | None:
     try:
         if entry.kind == "tar":
             if entry.caption_length < 0:
                 return None
             return _read(entry.source, entry.caption_offset, entry.caption_length, entry.path).decode()
-        return read_regular(_file_of(entry).with_suffix(CAPTION_SUFFIX)).decode()
+        return read_regular(existing(entry.path).with_suffix(CAPTION_SUFFIX)).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -121,7 +112,7 @@ def _caption_of_file(entry: Entry) -> str | None:
 
 def _read(file: str, offset: int, length: int, name: str) -> bytes:
     try:
-        with open_regular(file) as opened:
+        with open_regular(existing(file)) as opened:
             opened.seek(offset)
             content = opened.read(length)
     except OSError as error:

@@ -128,10 +128,14 @@ def _tar(tar: Path) -> list[Listed]:
             caption = members.get(str(place.with_suffix(CAPTION_SUFFIX)))
             text = (caption.offset_data, caption.size) if caption and caption.isfile() else (0, -1)
             pictures.append(
-                Listed(Entry(printable(item.name), str(tar), "tar", data.offset_data, data.size, *text))
+                Listed(
+                    Entry(
+                        printable(item.name), printable(str(tar)), "tar", data.offset_data, data.size, *text
+                    )
+                )
             )
         elif reason is not None:
-            left_out.append(Listed(Entry(printable(item.name), str(tar), "tar"), reason))
+            left_out.append(Listed(Entry(printable(item.name), printable(str(tar)), "tar"), reason))
     if not pictures:
         reasons = [LeftOut(item.entry.path, str(item.reason)) for item in left_out]
         raise ValueError(f"{tar}: holds no image{left_out_clause(reasons)}")

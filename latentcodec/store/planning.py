@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentcodec.pixels import UnreadableImage, image_size
+from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
 from latentcodec.store.items import CACHE, Columns, Entry, EntryReader
@@ -82,7 +83,7 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
             return reason
         try:
             if entry.kind == CACHE:
-                _, h, w = read_cache(entry.path).latent.shape
+                _, h, w = read_cache(existing(entry.path)).latent.shape
                 return h * f, w * f
             return image_size(reader.picture(entry), name=entry.path)
         except UnreadableImage as error:

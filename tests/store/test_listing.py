@@ -117,3 +117,33 @@ def test_what_a_folder_leaves_out_is_in_the_rejects_of_the_store(tmp_path):
 def test_suffixes_in_capitals_are_suffixes(tmp_path):
     shard = tar(tmp_path / "one.TAR", [("T.PNG", picture(90))])
     assert greys(list_entries([str(shard)])) == greys(list_entries([str(tmp_path)])) == [90]
+
+
+ODD = [
+    "x\x1b[31m.png",
+    "\u2028.png",
+    "\u202egnp.png",
+    "caf\udce9.png",
+    "a\r.png",
+    "back\\x41slash.png",
+    "tab\t\n.png",
+]
+
+
+def test_pictures_of_odd_names_are_read_with_their_captions(tmp_path):
+    photos = tmp_path / "odd\x07\udcff"
+    photos.mkdir()
+    for number, name in enumerate(ODD):
+        (photos / name).write_bytes(picture(number * 30))
+        (photos / name).with_suffix(".txt").write_text(f"{number}")
+    listed = list_entries([str(photos)])
+    reader = EntryReader(Columns(), with_captions=True)
+    numbers = [int(reader.caption_and_label(item.entry)[0]) for item in listed]
+    assert sorted(numbers) == [*range(len(ODD))]
+    assert greys(listed) == [number * 30 for number in numbers]
+
+
+def test_a_tar_of_an_odd_name_is_encoded(tmp_path):
+    tar(tmp_path / "caf\udce9\x1b.tar", [("a.png", picture(10))])
+    prepare([str(tmp_path / "caf\udce9\x1b.tar")], tmp_path / "store", tiny_codec(), size=16, **SMALL)
+    assert encode(tmp_path / "store", workers=0).index.items == 1
