@@ -1,10 +1,10 @@
 """Checkpoints that a kill at any instant cannot spoil: committed whole or not at all, verified before use.
 
-A checkpoint is a folder `step-00000042/` with one `<name>.safetensors` for each group of tensors, one
-`<name>.pt` for each other object (an optimizer's state), `state.json`, and `manifest.json`: the size and
-the SHA-256 of every file. `save` builds it in a hidden folder, makes every file and then the folder durable,
-gives it its name in one rename, and removes older ones only after that. A committed folder is never written
-to again: saving the same step once more makes `step-00000042.1`, which counts as newer.
+A checkpoint is a folder `step-00000042/` with one `<name>.safetensors` for each group of tensors, one `<name>.pt` for
+each other object (an optimizer's state), `state.json`, and `manifest.json`: the size and the SHA-256 of every file.
+`save` builds it in a hidden folder, makes every file and then the folder durable, gives it its name in one rename, and
+removes older ones only after that. A committed folder is never written to again: saving the same step once more makes
+`step-00000042.1`, which counts as newer.
 
 `prepare` and `save` are for the main process alone; every process may call `newest` and `read`. What a
 checkpoint holds is the trainer's business: this file knows no model, no optimizer and no configuration.
@@ -169,7 +169,10 @@ def newest(folder: Path) -> Checkpoint | None:
 def read(path: Path) -> Checkpoint:
     """Verify the checkpoint in the folder `path`. Raises DamagedCheckpoint."""
     verify(path)
-    return Checkpoint(path, json.loads(read_file(path, STATE)))
+    state = json.loads(read_file(path, STATE))
+    if COMMITTED.fullmatch(path.name) and _order(path)[0] != state["step"]:
+        raise DamagedCheckpoint(path, STATE, f"saved at step {state['step']}; give the folder its name back")
+    return Checkpoint(path, state)
 
 
 # --- Writing ---
@@ -275,9 +278,8 @@ def _committed(folder: Path) -> list[Path]:
 
 def _order(path: Path) -> tuple[int, int]:
     """Step and attempt, from a committed folder's name."""
-    match = COMMITTED.fullmatch(path.name)
-    assert match, path
-    return int(match[1]), int(match[2] or 0)
+    step, _, attempt = path.name.removeprefix("step-").partition(".")
+    return int(step), int(attempt or 0)
 
 
 def _verified(paths: Iterable[Path]) -> Iterator[Checkpoint]:

@@ -13,6 +13,7 @@ from latentcodec.files import read_regular
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
+CONTENTS = (".safetensors", ".pt")
 
 
 class CheckpointError(OSError):
@@ -41,7 +42,7 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads(read_file(path, MANIFEST))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(path, MANIFEST, f"it is not JSON ({error})") from error
     if not isinstance(manifest, dict) or STATE not in manifest:
         raise DamagedCheckpoint(path, MANIFEST, "it is not the manifest of a checkpoint")
@@ -51,6 +52,11 @@ def verify(path: Path) -> None:
         found = entry_of(read_file(path, name))
         if found != expected:
             raise DamagedCheckpoint(path, name, f"it is {found}, the manifest says {expected}")
+    for file in sorted(path.iterdir()):  # it would be loaded as a part of the checkpoint
+        if file.suffix in CONTENTS and file.name not in manifest:
+            raise DamagedCheckpoint(
+                path, file.name, "the manifest does not list it; move it out of the folder"
+            )
 
 
 def read_file(path: Path, name: str) -> bytes:

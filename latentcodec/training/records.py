@@ -24,7 +24,7 @@ def record_of(line: bytes, key: str | None = None) -> dict[str, Any] | None:
     """What a line of JSON says; None if it is damaged, as by zeros after a power cut."""
     try:
         record = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_sound = isinstance(record, dict) and (key is None or type(record.get(key)) is int)
     return record if is_sound else None
