@@ -201,8 +201,7 @@ def _new_path(folder: Path, step: int) -> Path:
 
 
 def _hidden(path: Path) -> Path:
-    # With the process id, a run that is still dying and its successor never build in the same folder.
-    return path.with_name(f"{UNCOMMITTED}{path.name}-{os.getpid()}")
+    return path.with_name(f"{UNCOMMITTED}{path.name}-{os.getpid()}")  # a run that still dies builds in another one
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
