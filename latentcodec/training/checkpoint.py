@@ -201,7 +201,7 @@ def _new_path(folder: Path, step: int) -> Path:
 
 
 def _hidden(path: Path) -> Path:
-    return path.with_name(f"{UNCOMMITTED}{path.name}-{os.getpid()}")  # a run that still dies builds in another one
+    return path.with_name(f"{UNCOMMITTED}{path.name}-{os.getpid()}")  # each run has its own
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
