@@ -57,7 +57,10 @@ def test_dropped_pictures_are_no_other_pictures(ours):
     assert finish(ours).items == 8
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '["a"]', "[" * 100_000])
+DAMAGED = {"empty": "", "object": "{}", "number": "[1]", "no source": '["a"]', "no end": "[" * 100_000}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_list_of_dropped_pictures_is_named(ours, content):
     (ours / "dropped.json").write_text(content)
     with pytest.raises(StoreError, match=r"dropped\.json: damaged"):
