@@ -219,7 +219,7 @@ def test_words_of_a_configuration_mean_what_they_say(tmp_path):
         ("a: " + "[" * 100 + "]" * 100, "more than 20 levels"),
         ("? [a, b]\n: 1\n", "a key must be a word"),
         ("- a\n- b\n", "holds no keys"),
-        ("output_dir: !!python/object/apply:os.system [id]\n", "could not determine a constructor"),
+        ("output_dir: !!python/object/apply:os.system [id]\n", "the tag tag:yaml.org,2002:python"),
         ("output_dir: x\ntrain: {lr: .inf}\n", "train.lr must be finite"),
         ("output_dir: x\ntrain: {weight_decay: .nan}\n", "train.weight_decay"),
     ],
