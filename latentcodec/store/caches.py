@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentcodec.files import require_regular
+from latentcodec.files import open_regular, require_regular
 from latentcodec.pixels import UnreadableImage
 
+BROKEN = (  # what numpy, torch, pickle and zipfile raise for damaged, hostile and other files
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
+    *(ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, SafetensorError),
+)
 SUFFIXES = (".npz", ".pt", ".safetensors", ".npy")
 
 
@@ -57,22 +62,19 @@ def read_cache(path: str | Path) -> Cached:
     """
     try:
         content = _content(Path(path))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
-            SafetensorError) as error:  # fmt: skip
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UnreadableImage(f"{path}: cannot be read ({reason})") from error
-    latent = content["latents"].float()
-    if latent.ndim == 4 and len(latent) == 1:
-        latent = latent[0]
+        latent: Tensor = content["latents"]
+        original, crop = content.get("original_size"), content.get("crop_ltrb")
+        if latent.ndim == 4 and len(latent) == 1:
+            latent = latent[0]
+        size = (
+            None if original is None else (int(original[1]), int(original[0]))
+        )  # kohya writes width, height
+        place = (0, 0) if crop is None else (int(crop[1]), int(crop[0]))
+    except BROKEN as error:
+        raise UnreadableImage(f"{path}: cannot be read ({_reason(error)})") from error
     if latent.ndim != 3 or not latent.numel() or not latent.isfinite().all():
         raise UnreadableImage(f"{path}: no finite latent [c, h, w], but {list(latent.shape)}")
-    original = content.get("original_size")
-    crop = content.get("crop_ltrb")
-    return Cached(
-        latent,
-        None if original is None else (int(original[1]), int(original[0])),  # kohya writes width, height
-        (0, 0) if crop is None else (int(crop[1]), int(crop[0])),
-    )
+    return Cached(latent, size, place)
 
 
 def read_latents(path: Path) -> Tensor:
@@ -82,22 +84,31 @@ def read_latents(path: Path) -> Tensor:
             f"{path}: latents are read from {', '.join(SUFFIXES)} files, or from the folder of a store"
         )
     try:
-        latents = _content(path)["latents"].float()
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
-            SafetensorError) as error:  # fmt: skip
-        raise ValueError(
-            f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from error
-    if latents.ndim not in (3, 4):
-        raise ValueError(f"{path}: latents are [c, h, w] or [B, c, h, w], not {list(latents.shape)}")
+        latents: Tensor = _content(path)["latents"]
+    except BROKEN as error:
+        raise ValueError(f"{path}: cannot be read ({_reason(error)})") from error
+    if latents.ndim not in (3, 4) or not latents.numel() or not latents.isfinite().all():
+        raise ValueError(f"{path}: no finite latents [c, h, w] or [B, c, h, w], but {list(latents.shape)}")
     return latents
 
 
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def _content(path: Path) -> dict[str, Any]:
+    """What `_stored` finds, its latents in float32."""
+    content = _stored(path)
+    if not content["latents"].is_floating_point():
+        raise ValueError(f"its latents are {content['latents'].dtype}, and floating-point numbers are needed")
+    return {**content, "latents": content["latents"].float()}
+
+
+def _stored(path: Path) -> dict[str, Any]:
     """The `latents` of a file, and what else it says."""
     require_regular(path)
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             content: dict[str, Any] = {name: arrays[name] for name in arrays.files}
         named = [name for name in content if name == "latents" or re.fullmatch(r"latents_\d+x\d+", name)]
         if not named:
@@ -109,7 +120,8 @@ def _content(path: Path) -> dict[str, Any]:
             "crop_ltrb": content.get(f"crop_ltrb{suffix}"),
         }
     if path.suffix == ".npy":
-        return {"latents": torch.from_numpy(np.load(path, allow_pickle=False))}
+        with open_regular(path) as file:
+            return {"latents": torch.from_numpy(np.load(file, allow_pickle=False))}
     if path.suffix == ".safetensors":
         loaded: Any = load_file(path)
     else:
