@@ -124,7 +124,15 @@ class Plan:
             raise StoreError(f"{store}: holds no plan of an encoding")
         if [file.stem for file in files] != [f"{number:04}" for number in range(len(files))]:
             raise StoreError(f"{store / PLAN_FOLDER}: a part of the plan is missing")
-        return cls([Part.load(file) for file in files])
+        parts: list[Part] = []
+        for file in files:
+            part, shards = Part.load(file), sum(len(before.about["shards"]) for before in parts)
+            if part.first != shards or (parts and part.about["settings"] != parts[0].about["settings"]):
+                raise StoreError(
+                    f"{file}: begins with shard {part.first}, not {shards}, or is of another store"
+                )
+            parts.append(part)
+        return cls(parts)
 
     @property
     def shards(self) -> range:

@@ -51,6 +51,13 @@ def test_a_shard_of_other_pictures_is_not_finished(made, ours):
         finish(ours)
 
 
+@pytest.mark.parametrize("source", ["ours", "other codec"])
+def test_a_part_of_a_plan_that_was_copied_is_not_encoded_again(made, ours, source):
+    shutil.copy(made / source / "plan/0000.arrow", ours / "plan/0001.arrow")
+    with pytest.raises(StoreError, match=r"0001\.arrow: begins with shard 0, not 3"):
+        encode(ours, workers=0)
+
+
 def test_dropped_pictures_are_no_other_pictures(ours):
     finish(ours, drop=["003.png"])
     (ours / "index.json").unlink()
