@@ -20,6 +20,15 @@ def require(extra: str, *packages: str) -> None:
         )
 
 
+def require_docstrings() -> None:
+    """Raises MissingPackage under `python -OO`, where transformers, which diffusers imports, ends in a traceback."""
+    if sys.flags.optimize > 1 and find_spec("transformers") is not None:
+        _end_in_one_line()
+        raise MissingPackage(
+            "python -OO (PYTHONOPTIMIZE=2) drops the docstrings that transformers reads: use -O, or neither"
+        )
+
+
 def _end_in_one_line() -> None:
     """Scripts import at their top, where they catch nothing: without this, they would end in a page of traceback."""
     before = sys.excepthook

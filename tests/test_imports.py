@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import latentcodec
+from latentcodec.cli import run
 from latentcodec.extras import require
 
 HEAVY = {
@@ -49,6 +51,15 @@ def test_reading_an_image_needs_no_diffusers():
 def test_a_codec_needs_no_library_of_training_or_reports():
     loaded, _ = loaded_by("from latentcodec import LatentCodec, optimize_vae")
     assert not loaded & {"datasets", "matplotlib", "lpips", "tensorboard", "jsonargparse"}
+
+
+def test_python_without_docstrings_is_refused_in_one_line(monkeypatch, capsys):
+    bare = SimpleNamespace(flags=SimpleNamespace(optimize=2), excepthook=sys.excepthook)
+    monkeypatch.setattr("latentcodec.extras.sys", bare)
+    assert run(["verify", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: python -OO")
+    assert said.count("\n") == 1
 
 
 def test_all_public_names_are_there_and_no_others():

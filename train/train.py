@@ -13,9 +13,11 @@ import os
 import sys
 
 if __name__ == "__main__":
+    from latentcodec.extras import require_docstrings
     from latentcodec.openmp import wait_briefly
     from latentcodec.training.console import end_at_interrupt, ticking
 
+    require_docstrings()
     end_at_interrupt()
     wait_briefly()
     with ticking(

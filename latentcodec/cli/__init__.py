@@ -21,6 +21,7 @@ from latentcodec.cli.output import DONE, FAILED, INTERRUPTED, WRONG
 from latentcodec.cli.reconstruct import reconstruct
 from latentcodec.cli.train import train
 from latentcodec.cli.verify import verify
+from latentcodec.extras import require_docstrings
 
 app = typer.Typer(
     help="""Pictures to latents and back, for diffusion pipelines.
@@ -56,6 +57,7 @@ def settings() -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of a command line; what a user can mend is one line on stderr."""
     try:
+        require_docstrings()
         code = app(arguments, prog_name="latentcodec", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
