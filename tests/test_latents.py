@@ -134,6 +134,7 @@ def test_the_fingerprint_is_the_same_after_save_and_load_and_in_any_dtype(name, 
     assert LatentCodec.from_pretrained(tmp_path).fingerprint == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_weight_and_number_is_in_the_fingerprint(name):
     codec = codec_of(name)

@@ -80,7 +80,9 @@ def _write_store(folder: Path, latents: Tensor, rows: list[Row], dtype: str) -> 
         part = {"latent": quantize(latents[start : start + SHARD], dtype)}
         batch = shard_batch(settings, SHAPE, rows[start : start + SHARD], part)
         path = folder / shard_file(SHAPE, number)
-        write_whole(path, shard_bytes(batch, {"rejects": [], "samples": []}))
+        write_whole(
+            path, shard_bytes(batch, {"codec": "bench", "shard": number, "rejects": [], "samples": []})
+        )
         entries.append(checked_entry(folder, Shard(path, settings, SHAPE)))
     write_whole(folder / "index.json", Index(settings, {}, entries, 0, []).to_json())
 

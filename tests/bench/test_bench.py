@@ -210,6 +210,7 @@ def test_reconstruction_measures_what_the_evaluator_measures(
     assert write_page(written, tmp_path / "out", Path(printed["files"]["html"]).stem).read_text() == page
 
 
+@pytest.mark.slow
 def test_damaged_and_tiny_images_are_skipped_and_listed(
     reconstruction, codec_folder, image_folder, tmp_path, capsys
 ):
@@ -429,6 +430,7 @@ def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput,
         throughput.main(["--codec", str(file), "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "headline"),
     [

@@ -108,6 +108,7 @@ def peak_and_plan(batch, keeps, monkeypatch):
     return live.peak, maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "made again"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_strips_are_freed_as_they_are_read(batch, keeps, monkeypatch):
@@ -143,7 +144,15 @@ WIDE = {
 @pytest.mark.parametrize("keep_packed", [True, False], ids=["packed weights stay", "they go"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize("configuration", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        pytest.param(
+            given, id=name, marks=[pytest.mark.slow] if name in ("as published", "no attention") else []
+        )
+        for name, given in WIDE.items()
+    ],
+)
 def test_the_bytes_that_an_error_names_suffice(configuration, direction, compiled, keep_packed):
     """And the pass stays within them; the first call, in which weights are prepared, too."""
     _, vae = pair(configuration)

@@ -81,6 +81,7 @@ def test_without_a_compiler_no_thread_tries_for_ever(fresh, monkeypatch, command
     assert build.library_if_built() is None
 
 
+@pytest.mark.slow
 def test_other_flags_make_another_file(fresh):
     compiler = build._compiler()
     assert build._built(compiler, [*build.FLAGS, "-O0"]) != build._built(
@@ -127,6 +128,7 @@ def test_a_compiler_that_says_nothing_or_no_utf8_is_no_error(fresh, monkeypatch,
     assert "slower but equal" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_compiler_with_half_a_quotation_is_no_error(fresh, monkeypatch, caplog):
     monkeypatch.setenv("CXX", 'c++ "-O1')
     with caplog.at_level(logging.WARNING):

@@ -57,6 +57,7 @@ def run(name, place, out, capsys, *more):
     return last, page
 
 
+@pytest.mark.slow
 def test_rate_distortion(place, tmp_path, capsys):
     last, page = run("rate_distortion", place, tmp_path, capsys, "--formats", "JPEG")
     curves = last["curves"]

@@ -152,6 +152,7 @@ def test_a_scale_has_its_limit_its_level_and_known_codecs():
     assert "white noise" in [mark["label"] for mark in line["marks"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_results_of_earlier_versions_render(path, tmp_path):
     command.main([str(path), "--out", str(tmp_path)])

@@ -43,6 +43,7 @@ def numbers(codec):
     return values, [buffer.tolist() for name, buffer in codec.vae.named_buffers() if "running" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_student_is_of_its_teachers_class_and_has_its_numbers(name, tmp_path, images):
     source = saved(small_vae(name), tmp_path / "teacher")
@@ -64,6 +65,7 @@ def test_a_student_is_of_its_teachers_class_and_has_its_numbers(name, tmp_path, 
     assert stock.config == codec.vae.config or stock.state_dict().keys() == codec.vae.state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["all", "decoder"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_fine_tuned_codec_keeps_its_parents_numbers_to_the_last_digit(name, part, tmp_path, images):

@@ -113,6 +113,7 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_identical_with_workers(tmp_pa
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["buckets", "streaming"])
 def test_a_run_over_buckets_or_a_stream_is_resumed_bit_for_bit_too(tmp_path, kind):
     data = tmp_path / "data"
@@ -369,6 +370,7 @@ def test_three_bad_steps_in_a_row_roll_back_and_training_goes_on_behind_them(tmp
     assert [json.loads(line)["draw"] for line in lines] == [3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [{"kill_at": 3}, {"stop_at": 5}], ids=str)
 def test_a_resume_after_a_rollback_is_bit_identical_too(tmp_path, images, kill_at):
     """kill_at 3: the checkpoint is from before the bad batches, which are met again. stop_at 5: from behind them."""

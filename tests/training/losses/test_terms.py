@@ -259,6 +259,7 @@ def test_the_kl_weight_moves_by_the_stated_gain_and_stays_in_its_range() -> None
     assert rate_control.next_kl_weight(high, 5.0, 0.0) == high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "key"), [(1e-3, "bits"), (10.0, "bits"), (10.0, "std")])
 def test_rate_control_reaches_its_target_from_below_and_above(start: float, key: str) -> None:
     """A linear codec of gaussian data, whose optimum is known, trained by Adam while the weight is
