@@ -81,6 +81,11 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, images):
     one = recorded(everything(small(tmp_path / "one", images, batch_size=4)))
     other = recorded(everything(small(tmp_path / "two", images, batch_size=1, accumulation=4)))
     assert_equal_but_for_rounding(one, other)
+    norms, others = (
+        [float.fromhex(line["grad_norm"]) for line in metrics(tmp_path / name) if "grad_norm" in line]
+        for name in ("one", "two")
+    )
+    assert others == pytest.approx(norms, rel=AMPLIFIED)  # before clipping, which would hide a common factor
 
 
 # ---- resume ----
