@@ -52,11 +52,18 @@ def verify(path: Path) -> None:
         found = entry_of(read_file(path, name))
         if found != expected:
             raise DamagedCheckpoint(path, name, f"it is {found}, the manifest says {expected}")
-    for file in sorted(path.iterdir()):  # it would be loaded as a part of the checkpoint
+    for file in _files(path):  # it would be loaded as a part of the checkpoint
         if file.suffix in CONTENTS and file.name not in manifest:
             raise DamagedCheckpoint(
                 path, file.name, "the manifest does not list it; move it out of the folder"
             )
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError as error:
+        raise DamagedCheckpoint(path, path.name, str(error.strerror)) from error
 
 
 def read_file(path: Path, name: str) -> bytes:
