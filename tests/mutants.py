@@ -375,10 +375,17 @@ MUTANTS = [
     # ---- the engine
     Mutant(
         "the memory bound ignores the batch",
+        "engine/needs.py",
+        "network.mid_block, len(x) * dtype.itemsize",
+        "network.mid_block, dtype.itemsize",
+        "test_memory.py",
+    ),
+    Mutant(
+        "the memory bound of single images ignores the batch",
         "engine/images.py",
         "smallest = 2 * row_bytes * len(x) * dtype.itemsize",
         "smallest = 2 * row_bytes * dtype.itemsize",
-        "test_memory.py",
+        "test_streams.py",
     ),
     Mutant(
         "strips are never freed",

@@ -15,6 +15,7 @@ from stock_pairs import CONFIGS, pair
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentcodec import LatentCodec, optimize_vae, restore_vae
 from latentcodec.adopt import adopt
@@ -170,6 +171,27 @@ def test_a_trace_holds_for_other_sizes(vaes):
         z = torch.randn(1, 4, 10, 6)
         close(traced(z), reference.decoder(z))
         assert "mkldnn" not in str(traced.inlined_graph)
+
+
+class Convolutions(TorchDispatchMode):
+    """How many convolutions are seen one by one, as counters of operations and debuggers see them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **kwargs or {})
+
+
+def test_who_watches_single_operations_sees_those_of_the_class():
+    stock, ours = pair(CONFIGS["sd"])
+    optimize_vae(ours)
+    counts = []
+    for vae in (stock, ours):
+        with torch.no_grad(), Convolutions() as seen:
+            vae.decode(torch.randn(*Z))
+        counts.append(seen.count)
+    assert counts[1] == counts[0] > 0
 
 
 def test_fake_tensors_tell_the_shape(vaes, strips):

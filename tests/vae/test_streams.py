@@ -109,6 +109,16 @@ def test_a_pass_stays_within_the_bytes_that_it_says_it_needs(name, keep_packed):
     assert 0.2 * least < live.peak + weights <= least
 
 
+def test_a_bound_counts_the_whole_batch():
+    vae = optimize_vae(small_vae("qwen"), max_memory=1)
+    needed = []
+    for batch in (1, 2, 3):
+        with torch.no_grad(), pytest.raises(ValueError, match="max_memory 1 bytes is too little") as refusal:
+            vae.decode(torch.randn(batch, vae.config.z_dim, 1, 12, 10))
+        needed.append(int(re.search(r"needs ([\d,]+),", str(refusal.value))[1].replace(",", "")))
+    assert needed[2] - needed[1] == needed[1] - needed[0] > 0
+
+
 @pytest.mark.parametrize("name", CAUSAL_NAMES)
 def test_bfloat16_without_units_is_computed_in_float32(name, monkeypatch):
     monkeypatch.setenv("LATENTCODEC_DTYPE", "float32")  # as on a machine that would emulate it
