@@ -55,6 +55,11 @@ CALLS = {
     "down blocks": lambda vae, x, z: down_by_down(vae.encoder, x),
     "up blocks with temb None": lambda vae, x, z: block_by_block(vae.decoder, z, None),
     "up blocks with a temb": lambda vae, x, z: block_by_block(vae.decoder, z, torch.full((1, 1, 1, 1), 0.5)),
+    "mid_block with a temb for each channel": lambda vae, x, z: (
+        vae.decoder.mid_block(  # a norm hides a constant
+            vae.decoder.conv_in(z), torch.linspace(-1, 1, vae.config.block_out_channels[-1])[:, None, None]
+        )
+    ),
     "mid_block(hidden_states=, temb=)": lambda vae, x, z: vae.decoder.mid_block(
         hidden_states=vae.decoder.conv_in(z), temb=None
     ),
