@@ -76,7 +76,7 @@ class Engine:
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
             )
             and forms_within(network) == network.built_as
-            and not _is_constant(network, x)
+            and not _pads_one_cell_with_itself(network, x)
         )
 
     def allows(self, x: Tensor, first: Tensor) -> bool:
@@ -186,11 +186,11 @@ class Engine:
         )
 
 
-def _is_constant(network: Any, x: Tensor) -> bool:
-    """Whether a map of the network is one cell that its convolutions see on all sides.
+def _pads_one_cell_with_itself(network: Any, x: Tensor) -> bool:
+    """Whether the smallest map is a single cell, and convolutions repeat it around itself instead of adding zeros.
 
-    Then its norms get a variance of zero, or of what was rounded before, which they divide by: only the same functions
-    in the same order give the same numbers.
+    Such a map is constant. A group norm divides by its deviation, which is nothing but rounding, so only the same
+    functions in the same order give the same numbers.
     """
     shift = 0 if hasattr(network, "up_blocks") else len(network.down_blocks) - 1
     if max(x.shape[2] >> shift, x.shape[3] >> shift) > 1:

@@ -14,10 +14,8 @@ AFTER_ENTROPY_CODED = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither stu
 COEFFICIENTS = 64
 SHORTEST = {b"JFIF": 14, b"ICC_PROFILE\0": 14, b"Adobe": 12}  # segments of applications, in bytes
 RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]  # they come in turn between parts of a scan
-DATA = (
-    b"\x55\x2b\x9c" * 400,
-    b"\xaa\xd3\x17" * 400,
-)  # that a decoder takes for more of a scan, if it needs any
+# What a decoder takes for more of a scan, if it needs any.
+DATA = (b"\x55\x2b\x9c" * 400, b"\xaa\xd3\x17" * 400)
 
 
 @dataclass
