@@ -39,6 +39,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared}"))
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name files and long texts by their argument: bytes may hold a time, and all processes need the same names."""
+    return argname if isinstance(val, bytes) or (isinstance(val, str) and len(val) > 60) else None
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state, with one thread, whatever the last one took."""
