@@ -343,6 +343,7 @@ def test_a_saved_pipeline_draws_the_same_image_where_latentcodec_is_not_installe
     assert np.abs(strips - there).max() < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_pipeline_names_no_class_of_ours(name, folders):
     index = json.loads((folders[name] / "pipe" / "model_index.json").read_text())

@@ -29,12 +29,13 @@ with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "setting",
     [
-        pytest.param({}, id="as it is", marks=pytest.mark.slow),
-        pytest.param({"CXX": ""}, id="no compiler", marks=pytest.mark.slow),
+        pytest.param({}, id="as it is"),
+        pytest.param({"CXX": ""}, id="no compiler"),
         pytest.param(AVX2, id="AVX2"),
     ],
 )

@@ -181,6 +181,7 @@ def test_a_data_worker_that_hangs_is_named_and_ended(tmp_path, begin):
     assert gone or worker.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_the_system_has_ended_is_said_in_one_line(tmp_path, begin):
     (process,), (log,) = begin({})
     worker_of(process).kill()
