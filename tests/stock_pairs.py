@@ -25,6 +25,8 @@ def config(channels=(16, 32), layers=1, latent=4, groups=8, down=None, up=None, 
     )
 
 
+ALL_MAPS = 1 << 62  # bytes that a pass may hold of maps, where it shall make none again
+
 FLUX = dict(
     latent=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
 )
@@ -70,7 +72,7 @@ def whole_and_strips(configuration, batch=1, height=40, width=24, **settings):
             "dtype": torch.float32,
             "kernels": REFERENCE_KERNELS,
             "strip_bytes": 1,
-            "keeps": True,
+            "map_bytes": ALL_MAPS,
             "score_bytes": 1 << 20,
             "scratch": torch.empty(0),
         }

@@ -28,10 +28,10 @@ class Needs:
 
     weights: int
     """Of the network's weights and of all that is prepared of them."""
-    kept: int
-    """Of feature maps, where inner maps are kept."""
-    remade: int
-    """Of feature maps, where inner maps are made a second time."""
+    stages: tuple[tuple[int, int], ...]
+    """Of the feature maps of each stage: where its inner maps are kept, and where they are made a second time."""
+    other_maps: int
+    """Of what attention holds, or of the first map beside the input, or of the last beside the result."""
     strips_at_once: int
     smallest_strip: int
     """Of two rows of the widest map."""
@@ -41,20 +41,25 @@ class Needs:
     @property
     def least(self) -> int:
         """With which a pass runs, if only just."""
-        return self.weights + self.remade + self.in_hand
+        return self.weights + self.maps(0) + self.in_hand
 
     @property
     def in_hand(self) -> int:
         """Of the smallest strips, or of the scores of one query with attention's weights."""
         return max(self.strips_at_once * self.smallest_strip, 2 * self.query)
 
-    def keeps(self, bound: int) -> bool:
-        """Whether inner maps are kept."""
-        return self.weights + self.kept + self.in_hand <= bound
+    def maps(self, map_bytes: int) -> int:
+        """Of feature maps, where a stage keeps its inner maps if that takes at most `map_bytes`."""
+        held = (kept if kept <= map_bytes else remade for kept, remade in self.stages)
+        return max(self.other_maps, *held)
+
+    def map_bytes(self, bound: int) -> int:
+        """That the feature maps of a stage may take."""
+        return max(0, bound - self.weights - self.in_hand)
 
     def room(self, bound: int) -> int:
         """Beside the weights and the maps."""
-        return bound - self.weights - (self.kept if self.keeps(bound) else self.remade)
+        return bound - self.weights - self.maps(self.map_bytes(bound))
 
     def strip_bytes(self, bound: int, largest: int) -> int:
         """Of a strip: as large as it should be, or as `bound` leaves room for."""
@@ -85,15 +90,15 @@ def needs_of(
         _pixels(stages[0]) * (first + network.conv_in.out_channels),
         _result_pixels(stages) * max(network.conv_out.in_channels + last, 3 * last),
     )
-    kept, remade = (
-        item * max(attended, ends, *(_pixels(stage) * channels_at_once(stage[2], keeps) for stage in stages))
-        for keeps in (True, False)
+    held = (
+        tuple(item * _pixels(stage) * channels_at_once(stage[2], keeps) for keeps in (True, False))
+        for stage in stages
     )
     widest = max(w * max(stage.in_channels, stage.out_channels, first, last) for _, w, stage in stages)
     return Needs(
         weights=_weight_bytes(network, dtype, is_native, keep_packed),
-        kept=kept,
-        remade=remade,
+        stages=tuple((kept, remade) for kept, remade in held),
+        other_maps=item * max(attended, ends),
         strips_at_once=STRIPS_AT_ONCE + (TRANSFORMED_STRIPS if is_native else 0),
         smallest_strip=2 * item * widest,
         query=4 * lowest if middle.attentions else 0,

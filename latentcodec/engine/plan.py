@@ -158,7 +158,7 @@ class Engine:
         )
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StripPass:
-        """Keep inner maps if they fit, else make them again. Raises ValueError where that is too much as well."""
+        """Keep inner maps where they fit, else make them again. Raises ValueError where that is too much as well."""
         device, dtype, bound = x.device.type, self.dtype(x), self.bound(x.device)
         kernels = self.kernels(x)
         is_native = isinstance(kernels, NativeKernels)
@@ -179,7 +179,7 @@ class Engine:
             kernels,
             strip_bytes,
             score_bytes,
-            needs.keeps(bound),
+            needs.map_bytes(bound),
             scratch,
             workspace,
             keeps_packed=self.keep_packed,

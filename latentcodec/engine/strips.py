@@ -16,23 +16,22 @@ Shapes: B batch, C channels, H W rows and columns of a map, r rows of a strip, n
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentcodec.engine.rows import Ends, ends_for, ends_of, padded, regrouped, seen_ends, with_neighbours
+from latentcodec.engine.maps import Map, kept_map, kept_or_remade
+from latentcodec.engine.needs import channels_at_once
+from latentcodec.engine.rows import ends_for, padded, regrouped, seen_ends, with_neighbours
 from latentcodec.ops.convolutions import WindowConvolution, window_convolution, window_upsample_convolution
 from latentcodec.ops.native.convolution import Workspace
 from latentcodec.ops.pointwise import Activation, Kernels, Moments, Norm
 from latentcodec.vae.layers import Attention, Downsample, ResnetBlock2D, Stage, Upsample
-
-T = TypeVar("T")
 
 FUNCTIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: F.silu,
@@ -40,17 +39,6 @@ FUNCTIONS: dict[type[nn.Module], Activation] = {
     nn.Mish: F.mish,
     nn.ReLU: F.relu,
 }
-
-
-@dataclass(frozen=True)
-class Map:
-    """A feature map [B, H, W, C] as strips."""
-
-    moments: Moments
-    strips: Callable[[bool], Iterator[Tensor]]
-    """From the top; with True for the last time, so that each is freed once it has been read."""
-    ends: Callable[[], Ends]
-    """To be asked for before the last time."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +52,9 @@ class StripPass:
     """Of a strip of a stage's widest map."""
     score_bytes: int
     """Of attention scores at a time, in float32."""
-    keeps: bool
-    """Whether inner maps are kept, or made again: half the memory, and twice the first convolutions."""
+    map_bytes: int
+    """Of a stage's maps. Where its inner ones do not fit, they are made again: half the memory, twice the first
+    convolutions."""
     scratch: Tensor
     """[0] of `dtype` on the device of the images, to be grown to the largest window."""
     workspace: Workspace | None = None
@@ -78,29 +67,33 @@ class StripPass:
     def encode(self, encoder: Any, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> strips of the posterior's moments [B, H // f, W // f, 2c]."""
         stages, width = list(encoder.down_blocks), x.shape[3]
-        self._reserve(x, [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)])
+        sizes = [(stage, x.shape[2] >> i, width >> i) for i, stage in enumerate(stages)]
+        self._reserve(x, sizes)
+        keeps = self._keeps(x, sizes)
         feature = self._conv_in(encoder.conv_in, x, self._rows(stages[0], x, width, x.shape[1]))
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
-            feature = self._blocks(stage, feature)
+            feature = self._blocks(stage, feature, keeps[stage])
             for layer in stage.downsamplers or ():
                 width //= 2
                 moments = self.kernels.moments()
                 strips = self._downsample(layer, feature, moments)
-                feature = _kept(moments, regrouped(strips, self._rows(following, x, width)))
-        feature = self._mid_block(encoder.mid_block, feature)
+                feature = kept_map(moments, regrouped(strips, self._rows(following, x, width)))
+        feature = self._mid_block(encoder.mid_block, feature, keeps[stages[-1]])
         return self._conv_out(encoder, feature)
 
     def decode(self, decoder: Any, z: Tensor) -> list[Tensor]:
         """[B, c, h, w] -> strips of the image [B, h f, w f, C]."""
         stages, width = list(decoder.up_blocks), z.shape[3]
-        self._reserve(z, [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)])
+        sizes = [(stage, z.shape[2] << i, width << i) for i, stage in enumerate(stages)]
+        self._reserve(z, sizes)
+        keeps = self._keeps(z, sizes)
         feature = self._conv_in(decoder.conv_in, z, self._rows(stages[0], z, width, z.shape[1]))
-        feature = self._mid_block(decoder.mid_block, feature)
+        feature = self._mid_block(decoder.mid_block, feature, keeps[stages[0]])
         for stage, following in zip(stages, [*stages[1:], stages[-1]], strict=True):
-            feature = self._blocks(stage, feature)
+            feature = self._blocks(stage, feature, keeps[stage])
             for layer in stage.upsamplers or ():
                 width *= 2
-                feature = self._upsample(layer, feature, self._rows(following, z, width))
+                feature = self._upsample(layer, feature, self._rows(following, z, width), keeps[following])
         return self._conv_out(decoder, feature)
 
     # ---- the layers
@@ -111,22 +104,23 @@ class StripPass:
         ends = ends_for(layer, lambda: (pixels[:, :1], pixels[:, -1:]))
         parts = with_neighbours(pixels.split(rows, dim=1), ends=ends)
         windows = (self._window(*part, None, layer.padding_mode) for part in parts)
-        return _kept(moments, (convolve(window, moments) for window in windows))
+        return kept_map(moments, (convolve(window, moments) for window in windows))
 
-    def _blocks(self, stage: Any, feature: Map) -> Map:
+    def _blocks(self, stage: Any, feature: Map, keeps: bool) -> Map:
+        self._forget_weights()
         for index, block in enumerate(stage.resnets):
-            feature = self._residual(block, feature)
+            feature = self._residual(block, feature, keeps)
             if stage.attentions:
                 feature = self._attention(stage.attentions[index], feature)
         return feature
 
-    def _mid_block(self, block: Any, feature: Map) -> Map:
-        feature = self._residual(block.resnets[0], feature)
+    def _mid_block(self, block: Any, feature: Map, keeps: bool) -> Map:
+        feature = self._residual(block.resnets[0], feature, keeps)
         for layer in block.attentions:
             feature = self._attention(layer, feature)
-        return self._residual(block.resnets[1], feature)
+        return self._residual(block.resnets[1], feature, keeps)
 
-    def _residual(self, block: ResnetBlock2D, feature: Map) -> Map:
+    def _residual(self, block: ResnetBlock2D, feature: Map, keeps: bool) -> Map:
         """shortcut(x) + conv2(norm2(conv1(norm1(x))))."""
         activation = FUNCTIONS[type(block.nonlinearity)]
         norm1 = _norm(feature.moments, block.norm1, activation)
@@ -143,7 +137,7 @@ class StripPass:
                 h = conv1(self._window(above, strip, below, norm1, block.conv1.padding_mode), inner)
                 yield h, shortcut(strip) if last else strip
 
-        pairs, inner_ends = self._kept_or_remade(branches, itemgetter(0))
+        pairs, inner_ends = kept_or_remade(branches, itemgetter(0), keeps)
         norm2 = _norm(inner, block.norm2, activation)
         around = ends_for(block.conv2, inner_ends)
 
@@ -152,7 +146,7 @@ class StripPass:
                 window = self._window(above, h, below, norm2, block.conv2.padding_mode)
                 yield conv2(window, moments, residual)
 
-        return _kept(moments, joined())
+        return kept_map(moments, joined())
 
     def _attention(self, layer: Attention, feature: Map) -> Map:
         """x + to_out(softmax(q k^T / sqrt(C)) v), a part of the queries at a time."""
@@ -170,7 +164,7 @@ class StripPass:
         moments = self.kernels.moments()
         for strip in result:
             moments.add(strip)
-        return _kept(moments, result)
+        return kept_map(moments, result)
 
     def _downsample(self, layer: Downsample, feature: Map, moments: Moments) -> Iterator[Tensor]:
         """Zeros right and below, then 3x3 with stride 2; strips have an even number of rows, but for the last."""
@@ -182,7 +176,8 @@ class StripPass:
                 self.kernels.halving_window_(window, strip, below)
                 yield convolve(window, moments)
 
-    def _upsample(self, layer: Upsample, feature: Map, rows: int) -> Map:
+    def _upsample(self, layer: Upsample, feature: Map, rows: int, keeps: bool) -> Map:
+        self._forget_weights()
         settings = self.dtype, self.workspace, self.keeps_packed
         make = window_upsample_convolution
         convolve = self._ready(layer.conv, lambda c: make(c.weight, c.bias, *settings, owner=c))
@@ -199,8 +194,8 @@ class StripPass:
                     moments.add(y)
                 yield y
 
-        if self.keeps:
-            return _kept(moments, strips(True))
+        if keeps:
+            return kept_map(moments, strips(True))
         ends = seen_ends(strips(False))
         return Map(moments, strips, lambda: ends)
 
@@ -247,6 +242,19 @@ class StripPass:
         self.kernels.window_(window, above, strip, below, norm)
         return window if padding == "zeros" else padded(window, above is None, below is None, padding)
 
+    def _forget_weights(self) -> None:
+        """Free what was prepared of weights for the layers before: theirs were larger than those of the next ones."""
+        if self.workspace is not None:
+            self.workspace.forget_weights()
+
+    def _keeps(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> dict[Stage, bool]:
+        """Of each stage, given with the height and width of its maps: whether its inner maps fit."""
+        item = len(x) * self.dtype.itemsize
+        return {
+            stage: item * height * width * channels_at_once(stage, True) <= self.map_bytes
+            for stage, height, width in stages
+        }
+
     def _reserve(self, x: Tensor, stages: list[tuple[Stage, int, int]]) -> None:
         """Memory for every window, given the stages with the heights and widths of their maps."""
         given = [
@@ -265,32 +273,9 @@ class StripPass:
         would leave holes that no strip fits into."""
         return self.scratch[: math.prod(shape)].view(shape)
 
-    def _kept_or_remade(
-        self, make: Callable[[bool], Iterator[T]], strip_of: Callable[[T], Tensor]
-    ) -> tuple[Iterator[T], Callable[[], Ends]]:
-        """All that `make` yields, after it has run to its end once: kept since then, or made again; and its ends."""
-        if self.keeps:
-            kept = deque(make(True))
-            return _drained(kept), lambda: ends_of(strip_of(kept[0]), strip_of(kept[-1]))
-        ends = seen_ends(map(strip_of, make(False)))
-        return make(True), lambda: ends
-
 
 def _norm(moments: Moments, layer: nn.GroupNorm, activation: Activation | None) -> Norm:
     return moments.norm(layer.weight, layer.bias, layer.num_groups, layer.eps, activation)
-
-
-def _kept(moments: Moments, strips: Iterable[Tensor]) -> Map:
-    """The map of strips that are counted in as they are made."""
-    kept = deque(strips)
-    return Map(
-        moments, lambda last: _drained(kept) if last else iter(kept), lambda: ends_of(kept[0], kept[-1])
-    )
-
-
-def _drained(items: deque[T]) -> Iterator[T]:
-    while items:
-        yield items.popleft()
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 import torch
-from stock_pairs import CONFIGS, config, pair
+from stock_pairs import ALL_MAPS, CONFIGS, config, pair
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +18,8 @@ from latentcodec.engine.networks import EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
 from latentcodec.ops import convolutions
+from latentcodec.ops.native import winograd
+from latentcodec.ops.native.build import library
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,9 @@ def peak_and_plan(batch, keeps, monkeypatch):
     stages = [(16 << i, 16 << i, stage) for i, stage in enumerate(vae.decoder.up_blocks)]
     maps = max(h * w * needs.channels_at_once(stage, keeps) for h, w, stage in stages) * batch * 4
     run = Engine()._plan(z, stages, vae.decoder)
-    run = StripPass(run.dtype, run.kernels, run.strip_bytes, run.score_bytes, keeps, run.scratch)
+    run = StripPass(
+        run.dtype, run.kernels, run.strip_bytes, run.score_bytes, ALL_MAPS if keeps else 0, run.scratch
+    )
     with torch.inference_mode():
         run.decode(vae.decoder, z)  # weights are packed
         with LiveBytes(vae) as live:
@@ -164,11 +168,11 @@ def test_the_bytes_that_an_error_names_suffice(configuration, direction, compile
         if direction == "encode"
         else torch.randn(2, channels, 96 // f, 80 // f)
     )
-    network.engine = Engine(1, compiled, keep_packed)
+    network.engine = Engine(1, keep_packed, compiled)
     with torch.no_grad(), pytest.raises(ValueError, match="it needs") as error:
         network(x)
     named = int(re.search(r"it needs ([\d,]+),", str(error.value))[1].replace(",", ""))
-    network.engine = Engine(named, compiled, keep_packed)
+    network.engine = Engine(named, keep_packed, compiled)
     own = sum(weight.numel() * weight.itemsize for weight in network.parameters())
     with torch.no_grad():
         network(torch.randn_like(x[:1, :, :f, :f]))  # torch's kernels are there
@@ -179,7 +183,7 @@ def test_the_bytes_that_an_error_names_suffice(configuration, direction, compile
     network.engine = Engine()
     with torch.no_grad():
         torch.testing.assert_close(ours, network(x), rtol=1e-4, atol=1e-4)
-    network.engine = Engine(named - 1, compiled, keep_packed)
+    network.engine = Engine(named - 1, keep_packed, compiled)
     with torch.no_grad(), pytest.raises(ValueError, match="it needs"):
         network(x)
 
@@ -202,3 +206,29 @@ def test_packed_weights_go_after_each_pass_if_they_shall():
         assert (vae.encoder in recordings._known) == keep
     assert prepared[0] > 10
     assert prepared[1] == 0
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_what_was_prepared_of_the_weights_of_a_stage_is_freed_before_the_next(direction, monkeypatch):
+    """The lowest stage has the largest weights, the highest one the largest maps; nobody needs room for both."""
+    monkeypatch.setattr(winograd, "KEPT_VALUES", 0)
+    _, vae = pair(config(channels=(32, 64, 128), mid_block_add_attention=False))
+    network = vae.encoder if direction == "encode" else vae.decoder
+    network.engine = Engine(1 << 33)  # with a bound, nothing is recorded, and so nothing held for a recording
+    x = torch.randn(1, 3, 128, 128) if direction == "encode" else torch.randn(1, 4, 32, 32)
+    held: list[tuple[int, int]] = []
+    residual = StripPass._residual
+
+    def spy(run, block, *given):
+        begun = sum(memory.numel() for memory in run.workspace.weights)
+        result = residual(run, block, *given)
+        held.append((begun, sum(memory.numel() for memory in run.workspace.weights)))
+        return result
+
+    monkeypatch.setattr(StripPass, "_residual", spy)
+    with torch.no_grad():
+        engine_on(network, x)
+    firsts = {"encode": [0, 1, 2], "decode": [2, 4, 6]}[direction]  # residual blocks that begin a stage
+    assert all(held[index][0] == 0 for index in firsts)
+    assert max(after for _, after in held) > 0

@@ -10,6 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
 from small_vaes import relative_error, small_vae
+from stock_pairs import ALL_MAPS
 
 from latentcodec.adopt import adopt, restore_vae
 from latentcodec.engine import plan
@@ -27,16 +28,16 @@ def padded_vae(name, mode, only=None):
     return vae
 
 
-@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "made again"])
+@pytest.mark.parametrize("map_bytes", [ALL_MAPS, 0], ids=["kept", "made again"])
 @pytest.mark.parametrize("strip_bytes", [1, 3000, 1 << 22])
 @pytest.mark.parametrize("size", [(16, 16), (45, 27)])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_padding_mode_equals_the_class_at_every_strip_height(
-    mode, size, strip_bytes, keeps, monkeypatch
+    mode, size, strip_bytes, map_bytes, monkeypatch
 ):
     monkeypatch.setitem(plan.STRIP_BYTES, "cpu", strip_bytes)
     make = Engine._plan
-    monkeypatch.setattr(Engine, "_plan", lambda *given: replace(make(*given), keeps=keeps))
+    monkeypatch.setattr(Engine, "_plan", lambda *given: replace(make(*given), map_bytes=map_bytes))
     strips = []
     for name in ("encode", "decode"):
         run = getattr(StripPass, name)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 from safetensors.torch import save_file
-from stock_pairs import CONFIGS, config, differences, pair, whole_and_strips
+from stock_pairs import ALL_MAPS, CONFIGS, config, differences, pair, whole_and_strips
 from torch import nn
 from torch._inductor.exc import InductorError
 
@@ -27,12 +27,12 @@ from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
 WHOLE = 1 << 30  # bytes: the image is one strip
 
 
-@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "made again"])
+@pytest.mark.parametrize("map_bytes", [ALL_MAPS, 0, 1 << 15], ids=["kept", "made again", "some kept"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_thinnest_strips_equal_diffusers_in_every_configuration(name, keeps):
+def test_the_thinnest_strips_equal_diffusers_in_every_configuration(name, map_bytes):
     f = 2 ** (len(CONFIGS[name]["block_out_channels"]) - 1)
     sizes = dict(height=5 * f + 1, width=3 * f + f // 2 + 1)  # odd, and no multiples of f
-    assert max(differences(*whole_and_strips(CONFIGS[name], batch=2, keeps=keeps, **sizes))) <= 1e-4
+    assert max(differences(*whole_and_strips(CONFIGS[name], batch=2, map_bytes=map_bytes, **sizes))) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_large_and_odd_images_equal_diffusers(size):
 
 def test_keeping_and_making_again_are_bitwise_equal():
     torch.manual_seed(0)
-    _, remade = whole_and_strips(CONFIGS["sd"], keeps=False)
+    _, remade = whole_and_strips(CONFIGS["sd"], map_bytes=0)
     torch.manual_seed(0)
     _, kept = whole_and_strips(CONFIGS["sd"])
     assert all(map(torch.equal, kept, remade))
@@ -313,7 +313,7 @@ def test_attention_counts_for_the_bound():
         optimize_vae(ours, max_memory=maps).decode(torch.randn(1, 4, 64, 64))
 
 
-def test_a_bound_decides_what_is_kept():
+def test_a_bound_decides_which_stages_keep_their_inner_maps():
     _, ours = pair(CONFIGS["sd"])
     stages = [(8 << i, 8 << i, stage) for i, stage in enumerate(ours.decoder.up_blocks)]
     z = torch.randn(1, 4, 8, 8)
@@ -322,8 +322,12 @@ def test_a_bound_decides_what_is_kept():
     with pytest.raises(ValueError, match="it needs") as error:
         plan(Engine(1))
     least = int(re.search(r"it needs ([\d,]+),", str(error.value))[1].replace(",", ""))
-    assert not plan(Engine(least)).keeps
-    assert plan(Engine(least + widest)).keeps
+
+    def kept(bound: int) -> list[bool]:
+        return list(plan(Engine(bound))._keeps(z, [(stage, h, w) for h, w, stage in stages]).values())
+
+    assert kept(least) == [True, True, True, False]  # which is widest, and makes its inner maps twice
+    assert kept(least + widest) == [True] * 4
 
 
 # ---- taking it out again

@@ -41,6 +41,10 @@ class Workspace:
         memory = self.weights.pop() if self.weights else floats(0)
         return memory if memory.numel() >= size else floats(size)
 
+    def forget_weights(self) -> None:
+        """Free what was given back."""
+        self.weights.clear()
+
 
 class NativeConvolution:
     """A convolution with native code for some shapes, and another one, prepared when it is first needed, for others."""
