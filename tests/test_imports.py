@@ -53,6 +53,12 @@ def test_a_codec_needs_no_library_of_training_or_reports():
     assert not loaded & {"datasets", "matplotlib", "lpips", "tensorboard", "jsonargparse"}
 
 
+@pytest.mark.slow
+def test_training_on_a_folder_needs_no_library_of_data_sets_or_reports():
+    loaded, _ = loaded_by("import latentcodec.training.loop")
+    assert not loaded & {"datasets", "pandas", "matplotlib", "tensorboard"}
+
+
 def test_python_without_docstrings_is_refused_in_one_line(monkeypatch, capsys):
     bare = SimpleNamespace(flags=SimpleNamespace(optimize=2), excepthook=sys.excepthook)
     monkeypatch.setattr("latentcodec.extras.sys", bare)

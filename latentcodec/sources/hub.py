@@ -1,18 +1,20 @@
 """Data sets of the Hugging Face `datasets` library: on its hub, in parquet files, in folders that it saved.
 
-Shapes: none.
+The library takes a second to import, so only the functions that need it do that. Shapes: none.
 """
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import datasets
-from pyarrow import compute
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentcodec.pixels import LeftOut, UnreadableImage
 from latentcodec.sources.encoded import EncodedSource, file_length
 from latentcodec.sources.labels import Labels
+
+if TYPE_CHECKING:
+    import datasets
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix of a file -> who reads it in `datasets`
 
@@ -49,6 +51,8 @@ class DatasetSource(EncodedSource):
         return encoded_cell(self.dataset[index][self.column], self.name(index))
 
     def lengths(self) -> list[int]:
+        from pyarrow import compute
+
         found: list[int] = []
         for rows in self.dataset.with_format("arrow").iter(batch_size=1000):
             inside, path = (compute.struct_field(rows[self.column], key) for key in ("bytes", "path"))
@@ -60,6 +64,8 @@ class DatasetSource(EncodedSource):
 
 def read_labels(dataset: datasets.Dataset, label: str, column: str) -> Labels:
     """The classes of a data set's rows: a ClassLabel with its names, whole numbers, or words."""
+    import datasets
+
     if column not in dataset.features:
         columns = ", ".join(dataset.features)
         raise ValueError(f"{label} has no column {column!r} (data.label_column); its columns are: {columns}")
@@ -77,6 +83,8 @@ def encoded_cell(cell: dict[str, Any] | None, name: str) -> str | bytes:
 
 def undecoded(dataset: Any, column: str, label: str) -> Any:
     """The data set with its image column as it is stored: bytes, or the name of a file."""
+    import datasets
+
     try:
         return dataset.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # arrow's, of many types
@@ -90,6 +98,8 @@ def find_image_column(
 
     Raises `ValueError` naming the column for one that holds something else than an image a row.
     """
+    import datasets
+
     columns = ", ".join(features)
     if column is not None:
         if column not in features:
@@ -109,6 +119,8 @@ def find_image_column(
 
 def _why_no_image(feature: Any) -> str | None:
     """What a column holds instead of an image a row; None where each cell may be one: an image, bytes or a path."""
+    import datasets
+
     if _is_list_of_images(feature):
         return "lists of images, and an image a row is needed: write a data set with one row for each image"
     if isinstance(feature, datasets.Image):
@@ -127,6 +139,8 @@ def _why_no_image(feature: Any) -> str | None:
 
 
 def _is_list_of_images(feature: Any) -> bool:
+    import datasets
+
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     return isinstance(inner, datasets.Image) or (inner is not None and _is_list_of_images(inner))
 
@@ -148,6 +162,8 @@ class Place(NamedTuple):
 
 def load_dataset(place: Place, streaming: bool = False) -> Any:
     """`datasets.load_dataset` for a path or hub id; whatever goes wrong is a `ValueError` about the place."""
+    import datasets
+
     path = Path(str(place.path)).expanduser()
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(place.path)):
         raise ValueError(f"{path}: no such file or folder (data.path)")
@@ -178,6 +194,8 @@ def is_saved_to_disk(folder: Path) -> bool:
 
 
 def _pick_split(loaded: Any, split: str) -> datasets.Dataset:
+    import datasets
+
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:

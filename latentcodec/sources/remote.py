@@ -7,19 +7,22 @@ exactly what an uninterrupted one would have seen, but it has to read (not decod
 beginning. Shapes: C channels, H W pixels.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from latentcodec.pixels import LeftOut, decode_image
 from latentcodec.randomness import Purpose, keyed_generator
 from latentcodec.sources.encoded import EncodedSource
 from latentcodec.sources.hub import Place, encoded_cell, find_image_column, load_dataset, one_line, undecoded
+
+if TYPE_CHECKING:
+    import datasets
 
 Cell = dict[str, Any] | None  # an undecoded image: {"bytes": ..., "path": ...}
 
@@ -28,6 +31,8 @@ class RemoteSource:
     """One image column of a streamed Hugging Face data set: on the hub, in parquet files or in tar shards."""
 
     def __init__(self, place: Place, column: str | None, channels: int, buffer: int) -> None:
+        import datasets
+
         self.label, self.channels, self.buffer = str(place), channels, buffer
         dataset = load_dataset(place, streaming=True)
         if isinstance(dataset, datasets.Dataset):
@@ -39,7 +44,7 @@ class RemoteSource:
         self.left_out: list[LeftOut] = []
         self._excluded: set[str] = set()
 
-    def first(self, count: int) -> "CellSource":
+    def first(self, count: int) -> CellSource:
         """The first `count` images of the data set, fetched now."""
         return CellSource(self, list(itertools.islice(self._read(self.dataset), count)))
 
@@ -61,6 +66,8 @@ class RemoteSource:
         return itertools.islice(self._lane_from_start(lane, lanes, seed), skip, None)
 
     def _lane_from_start(self, lane: int, lanes: int, seed: int) -> Iterator[Cell]:
+        from datasets.distributed import split_dataset_by_node
+
         for epoch in itertools.count():
             epoch_seed = keyed_generator(seed, Purpose.ORDER, epoch).initial_seed()
             order = self.dataset.shuffle(seed=epoch_seed, buffer_size=self.buffer)
