@@ -60,8 +60,8 @@ class Engine:
     keep_packed: bool = True
     """Whether weights that were made ready for the convolutions stay in memory between calls."""
     compiled: bool | None = None
-    """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs in
-    float32, where the compiler takes two seconds beside the first pass and there is most to gain."""
+    """Whether functions that are compiled at their first use run, and small images are replayed; None: on CPUs, where
+    the compiler takes two seconds beside the first pass."""
 
     def applies(self, network: Any, x: Tensor) -> bool:
         """Whether strips may compute in place of the modules.
@@ -105,9 +105,7 @@ class Engine:
 
     def compiles(self, x: Tensor) -> bool:
         """Whether compiled functions run in a pass over x."""
-        if self.compiled is not None:
-            return self.compiled
-        return x.device.type == "cpu" and self.dtype(x) == torch.float32
+        return x.device.type == "cpu" if self.compiled is None else self.compiled
 
     def kernels(self, x: Tensor) -> Kernels:
         """Of the pointwise work; torch's functions as long as native ones are being compiled."""

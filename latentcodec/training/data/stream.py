@@ -55,13 +55,19 @@ class Batches:
         doing(READING)
         with held():
             batches = iter(self.loader)  # starts the workers
+        hopeless: ValueError | None = None
         for batch in batches:
             self.waited_seconds += time.perf_counter() - asked
             if isinstance(batch, ValueError):
-                raise batch
+                hopeless = batch
+                break
             yield _as_tensors(batch)
             asked = time.perf_counter()
             doing(READING)
+        # This ends the workers. An error would hold them, and torch waits five seconds for each one later.
+        del batches
+        if hopeless is not None:
+            raise hopeless
 
 
 def training_batches(

@@ -1,5 +1,6 @@
 """The training stream: the same for all workers, ranks and restarts, and not stopped by bad files."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -179,6 +180,7 @@ def test_a_set_without_a_readable_image_ends_with_a_clear_error(tmp_path, worker
     with pytest.raises(ValueError, match=r"^5 images in a row cannot be read.*\d\.png") as caught:
         read(config_of(tmp_path, workers=workers), steps=1)
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_a_hopeless_set_is_given_up_before_it_is_read_through(tmp_path, monkeypatch):
