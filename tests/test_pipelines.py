@@ -483,6 +483,7 @@ def test_only_the_adapter_learns():
     assert all("lora_" in name for name in learning)
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_gives_the_same_numbers():
     """Traced by dynamo in one graph, run eagerly: the modules, of which no operation stops `torch.compile`."""
     vae = tiny_vae()

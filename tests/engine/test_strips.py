@@ -115,7 +115,9 @@ def test_a_mean_far_above_the_deviation_does_not_cancel():
 # ---- half precision
 
 
-@pytest.mark.parametrize("name", ["sd", "flux", "photo-f8c16"])
+@pytest.mark.parametrize(
+    "name", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "photo-f8c16"))]
+)
 def test_bfloat16_errs_no_more_than_diffusers_in_bfloat16(name):
     """Root mean square against float32 with the same rounded weights, over four models and both directions."""
     squares = torch.zeros(2)

@@ -35,6 +35,7 @@ def test_without_a_compiler_that_works_it_is_said_once(fresh, monkeypatch, caplo
     assert "slower but equal" in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_leave_one_whole_library(fresh):
     found = []
     flags = [*build.FLAGS, "-O0"]

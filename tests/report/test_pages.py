@@ -219,6 +219,7 @@ def test_a_dollar_in_a_name_is_a_dollar_in_a_plot():
     assert f'aria-label="{escape(HOSTILE)}"' in svg
 
 
+@pytest.mark.slow
 def test_every_page_survives_names_that_mean_something_to_a_plot(inspected, tmp_path):
     _, found = inspected
     for number, data in enumerate((found["map"], results.read_json(RESULTS[-1]))):

@@ -110,7 +110,13 @@ def rejects(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGHUP", 129)]
+    ("name", "code"),
+    [
+        ("SIGTERM", 143),
+        ("SIGINT", 130),
+        pytest.param("SIGUSR1", 138, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(tmp_path, images, run_train, name, code):
     output = tmp_path / "run"

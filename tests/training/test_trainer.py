@@ -91,7 +91,16 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, images):
 # ---- resume ----
 
 
-@pytest.mark.parametrize("stop", [{"stop_at": 3}, {"stop_at": 4}, {"kill_at": 1}, {"kill_at": 5}], ids=str)
+@pytest.mark.parametrize(
+    "stop",
+    [
+        {"stop_at": 3},
+        {"kill_at": 5},
+        pytest.param({"stop_at": 4}, marks=pytest.mark.slow),
+        pytest.param({"kill_at": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(tmp_path, images, peace, stop):
     config = everything(small(tmp_path / "run", images))
     train(start(config), **stop)
@@ -313,9 +322,9 @@ def spoil_gradient(player):
     ("spoil", "name"),
     [
         (spoil_pixel(torch.nan), "total"),
-        (spoil_pixel(torch.inf), "total"),
-        (spoil_loss, "nll"),
-        (spoil_gradient("codec"), "grad_norm"),
+        pytest.param(spoil_pixel(torch.inf), "total", marks=pytest.mark.slow),
+        pytest.param(spoil_loss, "nll", marks=pytest.mark.slow),
+        pytest.param(spoil_gradient("codec"), "grad_norm", marks=pytest.mark.slow),
         (spoil_gradient("discriminator"), "d_grad_norm"),
     ],
     ids=["nan pixel", "inf pixel", "inf loss", "nan gradient", "nan gradient of the discriminator"],

@@ -203,6 +203,7 @@ def test_a_process_of_the_run_that_hangs_is_noticed_by_the_others(tmp_path, begi
     assert f"{OTHERS}. Was one of them stopped" in said
 
 
+@pytest.mark.slow
 def test_a_process_of_the_run_that_has_died_is_said_in_one_line(tmp_path, begin):
     processes, logs = begin(*ranks(2), workers=0)
     processes[1].kill()

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 # ------------------------------------------------------- the stream is a function of (seed, position)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stream_is_bit_identical_for_any_number_of_workers(tmp_path, workers):
     folder = write_photos(tmp_path / "photos", 11)
     (folder / "5.jpg").write_bytes(b"no image")

@@ -392,6 +392,7 @@ def test_distillation_reaches_the_teachers_latents_and_hands_on_its_numbers(tmp_
     assert f"off by {drifts[1]:.4f}" in (tmp_path / "run/codec/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_distillation_that_was_stopped_goes_on_bit_for_bit(tmp_path, images):
     model = ModelConfig(
         latent_channels=4,
