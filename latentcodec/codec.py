@@ -198,7 +198,7 @@ class LatentCodec:
             )
         family = _family_to_replace(old)
         if family is None:
-            raise ValueError(f"{type(pipe).__name__} works on the latents of a {type(old).__name__}")
+            raise ValueError(f"{type(pipe).__name__} works on the latents of {type(old).__name__}")
         if (family.has_frames, family.units) != (self.family.has_frames, self.family.units):
             raise ValueError(
                 f"{type(pipe).__name__} calls its VAE as a {family.name} is called, and this codec's is a "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentcodec.vae.families import family_of, units_of
+from latentcodec.vae.families import SAME_UNLESS_GIVEN, family_of, units_of
 from latentcodec.vae.padding import padding_modes
 from latentcodec.vae.posterior import mean_and_logvar
 
@@ -268,7 +268,7 @@ def fingerprint(vae: Any) -> str:
     Costs 0.19 s for the 84 million weights of Stable Diffusion's VAE (AMD Zen 4, two cores).
     """
     family, units = family_of(vae), units_of(vae)
-    architecture: dict[str, Any] = {key: vae.config.get(key) for key in family.architecture}
+    architecture: dict[str, Any] = {key: _said(vae.config, key) for key in family.architecture}
     if modes := padding_modes(vae):
         architecture["padding_modes"] = modes
     numbers = {"mean": units.mean.tolist(), "std": units.std.tolist()}
@@ -280,3 +280,12 @@ def fingerprint(vae: Any) -> str:
         values = value.detach().to("cpu", torch.float32).contiguous()
         digest.update(values.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
+
+
+def _said(config: Mapping[str, Any], key: str) -> Any:
+    """What a configuration says for `key`; None where it says what is so anyway."""
+    value, usual = config.get(key), config.get(SAME_UNLESS_GIVEN.get(key, ""))
+    if usual is None:
+        return value
+    both = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, usual)]
+    return None if both[0] == both[1] else value

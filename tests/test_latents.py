@@ -134,6 +134,23 @@ def test_the_fingerprint_is_the_same_after_save_and_load_and_in_any_dtype(name, 
     assert LatentCodec.from_pretrained(tmp_path).fingerprint == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "same", "other"),
+    [
+        ("flux2", "decoder_block_out_channels", [8, 8, 16, 16], [4, 8, 8, 12]),
+        ("wan21", "decoder_base_dim", 12, 8),
+    ],
+)
+def test_a_width_that_is_so_anyway_is_not_in_the_fingerprint(name, key, same, other):
+    """Files without a configuration tell the decoder's widths, where a configuration says None."""
+    others = {} if name == "flux2" else dict(base_dim=12)
+    unsaid, said = (small_vae(name, **others | {key: value}) for value in (None, same))
+    said.load_state_dict(unsaid.state_dict())
+    assert LatentCodec(said).fingerprint == LatentCodec(unsaid).fingerprint
+    said.register_to_config(**{key: other})
+    assert LatentCodec(said).fingerprint != LatentCodec(unsaid).fingerprint
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_weight_and_number_is_in_the_fingerprint(name):

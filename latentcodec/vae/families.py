@@ -142,6 +142,8 @@ LAYERS_OF_KL = (
     "use_quant_conv",
     "use_post_quant_conv",
 )
+SAME_UNLESS_GIVEN = {"decoder_block_out_channels": "block_out_channels", "decoder_base_dim": "base_dim"}
+"""Keys of the decoder whose None means what another key says."""
 LAYERS_OF_CAUSAL = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample")
 LAYERS_OF_WAN = (
     *LAYERS_OF_CAUSAL,
@@ -210,7 +212,7 @@ def family_of(vae: Any) -> Family:
     for base in type(vae).__mro__:
         if base.__name__ in FAMILIES:
             return FAMILIES[base.__name__]
-    raise TypeError(f"a {type(vae).__name__} is not covered; covered are {covered()}")
+    raise TypeError(f"{type(vae).__name__} is not covered; covered are {covered()}")
 
 
 def downsampling_factor(vae: Any) -> int:

@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
 from small_vaes import SMALL, small_vae
 
 from latentcodec import LatentCodec
+from latentcodec.adopt import adopt
 from latentcodec.training.config import parse
 from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.model import ModelConfig, load_teacher, new_vae
+from latentcodec.vae.padding import PADDING_KEY
 
 CONFIGS = Path(__file__).parents[2] / "train/configs"
 TRAINED = ("flux2", "qwen", "wan21", "wan22")
@@ -88,9 +90,7 @@ def test_what_only_one_kind_of_class_can_do_is_refused_by_key(tmp_path):
     qwen = saved(small_vae("qwen"), tmp_path / "qwen")
     linear = ModelConfig(teacher=qwen, **STUDENT | dict(init="linear"))
     teacher = load_teacher(linear, torch.device("cpu"), False)
-    with pytest.raises(
-        ValueError, match=r"model\.init linear needs group norms, and a AutoencoderKLQwenImage"
-    ):
+    with pytest.raises(ValueError, match=r"model\.init linear needs group norms, and AutoencoderKLQwenImage"):
         new_vae(linear, None, teacher, list)
     parent = small_vae("flux2")
     adapted = ModelConfig(from_pretrained="x", adapt=AdaptConfig(latent_channels=8))
@@ -100,6 +100,22 @@ def test_what_only_one_kind_of_class_can_do_is_refused_by_key(tmp_path):
         new_vae(adapted, parent, None, list)
     with pytest.raises(ValueError, match=r"model\.teacher is a AutoencoderKLQwenImage, .* a AutoencoderKL"):
         new_vae(ModelConfig(from_pretrained="x", teacher=qwen), small_vae("kl"), teacher, list)
+    with pytest.raises(ValueError, match=r"model\.latent_channels 8: model\.teacher has 4"):
+        new_vae(replace(linear, init="default", latent_channels=8), None, teacher, list)
+    tuned = ModelConfig(from_pretrained="x", gradient_checkpointing=True)
+    with pytest.raises(
+        ValueError, match=r"model\.gradient_checkpointing: AutoencoderKLQwenImage .* set it to false"
+    ):
+        new_vae(tuned, small_vae("qwen"), None, list)
+
+
+def test_a_padding_that_the_parent_does_not_have_is_refused_and_its_own_is_kept():
+    parent = adopt(small_vae("kl"))
+    with pytest.raises(ValueError, match=r"model\.padding_mode circular: .*from_pretrained keeps its own"):
+        new_vae(ModelConfig(from_pretrained="x", padding_mode="circular"), parent, None, list)
+    parent.register_to_config(**{PADDING_KEY: "circular"})
+    assert new_vae(ModelConfig(from_pretrained="x", padding_mode="circular"), parent, None, list) is parent
+    assert new_vae(ModelConfig(from_pretrained="x"), parent, None, list) is parent
 
 
 @pytest.mark.parametrize("name", ["flux2", "qwen-image"])

@@ -159,16 +159,13 @@ def new_vae(
     `crops` gives training crops [C, H, W] of one size; it is called only where weights depend on them (the linear
     start, a change of latent channels). Raises ValueError naming the key that cannot be.
     """
+    _require_possible(config, parent, teacher)
     vae = _new(config, teacher) if parent is None else _adapted(parent, config.adapt, crops)
     if teacher is not None:
         teacher.hand_over(vae)
     if parent is None:
         zero_residuals(vae)
     if parent is None and config.init == "linear":
-        if (family := family_of(vae)).has_frames:
-            raise ValueError(
-                f"model.init linear needs group norms, and a {family.name} has none: set model.init default"
-            )
         images = crops()
         with phase("fitting the linear start to them"):
             linear_start(vae, images, None if teacher is None else teacher.latents(images))
@@ -187,12 +184,39 @@ def _new(config: ModelConfig, teacher: Teacher | None) -> Any:
     family, of_teacher = (KL, {}) if teacher is None else (teacher.codec.family, teacher.codec.vae.config)
     arguments = architecture(config, family, of_teacher)
     if config.padding_mode != "zeros":
-        if family.has_frames:
-            raise ValueError(
-                f"model.padding_mode {config.padding_mode}: a {family.name} pads with zeros before its convolutions"
-            )
         arguments[PADDING_KEY] = config.padding_mode
     return build(arguments, family.name)
+
+
+def _require_possible(config: ModelConfig, parent: Any, teacher: Teacher | None) -> None:
+    """Raises ValueError for keys that the class of the model to be trained, or its parent, cannot follow."""
+    if parent is not None:
+        family = family_of(parent)
+        if config.padding_mode not in ("zeros", parent.config.get(PADDING_KEY, "zeros")):
+            raise ValueError(
+                f"model.padding_mode {config.padding_mode}: the codec of model.from_pretrained keeps its own; leave "
+                "the key out"
+            )
+    else:
+        family = KL if teacher is None else teacher.codec.family
+        if config.padding_mode != "zeros" and family.has_frames:
+            raise ValueError(
+                f"model.padding_mode {config.padding_mode}: {family.name} pads with zeros before its convolutions"
+            )
+        if config.init == "linear" and family.has_frames:
+            raise ValueError(
+                f"model.init linear needs group norms, and {family.name} has none: set model.init default"
+            )
+        if (
+            teacher is not None and family.has_frames
+        ):  # its numbers, one for each channel, go into the class at once
+            raw = family.raw_channels(teacher.codec.vae.config)
+            if raw != config.latent_channels:
+                raise ValueError(f"model.latent_channels {config.latent_channels}: model.teacher has {raw}")
+    if config.gradient_checkpointing and family.has_frames:
+        raise ValueError(
+            f"model.gradient_checkpointing: {family.name} cannot compute its layers a second time; set it to false"
+        )
 
 
 def _adapted(vae: Any, adapt: AdaptConfig, crops: Callable[[], Sequence[Tensor]]) -> Any:
