@@ -194,8 +194,9 @@ def _train_all(configs: dict[str, Config], options: argparse.Namespace) -> dict[
         rest = minutes / len(results) * (len(configs) - len(results))
         looked = found["looked"]
         print(
-            f"[{len(results)}/{len(configs)}] {name}: {found['steps']} steps, {looked['psnr_db']:.2f} dB, KL "
-            f"{looked['kl_nats']:.2f} nats; {minutes:.1f} min so far, about {rest:.0f} to go",
+            f"[{len(results)}/{len(configs)}] {name}: {found['steps']} of {found['planned_steps']} steps, "
+            f"{looked['psnr_db']:.2f} dB, KL {looked['kl_nats']:.2f} nats; "
+            f"{minutes:.1f} min so far, about {rest:.0f} to go",
             flush=True,
         )
     return {name: results[name] for name in configs}
@@ -236,6 +237,7 @@ def run(name: str, config: Config) -> dict[str, Any]:
             "likelihood": config.loss.likelihood,
             "scale": config.loss.scale,
             "steps": trainer.state.step,
+            "planned_steps": config.train.max_steps,
             "looked": look(codec, shown, RUNS[name]),
             "curves": (training_curves(folder) or {}).get("curves"),
         }

@@ -79,6 +79,13 @@ def test_a_tiny_version_leaves_a_page_with_every_claim(script, tmp_path, monkeyp
     for claim in found:
         assert claim.text.replace("'", "&#39;") in page
     assert "posterior collapse" in page
+    assert "Cut off by the clock" not in page
+    data["runs"]["vae-16"]["planned_steps"] = 180
+    (tmp_path / "slow").mkdir()
+    assert (
+        "Cut off by the clock, so that little can be said of them: vae-16."
+        in write_page(data, tmp_path / "slow", "classic_vae").read_text()
+    )
     assert 'src="http' not in page
     assert len(page) < 3_000_000
     followed = data["runs"]["vae-2"]["followed"]
@@ -93,7 +100,7 @@ def test_a_tiny_version_leaves_a_page_with_every_claim(script, tmp_path, monkeyp
 def test_the_whole_shortened(script, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path), "--steps", "2", "--processes", "1"]) == 0
     said = capsys.readouterr().out
-    assert all(f"] {name}: 2 steps" in said for name in script.RUNS)
+    assert all(f"] {name}: 2 of 2 steps" in said for name in script.RUNS)
     assert (tmp_path / "classic_vae.html").stat().st_size < 4_000_000
 
 

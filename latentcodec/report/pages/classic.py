@@ -265,10 +265,12 @@ def _few(page: Page, data: Mapping[str, Any]) -> None:
 
 
 def _claims(page: Page, data: Mapping[str, Any]) -> None:
+    cut = [name for name, run in data["runs"].items() if run["steps"] < run.get("planned_steps", 0)]
     page.section(
         "Every claim, and whether it held",
         "000: questions and answers. 001: a small VAE on MNIST. 002: VAEs and Stable Diffusion. 003: slides. 004: a "
-        "notebook on Fashion-MNIST. What did not hold here may hold in a longer training, or may need care.",
+        "notebook on Fashion-MNIST. What did not hold here may hold in a longer training, or may need care."
+        + (f" Cut off by the clock, so that little can be said of them: {', '.join(cut)}." if cut else ""),
     )
     found = claims(data)
     page.table(
@@ -280,7 +282,8 @@ def _claims(page: Page, data: Mapping[str, Any]) -> None:
     rows = [
         [
             name,
-            *(str(run[key]) for key in ("numbers", "kl_weight", "likelihood", "steps")),
+            *(str(run[key]) for key in ("numbers", "kl_weight", "likelihood")),
+            f"{run['steps']} of {run.get('planned_steps', run['steps'])}",
             f"{run['cpu_seconds']:.0f}",
         ]
         for name, run in data["runs"].items()
