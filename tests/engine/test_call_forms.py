@@ -95,7 +95,13 @@ def close(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-4 * (theirs.max() - theirs.min())
 
 
-@pytest.fixture(scope="module", params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(torch.contiguous_format, id="nchw"),
+        pytest.param(torch.channels_last, id="nhwc", marks=pytest.mark.slow),
+    ],
+)
 def vaes(request):
     torch.manual_seed(0)
     return [vae.to(memory_format=request.param) for vae in pair(CONFIGS["sd"])]

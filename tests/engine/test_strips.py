@@ -27,7 +27,14 @@ from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
 WHOLE = 1 << 30  # bytes: the image is one strip
 
 
-@pytest.mark.parametrize("map_bytes", [ALL_MAPS, 0, 1 << 15], ids=["kept", "made again", "some kept"])
+@pytest.mark.parametrize(
+    "map_bytes",
+    [
+        pytest.param(ALL_MAPS, id="kept", marks=pytest.mark.slow),
+        pytest.param(0, id="made again"),
+        pytest.param(1 << 15, id="some kept"),
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_thinnest_strips_equal_diffusers_in_every_configuration(name, map_bytes):
     f = 2 ** (len(CONFIGS[name]["block_out_channels"]) - 1)
