@@ -54,7 +54,7 @@ class Batches:
         asked = time.perf_counter()
         doing(READING)
         with held():
-            batches = iter(self.loader)  # starts the workers
+            batches = _received(iter(self.loader))  # starts the workers
         hopeless: ValueError | None = None
         for batch in batches:
             self.waited_seconds += time.perf_counter() - asked
@@ -151,6 +151,16 @@ def _fits_shared_memory(batch_bytes: int, config: DataConfig) -> bool:
     )
     warnings.warn(note, SharedMemoryWarning, stacklevel=3)
     return False
+
+
+def _received(batches: Iterator[Batch | ValueError]) -> Iterator[Batch | ValueError]:
+    """What the workers send. RuntimeError, worded as torch's own, where one of them is gone while its batch is read."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if "DataLoader worker" in str(error):  # raised in the worker, and handed on by torch
+            raise
+        raise RuntimeError(f"DataLoader worker is gone: {error}") from error
 
 
 def _as_is(batch: Any) -> Any:

@@ -183,6 +183,18 @@ def test_a_set_without_a_readable_image_ends_with_a_clear_error(tmp_path, worker
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_ends_while_its_batch_is_read_is_said_as_torch_says_it(error):
+    def loader():
+        yield {"pixels": torch.zeros(1)}
+        raise error
+
+    batches = iter(Batches(loader()))
+    next(batches)
+    with pytest.raises(RuntimeError, match="^DataLoader worker is gone"):
+        next(batches)
+
+
 def test_a_hopeless_set_is_given_up_before_it_is_read_through(tmp_path, monkeypatch):
     monkeypatch.setattr(crops, "PATIENCE_IMAGES", 3)
     for number in range(5):
