@@ -191,7 +191,7 @@ def test_a_worker_that_ends_while_its_batch_is_read_is_said_as_torch_says_it(err
 
     batches = iter(Batches(loader()))
     next(batches)
-    with pytest.raises(RuntimeError, match="^DataLoader worker is gone"):
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker is gone"):
         next(batches)
 
 
