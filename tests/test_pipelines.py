@@ -387,7 +387,7 @@ def test_plugging_in_says_what_does_not_fit(tmp_path):
     assert pipe.vae is vae
     pipe.vae = torch.nn.Identity()
     pipe.vae.config = {"z_dim": 16}
-    with pytest.raises(ValueError, match="StableDiffusionPipeline works on the latents of a Identity"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline works on the latents of Identity"):
         LatentCodec(tiny_vae()).plug_into(pipe)
     pipe.vae = None
     with pytest.raises(ValueError, match="StableDiffusionPipeline has no component 'vae'"):

@@ -116,7 +116,7 @@ def test_a_teacher_whose_class_has_no_other_padding_refuses_the_mode():
 
     teacher = Teacher(LatentCodec(small_vae("qwen")), 1.0, False, False)
     config = ModelConfig(block_out_channels=[8, 16], padding_mode="reflect", init="default")
-    with pytest.raises(ValueError, match=r"model\.padding_mode reflect: a AutoencoderKLQwenImage pads with"):
+    with pytest.raises(ValueError, match=r"model\.padding_mode reflect: AutoencoderKLQwenImage pads with"):
         new_vae(config, None, teacher, list)
     teacher = Teacher(LatentCodec(small_vae("flux2")), 1.0, False, False)
     vae = new_vae(ModelConfig(
