@@ -183,7 +183,7 @@ def test_a_data_worker_that_hangs_is_named_and_ended(tmp_path, begin):
 
 @pytest.mark.slow
 def test_a_data_worker_that_the_system_has_ended_is_said_in_one_line(tmp_path, begin):
-    (process,), (log,) = begin({}, watching=())  # else a busy machine could lose its patience first
+    (process,), (log,) = begin({})
     worker_of(process).kill()
     process.join(PATIENCE_SECONDS)
     said = log.read_text()
