@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
-import secrets
 import shutil
 import stat
 import time
@@ -21,14 +19,14 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-import psutil
+from latentcodec.leftovers import is_leftover, unfinished_name
 
 # What file systems and Windows answer where they do not do something, as distinct from failing at it.
 NOT_DONE_HERE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
 NOT_DONE_HERE |= {errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
 NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
 NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
-STAGED = ".incomplete-"  # then the process and its machine: where files wait for their names
+STAGED = "incomplete"  # the token of folders where files wait for their names
 LOCK_SECONDS = 60.0  # of patience with another process, which renames files meanwhile: milliseconds
 _said: set[str] = set()
 
@@ -44,7 +42,7 @@ def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
     after the return takes nothing back. A killed process leaves at worst a hidden `.tmp` beside it, an error nothing.
     Raises `OSError` naming `path` where the disk refuses.
     """
-    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
+    beside = path.parent / unfinished_name()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(beside, content, durable)
@@ -63,7 +61,7 @@ def write_new(path: Path, content: bytes) -> bool:
 
     Where there are no hard links the name is taken first and filled then: half a file can be seen, and is read back.
     """
-    beside = path.parent / f".{secrets.token_hex(8)}.tmp"
+    beside = path.parent / unfinished_name()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(beside, content)
@@ -203,7 +201,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], last: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    staged = folder / f"{STAGED}{os.getpid()}-{platform.node()}"
+    staged = folder / unfinished_name(STAGED)
     staged.mkdir(exist_ok=True)
     try:
         for name, content in contents.items():
@@ -217,10 +215,9 @@ def write_files(folder: Path, contents: Mapping[str, bytes], last: str) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What `write_files` left in `folder` when its process was killed on this machine."""
-    for litter in folder.glob(f"{STAGED}*"):
-        process, _, node = litter.name.removeprefix(STAGED).partition("-")
-        if node == platform.node() and process.isdecimal() and not psutil.pid_exists(int(process)):
+    """Removes what `write_files` left in `folder` when its process was killed."""
+    for litter in folder.glob(f".{STAGED}-*"):
+        if is_leftover(litter):
             shutil.rmtree(litter, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ Each refusal is tried by substitution, with the errors that file systems give; `
 import errno
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -207,10 +208,15 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=False)
     assert len(list(tmp_path.glob(".incomplete-*"))) == 1
-    living = tmp_path / f".incomplete-{os.getppid()}-{files.platform.node()}"
-    living.mkdir()
+    here = platform.node()
+    names = [f".incomplete-{os.getppid()}-{here}.tmp", f".incomplete-{os.getppid()}-elsewhere.tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
     write_files(tmp_path, {"b": b"2"}, last="b")
-    assert {path.name for path in tmp_path.iterdir()} == {"b", living.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"b", *names}
+    os.utime(tmp_path / names[1], (0, 0))  # another machine's, untouched for more than a day
+    write_files(tmp_path, {"b": b"3"}, last="b")
+    assert {path.name for path in tmp_path.iterdir()} == {"b", names[0]}
 
 
 def test_only_regular_files_are_opened(tmp_path):

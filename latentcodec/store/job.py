@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,20 @@ import torch
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import move_folder, write_new
+from latentcodec.leftovers import unfinished_name
 from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores
 from latentcodec.ops.native.build import library
 from latentcodec.store.encoding import Receipt, ShardEncoder
-from latentcodec.store.format import CODEC, LOCKS, Index, Settings, StoreError
+from latentcodec.store.format import CODEC, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
+from latentcodec.store.locks import rank_lock
 from latentcodec.store.normalisation import normalisation_of
 from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
 from latentcodec.store.ranks import rank_and_world
 from latentcodec.store.write import finish
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 BATCH_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 23}  # 8 pictures of 512 x 512, or 32
 DECODERS = 8  # worker processes at most, unless more are asked for
@@ -138,7 +134,7 @@ def encode(
     encoder = ShardEncoder(
         out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
     )
-    with _alone(out, rank, world):
+    with rank_lock(out, rank, world):
         receipts = list(encoder.run(encoder.plan.shards[rank::world], progress))
     index = None if missing_shards(out, encoder.plan) else finish(out)
     return Job(receipts, index)
@@ -233,7 +229,7 @@ def _keep_codec(codec: LatentCodec, out: Path) -> None:
     """A copy of the codec in the store, whole or not at all."""
     if (out / CODEC).is_dir():
         return
-    beside = out / f".{CODEC}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    beside = out / unfinished_name()
     try:
         codec.save_pretrained(beside)
         move_folder(beside, out / CODEC, CONFIG)
@@ -242,29 +238,3 @@ def _keep_codec(codec: LatentCodec, out: Path) -> None:
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextmanager
-def _alone(out: Path, rank: int, world: int) -> Iterator[None]:
-    """Refuses to encode where another process is this rank on this machine already.
-
-    Raises StoreError. Two that do not see each other's lock only do work twice: they write equal files.
-    """
-    path = out / LOCKS / f"{rank}-of-{world}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"{out}: another process is encoding into this store (rank {rank} of {world})"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # others are still at work
-                path.parent.rmdir()

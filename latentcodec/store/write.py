@@ -9,6 +9,7 @@ Shapes: n rows, c latent channels, h w latent cells.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from latentcodec.files import read_regular, write_whole
+from latentcodec.leftovers import ENDING, is_leftover
 from latentcodec.store.format import (
     CHECKSUM,
     DROPPED,
     FORMAT,
     INDEX,
-    LOCKS,
     METADATA,
     REJECTS,
     VERSION,
@@ -37,6 +38,7 @@ from latentcodec.store.format import (
     row_checksum,
     shard_schema,
 )
+from latentcodec.store.locks import remove_stale_locks
 from latentcodec.store.plan import Plan
 from latentcodec.store.quantize import Quantized, as_bytes
 from latentcodec.store.shard import KEY, Shard
@@ -128,12 +130,16 @@ def finish(
 
 
 def _clear_litter(store: Path) -> None:
-    """Removes what processes left that were killed while they wrote, and their locks."""
-    for litter in [*store.rglob(".*.tmp"), store / LOCKS]:
-        if litter.is_dir():
-            shutil.rmtree(litter, ignore_errors=True)
-        else:
-            litter.unlink(missing_ok=True)
+    """Removes what processes left that were killed while they wrote, and their locks; those at work keep theirs."""
+    for folder, folders, files in os.walk(store):  # which forgives what vanishes meanwhile
+        for path in (Path(folder, name) for name in (*folders, *files) if name.startswith(".")):
+            if path.suffix != ENDING or not is_leftover(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    remove_stale_locks(store)
 
 
 def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tuple[int, Shard]]:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from latentcodec.leftovers import is_leftover
 from latentcodec.pixels import LeftOut, encode_image, labelled_grid, to_uint8
 from latentcodec.pixels.folders import counted as by_reason
 from latentcodec.printable import printable
@@ -53,7 +54,8 @@ class Journal:
             return
         self.output.mkdir(parents=True, exist_ok=True)
         for unfinished in (*self.output.glob(".*.tmp"), *(self.output / "samples").glob(".*.tmp")):
-            unfinished.unlink()  # what a kill left half written
+            if is_leftover(unfinished):
+                unfinished.unlink()
         settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
         self._keep_config(step)
         write(self.output / "config.yaml", settings.encode())
