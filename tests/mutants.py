@@ -389,7 +389,7 @@ MUTANTS = [
     ),
     Mutant(
         "strips are never freed",
-        "engine/strips.py",
+        "engine/maps.py",
         "lambda last: _drained(kept) if last else iter(kept)",
         "lambda last: iter(kept)",
         "test_memory.py",

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import mutants
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,10 @@ def graph():
 
 def room(module):
     return module.split(".")[0]
+
+
+def test_mutants_follow_the_code():
+    mutants.check(mutants.MUTANTS)
 
 
 def test_no_two_test_files_share_a_name():
