@@ -87,6 +87,19 @@ def test_source_gives_any_number_of_channels_in_range(channels):
     assert torch.equal(image, SyntheticSource(channels).read(2)), "the length changes no picture"
 
 
+def test_pictures_are_drawn_once_and_kept_up_to_a_bound(monkeypatch):
+    asked = []
+    monkeypatch.setattr(synthetic, "draw", lambda *key: asked.append(key) or draw(*key))
+    monkeypatch.setattr(synthetic, "KEPT", 3)
+    source = SyntheticSource(3, seed=5)
+    first = [source.read(index) for index in range(4)]
+    first[0].zero_()  # a caller's own
+    again = [source.read(index) for index in range(4)]
+    assert asked == [(5, index, 0) for index in (0, 1, 2, 3, 3)]
+    assert torch.equal(again[0], SyntheticSource(3, seed=5).read(0))
+    assert torch.equal(again[3], first[3])
+
+
 def test_drawing_is_fast_enough_to_feed_a_trainer(pictures):
     begun = time.process_time()
     for index in range(100, 140):
