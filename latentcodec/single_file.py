@@ -38,6 +38,8 @@ PARTS = (
 DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.conv1.weight"
 WAN_KEY = "encoder.downsamples.0.residual.2.weight"
 WAN_DIFFUSERS_KEY = "encoder.down_blocks.0.conv1.weight"
+WAN_22_KEY = "encoder.downsamples.0.downsamples.0.residual.2.weight"  # stages within stages
+WAN_22_NORM = "encoder.norm_out.gamma"  # which diffusers' class has in both layouts
 FIRST_KEYS = (LDM_KEY, DIFFUSERS_KEY, WAN_KEY, WAN_DIFFUSERS_KEY)
 BATCH_NORM = "bn.running_mean"  # that only FLUX.2's class has
 
@@ -97,6 +99,11 @@ def _described(
         arguments = arguments or _config_from_ldm(state, keys)
         state = _converted(state, arguments)
     else:
+        if arguments is None and WAN_22_NORM in state:
+            raise ValueError(
+                "these weights, such as Wan 2.2's, do not tell how their latents are scaled; put the "
+                "model's config.json beside the file"
+            )
         state = {_present_name(key): value for key, value in state.items()}
         arguments = arguments or _config_from_diffusers(state, keys)
     return given or (FLUX2.name if BATCH_NORM in state else KL.name), state, arguments
@@ -117,6 +124,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
                     return {key.removeprefix(prefix): file.get_tensor(key) for key in ours}, keys
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    if any(key.endswith(WAN_22_KEY) for key in keys):
+        raise ValueError(
+            f"{path} holds Wan 2.2's VAE under its original keys, which are not read: give diffusers' copy of it, the "
+            "folder vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+        )
     raise ValueError(
         f"{path} holds no VAE of a covered class ({covered()}): none of its {len(keys)} tensors is of its encoder"
     )

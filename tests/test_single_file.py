@@ -197,6 +197,10 @@ BAD_FILES = {
         file_of({"unet.conv_in.weight": torch.zeros(3)}),
         r"no VAE of a covered class \(AutoencoderKL, .*\): none of its 1 tensors",
     ),
+    "Wan 2.2's original keys": (
+        file_of({"encoder.downsamples.0.downsamples.0.residual.2.weight": torch.zeros(3)}),
+        r"Wan 2.2's VAE under its original keys.*Wan2.2-TI2V-5B-Diffusers",
+    ),
     "an encoder alone": (
         file_of({key: value for key, value in STATE.items() if key.startswith("encoder.")}),
         "only a part of a VAE: 'decoder.conv_in.weight' is missing",

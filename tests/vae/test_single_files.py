@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import save_file
-from small_vaes import CAUSAL, KL
+from small_vaes import CAUSAL, KL, SMALL
 
 from latentcodec import LatentCodec
 
@@ -120,3 +120,13 @@ def test_numbers_that_no_file_holds_are_asked_for(tmp_path):
         ValueError, match=r"how these 48 latent channels are scaled; put the model's config\.json"
     ):
         LatentCodec.from_pretrained(tmp_path / "vae.safetensors")
+
+
+def test_wan_22_is_asked_for_its_config_and_loads_with_it(tmp_path):
+    kind, config = SMALL["wan22"]
+    vae = kind(**config)
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match=r"such as Wan 2\.2's, .*; put the model's config\.json beside"):
+        LatentCodec.from_pretrained(tmp_path / "vae.safetensors")
+    vae.save_config(tmp_path)
+    assert same_weights(LatentCodec.from_pretrained(tmp_path / "vae.safetensors").vae, vae)
