@@ -20,7 +20,15 @@ ABANDONED_SECONDS = 86_400.0  # of another machine's files, since they were last
 
 def unfinished_name(token: str | None = None) -> str:
     """A hidden name, `.TOKEN-PROCESS-MACHINE.tmp`; without a token it is one that nothing has."""
-    return f".{token or secrets.token_hex(8)}-{os.getpid()}-{platform.node()}{ENDING}"
+    return f".{token or secrets.token_hex(8)}-{os.getpid()}-{this_machine()}{ENDING}"
+
+
+def this_machine() -> str:
+    """Its name and where its processes are numbered: containers can share the name and have numbers of their own."""
+    try:
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        return platform.node()
 
 
 def is_leftover(path: Path) -> bool:
@@ -28,7 +36,7 @@ def is_leftover(path: Path) -> bool:
     _, process, machine = [*path.name.removesuffix(ENDING).split("-", 2), "", ""][:3]
     if not process.isdecimal():
         return True
-    if machine == platform.node():
+    if machine == this_machine():
         return not is_alive(int(process))
     try:
         return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
@@ -38,9 +46,9 @@ def is_leftover(path: Path) -> bool:
 
 def is_alive(process: int) -> bool:
     """Whether a process of this machine runs; one that has ended and is not yet taken note of does not."""
+    if not psutil.pid_exists(process):
+        return False
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:  # another user's
+    except psutil.Error:  # another user's, of whom nothing is told
         return True

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentcodec.store.batch import EncodeBatch
     from latentcodec.store.encoding import ShardEncoder
+    from latentcodec.store.finishing import finish
     from latentcodec.store.format import StoreError
     from latentcodec.store.job import encode, prepare
     from latentcodec.store.read import Item, LatentStore
     from latentcodec.store.stream import LatentBatches
     from latentcodec.store.verification import verify
-    from latentcodec.store.write import finish
 
 __all__ = [
     "EncodeBatch",
@@ -33,7 +33,7 @@ _FILES = {  # where each name is; a file is imported when one of its names is as
     "ShardEncoder": "encoding",
     "StoreError": "format",
     "encode": "job",
-    "finish": "write",
+    "finish": "finishing",
     "prepare": "job",
     "verify": "verification",
 }

@@ -5,8 +5,10 @@ Shapes: C channels, H W pixels, c latent channels, h w latent cells.
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,6 +65,21 @@ def decoded_batches(plan: Plan, shards: list[int], workers: int) -> Iterator[Dec
     )
     for (shard, start, stop), pictures in zip(jobs, loader, strict=True):
         yield DecodedBatch(shard, start == 0, stop == plan.rows(shard), pictures)
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Raises ChildProcessError where a worker was killed, in place of what torch says of it, whenever it says so."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            errno.ECHILD,
+            "a process that decodes pictures was ended from outside, as systems do that are short of memory: use fewer "
+            "--workers; the same command goes on",
+        ) from error
 
 
 class _Batches(Dataset):

@@ -78,7 +78,7 @@ class ShardEncoder:
         self.store, self.device, self.workers = Path(store), device, workers
         self.plan = Plan.load(self.store)
         self._given = codec
-        self._codec: LatentCodec | None = None
+        self._codecs: dict[tuple[str, str], LatentCodec] = {}
 
     def __call__(self, shard: int) -> Receipt:
         """Encodes one shard and waits until it is on the disk."""
@@ -96,11 +96,12 @@ class ShardEncoder:
                 yield Receipt(shard, False, self.plan.rows(shard), 0)
         if not todo:
             return
-        codec = self._loaded()
+        self._codec_of(todo[0])
         content, before = _Content(), None
         with ThreadPoolExecutor(1) as writer:
             for batch in decoded_batches(self.plan, todo, self.workers):
                 content = _Content() if batch.is_first else content
+                codec = self._codec_of(batch.shard)
                 with _threads(self.plan.part(batch.shard).machine["threads"]):
                     left_out = add(content, codec, batch.pictures, self.plan.settings)
                 if progress is not None:
@@ -112,14 +113,16 @@ class ShardEncoder:
             assert before is not None
             yield before.result()
 
-    def _loaded(self) -> LatentCodec:
-        """The codec, on the device and in the precision of the plan."""
-        if self._codec is None:
-            self._codec = self._load()
-        return self._codec
+    def _codec_of(self, shard: int) -> LatentCodec:
+        """The codec, on the device and in the precision of the shard's part of the plan."""
+        machine = self.plan.part(shard).machine
+        kind = self.device or machine["device"], machine["precision"]
+        if kind not in self._codecs:
+            self._codecs[kind] = self._load(*kind)
+        return self._codecs[kind]
 
-    def _load(self) -> LatentCodec:
-        source, machine = self._given, self.plan.parts[-1].machine
+    def _load(self, place: str, precision: str) -> LatentCodec:
+        source = self._given
         if source is None:
             if not (self.store / CODEC).is_dir():
                 raise StoreError(f"{self.store}: holds no copy of its codec; give the codec")
@@ -129,7 +132,7 @@ class ShardEncoder:
             raise StoreError(
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
-        device, dtype = torch.device(self.device or machine["device"]), getattr(torch, machine["precision"])
+        device, dtype = torch.device(place), getattr(torch, precision)
         if device.type == "cpu":
             library()  # from the first shard on, since torch's functions differ in the last bits
         if (codec.device.type, codec.dtype) == (device.type, dtype):

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import move_folder, write_new
+from latentcodec.files import locked, move_folder, write_new
 from latentcodec.leftovers import unfinished_name
 from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores
 from latentcodec.ops.native.build import library
+from latentcodec.store.decoding import naming_lost_workers
 from latentcodec.store.encoding import Receipt, ShardEncoder
+from latentcodec.store.finishing import Unfinished, finish
 from latentcodec.store.format import CODEC, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
 from latentcodec.store.locks import rank_lock
@@ -34,7 +36,6 @@ from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
 from latentcodec.store.ranks import rank_and_world
-from latentcodec.store.write import finish
 
 BATCH_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 23}  # 8 pictures of 512 x 512, or 32
 DECODERS = 8  # worker processes at most, unless more are asked for
@@ -101,14 +102,18 @@ def prepare(
         if differences := before.settings.differences(settings):
             raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
         if missing_shards(out, before):
-            return _resumed(out, before, told)
+            _require_sources(out, before, told)
+            _say_what_differs(out, before)
+            if save and keep_codec:
+                _keep_codec(model, out)
+            return before
     machine = _machine(device, batch, threads, precision)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
     if save:
-        if keep_codec:
-            _keep_codec(model, out)
         if plan is not before:
-            _publish(plan, out)
+            plan = _published(plan, out)
+        if keep_codec:  # once the plan says which codec it is
+            _keep_codec(model, out)
     return plan
 
 
@@ -134,9 +139,12 @@ def encode(
     encoder = ShardEncoder(
         out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
     )
-    with rank_lock(out, rank, world):
+    with rank_lock(out, rank, world), naming_lost_workers():
         receipts = list(encoder.run(encoder.plan.shards[rank::world], progress))
-    index = None if missing_shards(out, encoder.plan) else finish(out)
+    try:
+        index = None if missing_shards(out, encoder.plan) else finish(out)
+    except Unfinished:  # another process has added pictures meanwhile
+        index = None
     return Job(receipts, index)
 
 
@@ -169,14 +177,18 @@ def _check(settings: Settings, shard_size: int) -> None:
         raise ValueError(f"--shard-size {shard_size}: at least one picture")
 
 
-def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
-    """The plan of an unfinished store, for the same sources only; says what differs on this machine."""
+def _require_sources(out: Path, plan: Plan, sources: list[str]) -> None:
+    """Raises StoreError where an unfinished store was begun with other sources."""
     begun = plan.parts[-1].about["sources"]
     if begun != sources:
         raise StoreError(
             f"{out}: this store is not finished. Finish it first, with the sources {', '.join(begun)}; then other "
             "pictures can be added"
         )
+
+
+def _say_what_differs(out: Path, plan: Plan) -> None:
+    """Warns of what is other here than where the newest part of the plan was made, and changes the last bits."""
     machine = plan.parts[-1].machine
     here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if machine["device"] == "cpu":
@@ -186,9 +198,8 @@ def _resumed(out: Path, plan: Plan, sources: list[str]) -> Plan:
             warnings.warn(
                 f"{out} was begun with {name} {begun_with}, here it is {value}: the last bits of the latents will "
                 "differ between its shards",
-                stacklevel=3,
+                stacklevel=4,
             )
-    return plan
 
 
 def _machine(device: str | None, batch: int, threads: int | None, precision: str | None) -> dict[str, Any]:
@@ -212,29 +223,51 @@ def _functions(device: str, dtype: torch.dtype) -> str:
     return "native" if device == "cpu" and is_float32 and library() is not None else "torch's"
 
 
-def _publish(plan: Plan, out: Path) -> None:
-    """Saves the newest part of a plan; another process may have saved the same before."""
+def _published(plan: Plan, out: Path) -> Plan:
+    """Saves the newest part of a plan, or takes the one that another process has saved of the same pictures.
+
+    That one may be of a machine with other cores or another compiler: all encode as it says.
+    """
     part = plan.parts[-1]
     path = out / PLAN_FOLDER / f"{len(plan.parts) - 1:04}.arrow"
     if write_new(path, part.to_bytes()):
-        return
-    theirs = Plan.load(out).parts[len(plan.parts) - 1]
-    if theirs.about["digest"] != part.about["digest"]:
+        return plan
+    theirs = Plan.load(out)
+    same = theirs.parts[: len(plan.parts)]
+    if not same[-1].asks_for_the_same_as(part):
         raise StoreError(
             f"{out}: another process has begun to encode other pictures, or with other settings, into this store"
         )
+    _say_what_differs(out, Plan(same))
+    return theirs
 
 
 def _keep_codec(codec: LatentCodec, out: Path) -> None:
-    """A copy of the codec in the store, whole or not at all."""
-    if (out / CODEC).is_dir():
+    """A copy of the codec in the store, whole or not at all; one that is damaged, or of another codec, is replaced."""
+    if _is_copy(out / CODEC, codec):
         return
-    beside = out / unfinished_name()
+    with locked(out):
+        if _is_copy(out / CODEC, codec):  # by now
+            return
+        beside = out / unfinished_name()
+        try:
+            codec.save_pretrained(beside)
+            shutil.rmtree(out / CODEC, ignore_errors=True)
+            move_folder(beside, out / CODEC, CONFIG)
+        except OSError:
+            if not _is_copy(
+                out / CODEC, codec
+            ):  # else another process was faster, and there are no locks here
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_copy(folder: Path, codec: LatentCodec) -> bool:
+    """Whether a folder holds this codec."""
+    if not folder.is_dir():
+        return False
     try:
-        codec.save_pretrained(beside)
-        move_folder(beside, out / CODEC, CONFIG)
-    except OSError:
-        if not (out / CODEC / CONFIG).is_file():  # else another process was faster: its copy is the same
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        return LatentCodec.from_pretrained(folder).fingerprint == codec.fingerprint
+    except (ValueError, OSError):
+        return False

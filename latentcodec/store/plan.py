@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from latentcodec.store.format import FORMAT, VERSION, Settings, Shape, StoreErro
 from latentcodec.store.items import Entry
 
 PLAN_FOLDER = "plan"
+PART_FILE = re.compile(r"[0-9]+\.arrow")
 KEY = b"latentcodec"
 COLUMNS = pa.schema(
     [
@@ -64,6 +67,14 @@ class Part:
         """Number of its first shard."""
         return self.about["first"]
 
+    def asks_for_the_same_as(self, other: Part) -> bool:
+        """Whether both plan the same pictures in the same way, on whatever machine."""
+        ours, theirs = (
+            {key: value for key, value in part.about.items() if key not in ("machine", "digest")}
+            for part in (self, other)
+        )
+        return ours == theirs and self.table.equals(other.table)
+
     def to_bytes(self) -> bytes:
         """The file of this part; equal parts have equal bytes."""
         text = json.dumps(self.about, sort_keys=True, allow_nan=False)
@@ -78,7 +89,7 @@ class Part:
         """Maps the file. Raises StoreError where it is damaged or of another version."""
         try:
             require_regular(path)
-            with pa.memory_map(str(path)) as mapped:
+            with pa.memory_map(os.fsencode(path)) as mapped:
                 table = pa.ipc.open_file(mapped).read_all()
             table.validate(full=True)
             about = json.loads((table.schema.metadata or {})[KEY])
@@ -94,7 +105,9 @@ class Part:
             Settings(**about["settings"])
         except StoreError:
             raise
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror or error}") from error
+        except (pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise StoreError(f"{path}: this plan is damaged or cut short ({reason})") from error
         return cls(table, about)
@@ -116,10 +129,21 @@ class Plan:
                 self._places.append((part, row, count))
                 row += count
 
+    @staticmethod
+    def files(store: Path) -> list[Path]:
+        """The files of its parts, in their order. Raises StoreError where the folder cannot be read."""
+        folder = store / PLAN_FOLDER
+        try:
+            return sorted(file for file in folder.iterdir() if PART_FILE.fullmatch(file.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise StoreError(f"{folder}: {error.strerror}") from error
+
     @classmethod
     def load(cls, store: Path) -> Plan:
         """The plan of a store. Raises StoreError where there is none, or a part is damaged or missing."""
-        files = sorted((store / PLAN_FOLDER).glob("[0-9]*.arrow"))
+        files = cls.files(store)
         if not files:
             raise StoreError(f"{store}: holds no plan of an encoding")
         if [file.stem for file in files] != [f"{number:04}" for number in range(len(files))]:

@@ -22,9 +22,9 @@ import numpy as np
 
 from latentcodec.extras import require
 from latentcodec.store.encoding import ShardEncoder
+from latentcodec.store.finishing import finish
 from latentcodec.store.job import Job, missing_shards
 from latentcodec.store.plan import Plan
-from latentcodec.store.write import finish
 
 TRIES = 3  # of one shard, when its worker dies
 

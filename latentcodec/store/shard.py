@@ -9,6 +9,7 @@ Shapes: n rows, c latent channels, h w latent cells.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Shard:
         self.path, self.shape, self.dtype = path, shape, settings.dtype
         try:
             require_regular(path)
-            with pa.memory_map(str(path)) as mapped:  # the mapping outlives the closed file
+            with pa.memory_map(os.fsencode(path)) as mapped:  # the mapping outlives the closed file
                 reader = pa.ipc.open_file(mapped)
                 schema = reader.schema
                 if reader.num_record_batches != 1:
@@ -63,7 +64,10 @@ class Shard:
         if any(self.batch.column(f.name).null_count for f in wanted if not f.nullable):
             raise StoreError(f"{path}: damaged, values are missing")
         if rows is not None and rows != len(self):
-            raise StoreError(f"{path}: {len(self)} rows, the index says {rows}")
+            raise StoreError(
+                f"{path}: {len(self)} rows, the index says {rows}: pictures were dropped since it was opened, or are "
+                "being dropped; open the store again, or run `latentcodec finish`"
+            )
         self.about = _about(path, schema.metadata or {})
         if (self.about.get("codec"), self.about.get("shard")) != (settings.codec, int(path.stem)):
             raise StoreError(

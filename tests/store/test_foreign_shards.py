@@ -6,9 +6,9 @@ import pytest
 from stores import SMALL, tiny_codec, write_pictures
 
 from latentcodec.store import LatentStore
+from latentcodec.store.finishing import finish
 from latentcodec.store.format import StoreError
 from latentcodec.store.job import encode, prepare
-from latentcodec.store.write import finish
 
 
 def make(photos, out, codec=None):

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from image_sets import write_bad_files, write_tar
 from PIL import Image
 from stores import SMALL, KilledAt, digest, in_process, tiny_codec, write_pictures
 
-from latentcodec import files
 from latentcodec.pixels import load_image
 from latentcodec.store import LatentStore, StoreError, encode, finish, prepare, verify
-from latentcodec.store.format import LOCKS, Settings
+from latentcodec.store.format import Settings
 from latentcodec.store.items import Columns
-from latentcodec.store.locks import rank_lock, remove_stale_locks
 from latentcodec.store.picture import bucket
 from latentcodec.store.ranks import rank_and_world
 
@@ -232,42 +229,6 @@ def test_ranks_that_run_at_once(many, tmp_path, codec):
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert digest(tmp_path / "store") == expected
-
-
-def test_a_store_is_finished_while_another_process_finishes_it(many, tmp_path, codec, monkeypatch):
-    photos, expected = many
-    store = tmp_path / "store"
-    whole(photos, store, codec)
-    (store / "index.json").unlink()
-    move_file, statuses = files.move_file, []
-
-    def after_the_other(source, target):
-        with monkeypatch.context() as undisturbed:
-            undisturbed.setattr(files, "move_file", move_file)
-            statuses.append(in_process(finish, store))
-        move_file(source, target)
-
-    monkeypatch.setattr(files, "move_file", after_the_other)
-    finish(store)
-    assert statuses == [0, 0]  # rejects.jsonl and index.json
-    assert digest(store) == expected
-
-
-def test_a_rank_begins_while_the_last_one_takes_the_folder_of_locks_away(tmp_path, monkeypatch):
-    mkdir, taken = Path.mkdir, []
-
-    def made_and_taken(path, *arguments, **options):
-        mkdir(path, *arguments, **options)
-        if path.name == LOCKS and len(taken) < 3:
-            taken.append(path.rmdir())
-
-    monkeypatch.setattr(Path, "mkdir", made_and_taken)
-    with rank_lock(tmp_path, 0, 2):
-        assert (tmp_path / LOCKS / "0-of-2").exists()
-        (tmp_path / LOCKS / "1-of-2").touch()  # of a process that was killed
-        assert in_process(remove_stale_locks, tmp_path) == 0
-        assert [path.name for path in (tmp_path / LOCKS).iterdir()] == ["0-of-2"]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_workers_change_nothing(many, tmp_path, codec):
