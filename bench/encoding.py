@@ -116,6 +116,10 @@ def together(store: Path, codec: LatentCodec, workers: int) -> float:
 def _rate(batches: Iterator[tuple[float, int]]) -> float:
     """Of the moments at which batches were done, and their pictures: those after the first one, a second."""
     (begun, _), *others = batches
+    if not others:
+        raise ValueError(
+            "the pictures fill one batch only, which shows no rate: give more, or a smaller --batch"
+        )
     return sum(count for _, count in others) / (others[-1][0] - begun)
 
 

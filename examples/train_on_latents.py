@@ -13,6 +13,7 @@ Shapes: B batch, c latent channels, h w latent cells.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -154,4 +155,7 @@ def draw(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(f"loss at the end: {main():.4f}")
+    try:
+        print(f"loss at the end: {main():.4f}")
+    except (ValueError, OSError) as error:  # what the person who runs it can mend
+        sys.exit(f"error: {error}")

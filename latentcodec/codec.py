@@ -21,6 +21,7 @@ from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
 from latentcodec.loading import load_vae
+from latentcodec.machine import usable_device
 from latentcodec.model_card import model_card, zero_padded
 from latentcodec.model_folder import CONFIG, WEIGHTS
 from latentcodec.pixels import crop, pad_to_multiple
@@ -274,7 +275,7 @@ def _require(x: Tensor, channels: int, what: str) -> None:
 def _moved(vae: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> Any:
     """`vae`, in place, on `device` and in `dtype` where these are given."""
     if device is not None:
-        vae.to(device)
+        vae.to(usable_device(device))
     if dtype is not None:
         nn.Module.to(
             vae, dtype

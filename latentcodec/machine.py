@@ -49,6 +49,26 @@ PROCESS_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+# --- the device
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; without one the GPU, or the CPU where there is none.
+
+    Raises ValueError for a name that is none, and for a GPU that is not here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: there is no such device, give cpu or cuda") from None
+    gpus = torch.cuda.device_count() if found.type == "cuda" else None
+    if gpus is not None and (found.index or 0) >= gpus:
+        raise ValueError(f"device {device}: PyTorch finds {gpus or 'no'} GPUs here; give cpu or another one")
+    return found
+
+
 # --- the number format
 
 

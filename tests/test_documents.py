@@ -7,6 +7,7 @@ reader has by then.
 import dataclasses
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,11 @@ class Pipe(DiffusionPipeline):
 
 
 def store_of_the_photo():
-    """A store named latents in the current folder, as the README's command makes it."""
-    assert run(["encode", "photo.jpg", "--codec", "photo-f8c4", "--size", "32", "--out", "latents"]) == 0
+    """A store named latents in the current folder, as the README's command makes it; pictures for one batch of 64."""
+    Path("photos").mkdir()
+    for number in range(64):
+        shutil.copy("photo.jpg", f"photos/{number}.jpg")
+    assert run(["encode", "photos", "--codec", "photo-f8c4", "--size", "32", "--out", "latents"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def decode(
     suffix = f".{form.lower().lstrip('.')}"
     if suffix not in WRITERS:
         raise ValueError(f"--format {form}: {', '.join(name[1:] for name in WRITERS)}")
+    if not latents.exists():
+        raise ValueError(f"{latents}: there is no such store, and no such file of latents")
     if latents.is_dir():
         store = LatentStore(latents)
         total = len(store) if first is None else min(first, len(store))

@@ -121,6 +121,8 @@ def report(job: Job, out: Path, seconds: float, world: int, as_json: bool) -> in
         print(f"decoded: {samples['psnr']:.2f} dB PSNR; {dtype} costs {samples['loss']:.4f} dB of it")
         if lowest["psnr"] < samples["psnr"] - FAR_BELOW:
             warn(f"{lowest['path']}: decoded at {lowest['psnr']:.1f} dB, far below the mean of the sample")
+    if not index.items:
+        warn(f"{out}: nothing was encoded")
     if index.rejected:
         print(f"left out: {out / 'rejects.jsonl'} names each picture and the reason")
     line |= {

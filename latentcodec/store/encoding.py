@@ -24,6 +24,7 @@ from torch import Tensor
 from latentcodec.codec import LatentCodec
 from latentcodec.files import write_whole
 from latentcodec.latents import LatentSpace
+from latentcodec.machine import usable_device
 from latentcodec.ops.native.build import library
 from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality.metrics import psnr
@@ -132,7 +133,12 @@ class ShardEncoder:
             raise StoreError(
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
-        device, dtype = torch.device(place), getattr(torch, precision)
+        try:
+            device, dtype = usable_device(place), getattr(torch, precision)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.store}: {error} (--device), or go on with it where it was begun"
+            ) from None
         if device.type == "cpu":
             library()  # from the first shard on, since torch's functions differ in the last bits
         if (codec.device.type, codec.dtype) == (device.type, dtype):

@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,9 +145,18 @@ class Index:
         """Bytes on the disk, metadata counted in, divided by the rows."""
         return sum(shard.bytes for shard in self.shards) / max(1, self.items)
 
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what it says: equal for stores of the same pictures that were made in the same way."""
+        return _digest(self._content())
+
     def to_json(self) -> bytes:
         """The file's content: equal indexes have equal bytes."""
-        content = {
+        content = self._content() | {"digest": self.digest}
+        return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.settings.codec,
@@ -155,8 +165,6 @@ class Index:
             "bytes_per_picture": round(self.bytes_per_picture, 3),
             **asdict(self),
         }
-        content["digest"] = _digest(content)
-        return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
     def load(cls, store: Path) -> Index:

@@ -23,7 +23,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.files import locked, move_folder, write_new
 from latentcodec.leftovers import unfinished_name
 from latentcodec.loading import CONFIG
-from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores
+from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores, usable_device
 from latentcodec.ops.native.build import library
 from latentcodec.store.decoding import naming_lost_workers
 from latentcodec.store.encoding import Receipt, ShardEncoder
@@ -91,6 +91,16 @@ def prepare(
         captions=columns.caption or captions, label=columns.label, imported=imported,
     )  # fmt: skip
     _check(settings, shard_size)
+    for name, value, least in (
+        ("--batch", batch, 0),
+        ("--threads", threads, 1),
+        ("--check", sampled, 0),
+        ("--min-side", min_side, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} {value}: at least {least}")
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out}: is a file; a store is a folder")
     if precision not in (None, *DTYPES):
         raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
     before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
@@ -135,7 +145,9 @@ def encode(
     out = Path(out).expanduser()
     rank, world = rank_and_world(rank=rank, world=world)
     if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}: ranks count from 0")
+        raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"--workers {workers}: at least 0")
     encoder = ShardEncoder(
         out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
     )
@@ -204,14 +216,14 @@ def _say_what_differs(out: Path, plan: Plan) -> None:
 
 def _machine(device: str | None, batch: int, threads: int | None, precision: str | None) -> dict[str, Any]:
     """How this part of the store is encoded, on this machine and wherever it is gone on with."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    chosen = usable_device(device).type
     dtype = fast_dtype(chosen) if precision is None else DTYPES[precision]
     return {
         "device": chosen,
         "precision": str(dtype).removeprefix("torch."),
         "batch": batch,
         "batch_pixels": BATCH_PIXELS.get(chosen, BATCH_PIXELS["cpu"]),
-        "threads": threads or physical_cores(),
+        "threads": physical_cores() if threads is None else threads,
         "torch": torch.__version__,
         "functions": _functions(chosen, dtype),
     }

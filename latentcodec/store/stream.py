@@ -81,6 +81,11 @@ class LatentBatches(IterableDataset):
             )
         if self.mirror and not settings.mirrored:
             raise ValueError(f"{store.folder}: holds no mirrored latents; encode with --mirrored")
+        if len(store) and not len(self):
+            raise ValueError(
+                f"{store.folder}: no {self.global_batch} pictures of one shape, for a batch of each rank; take a "
+                "smaller batch_size, or drop_last=False"
+            )
         if batch_size < 1 or not 0 <= self.rank < self.world:
             raise ValueError(f"batch_size {batch_size}, rank {self.rank} of {self.world}")
         if not drop_last and self.world > 1:
@@ -104,6 +109,7 @@ class LatentBatches(IterableDataset):
         """What to save so that training goes on with the batch after this one."""
         return {
             "store": self.store.fingerprint,
+            "index": self.store.index.digest,
             "items": len(self.store),
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -120,8 +126,9 @@ class LatentBatches(IterableDataset):
         here = self.state_after({"step": -1})
         differences = [
             f"{name} {state.get(name)!r}, here {here[name]!r}"
-            for name in ("store", "items", "seed", "shuffle", "global_batch")
-            if state.get(name) != here[name]
+            for name in ("store", "index", "items", "seed", "shuffle", "global_batch")
+            if state.get(name, here[name] if name == "index" else None)
+            != here[name]  # which earlier states lack
         ]
         if differences:
             raise ValueError(f"this state belongs to another stream of batches: {'; '.join(differences)}")

@@ -13,6 +13,8 @@ from stores import tiny_codec, write_pictures
 
 from latentcodec.cli import run
 from latentcodec.pixels import load_image
+from latentcodec.store import encode, prepare
+from latentcodec.store.plan import plan_digest
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -224,6 +226,13 @@ def test_export_and_import(place, store, tmp_path, call):
         (("export", "{store}", "--to", "csv", "--out", "{new}"), "--to csv"),
         (("finish", "{photos}"), "holds no plan"),
         (("inspect", "nothing"), "'nothing' is no file"),
+        (("decode", "nowhere", "--out", "{new}"), "nowhere: there is no such store"),
+        (("encode", "{photos}", "--codec", "{codec}", "--out", "{photos}/000.png"), "000.png: is a file"),
+        (("decode", "{store}", "--out", "{new}", "--device", "cuda:99"), "device cuda:99: PyTorch finds"),
+        (
+            ("reconstruct", "{photos}", "--codec", "{codec}", "--out", "{new}", "--device", "gpu"),
+            "device 'gpu'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(place, store, tmp_path, call, arguments, words):
@@ -232,6 +241,61 @@ def test_a_mistake_is_one_line_and_code_2(place, store, tmp_path, call, argument
     assert code == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--threads", -1, "--threads -1: at least 1"),
+        ("--threads", 0, "--threads 0: at least 1"),
+        ("--batch", -3, "--batch -3: at least 0"),
+        ("--check", -1, "--check -1: at least 0"),
+        ("--min-side", -1, "--min-side -1: at least 0"),
+        ("--workers", -1, "--workers -1: at least 0"),
+        ("--device", "cuda:99", "device cuda:99: PyTorch finds"),
+        ("--device", "foo", "device 'foo': there is no such device"),
+        ("--rank", 5, "rank 5 of 2: ranks are 0 to 1"),
+    ],
+)
+def test_a_wrong_value_spoils_no_store(place, tmp_path, call, option, value, words):
+    arguments = ("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
+    others = ("--world", 2) if option == "--rank" else ()
+    code, _, err = call(*arguments, *others, option, value)
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert call(*arguments)[0] == 0
+
+
+def test_a_store_begun_on_a_device_that_is_not_here_is_gone_on_with_on_another(
+    place, tmp_path, codec_of_plan
+):
+    store = codec_of_plan(tmp_path / "store", "cuda:99")
+    with pytest.raises(ValueError, match=r"store: device cuda:99: PyTorch finds .* \(--device\)"):
+        encode(store, workers=0)
+    assert encode(store, workers=0, device="cpu").index.items == 5
+
+
+@pytest.fixture
+def codec_of_plan(place):
+    """Plans a store as on a machine with such a device."""
+
+    def planned(store, device):
+        plan = prepare([str(place / "photos")], store, str(place / "codec"), threads=1, shard_size=2)
+        part = plan.parts[0]
+        part.machine["device"] = device
+        part.about["digest"] = plan_digest({k: v for k, v in part.about.items() if k != "digest"}, part.table)
+        next((store / "plan").iterdir()).write_bytes(part.to_bytes())
+        return store
+
+    return planned
+
+
+def test_a_store_of_nothing_is_said(place, tmp_path, call):
+    arguments = ("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
+    code, _, err = call(*arguments, "--min-side", 1000)
+    assert code == 3
+    assert "nothing was encoded" in err
 
 
 def test_a_wrong_option_is_code_2(call):

@@ -222,6 +222,26 @@ def test_resume_goes_on_with_the_next_batch_on_any_number_of_ranks(store):
         store.dataset(4, seed=5, rank=0, world=2).load_state_dict(state)
 
 
+def test_a_state_of_another_store_of_as_many_pictures_is_refused(store, tmp_path, codec):
+    photos = write_pictures(tmp_path / "photos", len(store), first=100)
+    prepare([str(photos)], tmp_path / "store", codec, **SMALL)
+    encode(tmp_path / "store", codec, workers=0)
+    other = LatentStore(tmp_path / "store")
+    assert (len(other), other.fingerprint) == (len(store), store.fingerprint)
+    stream = store.dataset(2)
+    state = stream.state_after({"step": 0})
+    with pytest.raises(ValueError, match="another stream of batches: index"):
+        other.dataset(2).load_state_dict(state)
+    del state["index"]  # as earlier versions saved it
+    stream.load_state_dict(state)
+
+
+def test_a_batch_that_nothing_fills_is_refused(store):
+    with pytest.raises(ValueError, match="no 2000 pictures of one shape"):
+        store.dataset(1000, rank=0, world=2)
+    assert len(store.dataset(1000, drop_last=False)) == len(store.shapes)
+
+
 def test_batches_have_one_shape_in_a_store_of_buckets(tmp_path, codec):
     photos = write_pictures(tmp_path / "photos", 9, sizes=((32, 32), (24, 40)))
     store = make(photos, tmp_path / "store", codec)
