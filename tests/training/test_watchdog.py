@@ -189,7 +189,8 @@ def test_a_data_worker_that_the_system_has_ended_is_said_in_one_line(tmp_path, b
     said = log.read_text()
     assert process.exitcode == 1, said
     assert "error: a data worker was ended from outside" in said
-    assert "Traceback" not in said
+    # Torch hears of the worker by a signal, which may reach it while the interpreter puts something away.
+    assert "Traceback" not in said.partition("Exception ignored in")[0], said
 
 
 @pytest.mark.slow
