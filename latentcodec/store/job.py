@@ -91,14 +91,9 @@ def prepare(
         captions=columns.caption or captions, label=columns.label, imported=imported,
     )  # fmt: skip
     _check(settings, shard_size)
-    for name, value, least in (
-        ("--batch", batch, 0),
-        ("--threads", threads, 1),
-        ("--check", sampled, 0),
-        ("--min-side", min_side, 0),
-    ):
+    for name, value, least in (("batch", batch, 0), ("threads", threads, 1), ("check", sampled, 0)):
         if value is not None and value < least:
-            raise ValueError(f"{name} {value}: at least {least}")
+            raise ValueError(f"--{name} {value}: at least {least}")
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; a store is a folder")
     if precision not in (None, *DTYPES):
@@ -185,6 +180,8 @@ def _check(settings: Settings, shard_size: int) -> None:
         raise ValueError(f"--latents {settings.imported}: raw or normalised")
     if settings.posterior not in ("mode", "mean and std"):
         raise ValueError(f"posterior {settings.posterior!r}: 'mode' or 'mean and std'")
+    if settings.min_side < 0:
+        raise ValueError(f"--min-side {settings.min_side}: at least 0")
     if shard_size < 1:
         raise ValueError(f"--shard-size {shard_size}: at least one picture")
 

@@ -15,6 +15,8 @@ crash of that process, and stops or restarts the others.
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
@@ -59,8 +61,17 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
         lost = [cure for words, cure in LOST.items() if words in str(error)]
         if not lost:
             raise
+        end_quietly()
         report_error(f"{lost[0]} ({' '.join(str(error).split())})")
         return FAILED
+
+
+def end_quietly() -> None:
+    """Keep torch from raising for a lost worker whose signal comes after its pipe has closed, while all is put away."""
+    if (
+        hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    ):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def run(config: Config, stop: StopRequest) -> int:

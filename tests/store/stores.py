@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,22 @@ def in_process(work, *arguments) -> int:
             print(f"{type(error).__name__}: {error}", flush=True)
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def at_once(works) -> list[int]:
+    """Runs each work in a process of its own, all at the same time; their exit statuses."""
+    children = []
+    for work in works:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 class KilledAt:

@@ -4,13 +4,13 @@ import json
 import os
 import resource
 import signal
-import traceback
+from functools import partial
 
 import pytest
 import torch
 from image_sets import write_bad_files, write_tar
 from PIL import Image
-from stores import SMALL, KilledAt, digest, in_process, tiny_codec, write_pictures
+from stores import SMALL, KilledAt, at_once, digest, in_process, tiny_codec, write_pictures
 
 from latentcodec.pixels import load_image
 from latentcodec.store import LatentStore, StoreError, encode, finish, prepare, verify
@@ -216,18 +216,8 @@ def test_killed_before_every_file_operation_and_resumed_by_others(many, tmp_path
 
 def test_ranks_that_run_at_once(many, tmp_path, codec):
     photos, expected = many
-    children = []
-    for rank in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                whole(photos, tmp_path / "store", codec, rank, 3)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    works = [partial(whole, photos, tmp_path / "store", codec, rank, 3) for rank in range(3)]
+    assert at_once(works) == [0, 0, 0]
     assert digest(tmp_path / "store") == expected
 
 

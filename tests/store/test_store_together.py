@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from stores import SMALL, digest, in_process, tiny_codec, write_pictures
+from stores import SMALL, at_once, digest, in_process, tiny_codec, write_pictures
 
 from latentcodec import files, leftovers
 from latentcodec.leftovers import is_leftover, unfinished_name
@@ -200,18 +200,7 @@ def test_ranks_begin_and_end_while_others_take_the_folder_of_locks_away(tmp_path
                 pass
             remove_stale_locks(tmp_path)
 
-    children = []
-    for rank in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                begin_and_end(rank)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert at_once([partial(begin_and_end, rank) for rank in range(3)]) == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
 
 
