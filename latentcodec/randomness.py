@@ -41,6 +41,8 @@ class Purpose(IntEnum):
     """The noise that is added to a sample's latent for the decoder."""
     TEXT = 10
     """The text over a sample."""
+    GENERATIONS = 11
+    """How often a sample has been through the codec before it is trained on."""
 
 
 def keyed_generator(*keys: int) -> torch.Generator:

@@ -153,6 +153,27 @@ MUTANTS = [
         "test_objective.py",
     ),
     Mutant(
+        "a picture that was coded before should come back as the image it was",
+        "training/losses/generations.py",
+        "target[samples] = given[samples]",
+        "pass",
+        "test_generations.py",
+    ),
+    Mutant(
+        "a picture that is not finite becomes a picture of 8 bits",
+        "training/losses/generations.py",
+        "torch.where(recoded.isfinite(), from_uint8(to_uint8(recoded)), recoded)",
+        "from_uint8(to_uint8(recoded))",
+        "test_generations.py",
+    ),
+    Mutant(
+        "every generation is made of all samples",
+        "training/losses/generations.py",
+        "(generations >= earlier)",
+        "(generations >= 0)",
+        "test_generations.py",
+    ),
+    Mutant(
         "LPIPS is detached",
         "training/losses/objective.py",
         "self.lpips(y, target)",

@@ -83,7 +83,7 @@ class Gradients:
         state, accumulation = self.state, self.config.accumulation
         doing(GRADIENTS if last and self.accelerator.num_processes > 1 else "computing gradients")
         x = batch["pixels"].to(self.accelerator.device, non_blocking=True, memory_format=self.layout)
-        inputs = self.objective.inputs(x, batch["position"], state.draw)
+        inputs = self.objective.inputs(x, batch["position"], state.draw, self._recode)
         lesson, inputs = self.teacher.lesson(inputs) if self.teacher else (None, inputs)
         result = self.model(inputs.x, inputs.noise, inputs.transform)
         losses, weights = self.objective.losses(
@@ -112,3 +112,7 @@ class Gradients:
         """The posterior's mean of a reconstruction, under the same autocast."""
         with self.accelerator.autocast():
             return mean_and_logvar(posterior_parameters(self.state.codec.vae, y))[0]
+
+    def _recode(self, x: Tensor) -> Tensor:
+        """Images as they come back from the codec."""
+        return self._decode(self._encode(x)).float()

@@ -37,7 +37,8 @@ FONT_SIZES = (7, 28)  # pixels, drawn log-uniformly
 LARGEST_ANGLE = 20.0  # degrees, of the third of the crops whose text is turned
 LEAST_CONTRAST = 60  # levels between the brightness of text and that of its page
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
-EMPTY_SHARE = 0.15  # of the pages: no text at all, from black to white
+EMPTY_SHARE = 0.25  # of the pages: no text at all
+SHADED_SHARE = 0.5  # of these: from one colour to another, the others flat
 
 
 def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
@@ -68,7 +69,7 @@ def draw_text(crop: Tensor, fonts: Sequence[str], random: Generator) -> Tensor:
     if random.random() < PLAIN_SHARE:
         page = Image.new("RGB", size, _colour(random))
         if random.random() < EMPTY_SHARE:
-            return _pixels(page, channels)
+            return _pixels(_shaded(page, random), channels)
     else:
         page = Image.fromarray(_levels(crop))
     brightness = float(np.asarray(page.convert("L"), dtype=np.float32).mean())
@@ -101,6 +102,16 @@ def _letters(size: tuple[int, int], fonts: Sequence[str], random: Generator) -> 
         mask = mask.rotate(random.uniform(-LARGEST_ANGLE, LARGEST_ANGLE), Image.Resampling.BICUBIC)
     left, upper = (side - size[0]) // 2, (side - size[1]) // 2
     return mask.crop((left, upper, left + size[0], upper + size[1]))
+
+
+def _shaded(page: Image.Image, random: Generator) -> Image.Image:
+    """The page, or in `SHADED_SHARE` of the cases one that goes over to another colour, down or to the right."""
+    if random.random() >= SHADED_SHARE:
+        return page
+    shade = Image.linear_gradient("L").resize(page.size)
+    if random.random() < 0.5:
+        shade = shade.transpose(Image.Transpose.ROTATE_90)
+    return Image.composite(Image.new("RGB", page.size, _colour(random)), page, shade)
 
 
 def _colour(random: Generator) -> tuple[int, int, int]:

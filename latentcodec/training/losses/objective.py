@@ -56,11 +56,13 @@ class Objective:
         if loss.lpips_weight:
             self.lpips = Perceptual(loss.lpips_net, loss.lpips_weights).to(device)
 
-    def inputs(self, x: Tensor, positions: Tensor, draw: int) -> Inputs:
-        """Draw everything random for pixels x [B, C, H, W] at `positions` [B] of the stream."""
-        return draw_inputs(
-            self.regularizer, self.seed, self.latent_channels, self.f, x, positions, draw, self.rate.deviation
-        )
+    def inputs(self, x: Tensor, positions: Tensor, draw: int, recode: Callable[[Tensor], Tensor]) -> Inputs:
+        """Draw everything random for pixels x [B, C, H, W] at `positions` [B] of the stream.
+
+        `recode` is the codec's round trip, image to image.
+        """
+        c, deviation = self.latent_channels, self.rate.deviation
+        return draw_inputs(self.regularizer, self.seed, c, self.f, x, positions, draw, deviation, recode)
 
     def losses(
         self,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +51,11 @@ class RegularizerConfig:
     """Factor of the mean squared distance, in units of each channel's variance, between the latent of an image and the
     latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
     encoding."""
+    generations_share: ClosedUnitInterval = 0.0
+    """Share of the samples that have been encoded and decoded before, and should come back as they were after the first
+    time. It keeps pictures that go through the codec many times from drifting."""
+    generations: PositiveInt = 4
+    """How often at most; each number from 1 is as likely. Each costs a forward pass of these samples."""
     scale_equivariance_weight: NonNegativeFloat = 0.0
     """Factor of the reconstruction loss of the downscaled image from the downscaled latent, in nats per
     pixel-channel like the likelihood itself (Skorokhodov et al.: about 0.25). Costs a second, smaller

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from latentcodec.randomness import Purpose, keyed_normal
+from latentcodec.training.losses.generations import draw_generations, earlier_generations
 from latentcodec.training.losses.regularizers import (
     RegularizerConfig,
     add_noise,
@@ -81,16 +82,19 @@ def draw_inputs(
     positions: Tensor,
     draw: int,
     deviation: Tensor,
+    recode: Transform,
 ) -> Inputs:
     """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
 
-    `deviation` [c] of the latent's channels is the unit of the additive noise.
+    `deviation` [c] of the latent's channels is the unit of the additive noise, `recode` the codec's round trip.
     """
     warp = draw_warp(config, seed, draw)
     if warp is not None and not warp.of_latent:
         x = warp_image(x, warp, f)
     cells = (latent_channels, x.shape[2] // f, x.shape[3] // f)
     target, transforms = x, list[Transform]()
+    if config.generations_share:
+        x, target = earlier_generations(x, draw_generations(config, seed, positions), recode)
     if config.spectrum_masking:
         diagonals = draw_masked_diagonals(seed, draw)
         target = mask_spectrum(target, diagonals)

@@ -50,19 +50,21 @@ def new_pass(x) -> ForwardPass:
 
 
 def never(z):
-    raise AssertionError("decoded a second time")
+    raise AssertionError("encoded or decoded a second time")
 
 
 def test_noise_belongs_to_the_position_and_not_to_the_batch():
     share = RegularizerConfig(latent_noise_share=1.0, interpolative_noise=0.5, additive_noise=0.5)
     objective, x, z = new_objective(regularizer=share), images(), torch.randn(3, C, 8, 8)
-    whole = objective.inputs(x, torch.tensor([5, 6, 7]), draw=0)
-    parts = [objective.inputs(x[i : i + 1], torch.tensor([5 + i]), draw=9) for i in range(3)]
+    whole = objective.inputs(x, torch.tensor([5, 6, 7]), draw=0, recode=never)
+    parts = [objective.inputs(x[i : i + 1], torch.tensor([5 + i]), draw=9, recode=never) for i in range(3)]
     assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
     assert torch.equal(
         whole.transform(z), torch.cat([p.transform(z[i : i + 1]) for i, p in enumerate(parts)])
     )
-    assert not torch.equal(whole.noise, objective.inputs(x, torch.tensor([8, 9, 10]), draw=0).noise)
+    assert not torch.equal(
+        whole.noise, objective.inputs(x, torch.tensor([8, 9, 10]), draw=0, recode=never).noise
+    )
     assert abs(whole.noise.std() - 1) < 0.1
     added = whole.transform(torch.zeros_like(z))  # by the latent noise, which is another one
     assert abs(torch.corrcoef(torch.stack([added.flatten(), whole.noise.flatten()]))[0, 1]) < 0.2
@@ -75,11 +77,13 @@ def test_replaced_and_added_noise_are_two_draws_each_with_its_own_level():
     )
     positions, z = torch.arange(4), torch.ones(4, C, 64, 64)
     replaced, added = draw_noise_levels(config, SEED, positions)
-    transformed = new_objective(regularizer=config).inputs(images(4), positions, draw=0).transform(z)
+    transformed = (
+        new_objective(regularizer=config).inputs(images(4), positions, draw=0, recode=never).transform(z)
+    )
     torch.testing.assert_close(transformed.mean((1, 2, 3)), 1 - replaced, atol=0.3, rtol=0)
     torch.testing.assert_close(transformed.std((1, 2, 3)), added, atol=0.2, rtol=0.05)
     both = new_objective(regularizer=replace(config, interpolative_noise_std=4.0)).inputs(
-        images(4), positions, draw=0
+        images(4), positions, draw=0, recode=never
     )
     # Two independent draws add in squares; one draw used twice would add its deviations.
     expected = ((4 * replaced).square() + added.square()).sqrt()
@@ -87,7 +91,7 @@ def test_replaced_and_added_noise_are_two_draws_each_with_its_own_level():
 
 
 def test_without_regularizers_the_decoder_gets_the_latent_and_the_target_is_the_image():
-    inputs = new_objective().inputs(x := images(), torch.arange(3), draw=0)
+    inputs = new_objective().inputs(x := images(), torch.arange(3), draw=0, recode=never)
     assert inputs.x is x
     assert inputs.target is x
     assert inputs.transforms == []
@@ -98,7 +102,7 @@ def test_equivariance_warps_latent_and_target_alike_and_lets_the_encoder_see_the
     objective = new_objective(regularizer=RegularizerConfig(equivariance_probability=1.0))
     x = F.interpolate(images(side=4), size=32, mode="bicubic")  # smooth, so that little depends on the filter
     for draw in range(6):
-        inputs = objective.inputs(x, torch.arange(3), draw)
+        inputs = objective.inputs(x, torch.arange(3), draw, never)
         assert inputs.x is x
         z = F.avg_pool2d(x, F_DOWN)  # a latent that is a small image must be warped as the image is
         warped, target = inputs.transform(z), F.avg_pool2d(inputs.target, F_DOWN)
@@ -108,7 +112,7 @@ def test_equivariance_warps_latent_and_target_alike_and_lets_the_encoder_see_the
 
 def test_low_resolution_steps_show_the_encoder_a_smaller_image():
     objective = new_objective(regularizer=RegularizerConfig(low_resolution_probability=1.0))
-    inputs = objective.inputs(images(), torch.arange(3), draw=0)
+    inputs = objective.inputs(images(), torch.arange(3), draw=0, recode=never)
     assert inputs.x.shape[-1] < 32
     assert inputs.target is inputs.x
     assert inputs.noise.shape[-2:] == (inputs.x.shape[-2] // F_DOWN, inputs.x.shape[-1] // F_DOWN)
@@ -119,16 +123,32 @@ def test_spectrum_masking_masks_latent_and_target():
     x, z = images(side=64), torch.randn(3, C, 16, 16)
     seen = set()
     for draw in range(8):
-        inputs = objective.inputs(x, torch.arange(3), draw)
+        inputs = objective.inputs(x, torch.arange(3), draw, never)
         fitting = [n for n in (0, 8, 10, 12) if torch.equal(inputs.target, mask_spectrum(x, n))]
         assert any(torch.equal(inputs.transform(z), mask_spectrum(z, n)) for n in fitting)
         seen |= {*fitting}
     assert len(seen) > 1
 
 
+def test_a_generation_is_warped_as_its_target_is():
+    """Both are small where the step makes pictures small; where it turns latents, the target is turned with them."""
+    share = RegularizerConfig(generations_share=1.0, generations=1, low_resolution_probability=1.0)
+    small = new_objective(regularizer=share).inputs(x := images(), torch.arange(3), 0, lambda y: 0.5 * y)
+    plain = new_objective(regularizer=replace(share, generations_share=0.0)).inputs(
+        x, torch.arange(3), 0, never
+    )
+    assert small.x.shape == plain.x.shape != x.shape
+    torch.testing.assert_close(small.x, 0.5 * plain.x, atol=0.5 / 127.5, rtol=0)
+    assert torch.equal(small.target, small.x)
+    turned = replace(share, low_resolution_probability=0.0, equivariance_probability=1.0)
+    inputs = new_objective(regularizer=turned).inputs(x, torch.arange(3), 0, lambda y: 0.5 * y)
+    assert inputs.target.shape != inputs.x.shape == x.shape
+    assert torch.equal(inputs.target, inputs.transforms[0](inputs.x))
+
+
 def test_what_is_off_is_neither_computed_nor_reported():
     objective, x = new_objective(), images()
-    inputs = objective.inputs(x, torch.arange(3), 0)
+    inputs = objective.inputs(x, torch.arange(3), 0, never)
     losses, weights = objective.losses(new_pass(x), inputs, 0, 0, never, never)
     assert list(losses) == list(weights) == ["nll", "kl"]
 
@@ -145,7 +165,7 @@ def test_every_loss_arrives_by_name_with_the_weight_of_its_key():
     objective, x = new_objective(loss, regularizer), images()
     result = new_pass(x)
     up, down = torch.nn.Upsample(scale_factor=F_DOWN), torch.nn.AvgPool2d(F_DOWN)
-    inputs = objective.inputs(x, torch.arange(3), 0)
+    inputs = objective.inputs(x, torch.arange(3), 0, never)
     losses, weights = objective.losses(
         result, inputs, 0, 0, lambda z: up(z[:, :3]), lambda y: down(y)[:, [0, 1, 2, 0]]
     )
@@ -166,7 +186,7 @@ def test_scale_equivariance_is_the_likelihood_of_the_small_pair_per_pixel_channe
     objective = new_objective(regularizer=RegularizerConfig(scale_equivariance_weight=1.0))
     x = images()
     result = new_pass(x)
-    inputs = objective.inputs(x, torch.arange(3), 0)
+    inputs = objective.inputs(x, torch.arange(3), 0, never)
     losses, _ = objective.losses(
         result, inputs, 0, 7, lambda z: F.interpolate(z[:, :3], scale_factor=F_DOWN), never
     )
@@ -183,7 +203,7 @@ def test_a_round_trip_is_compared_with_the_latent_that_was_decoded_before_its_no
         round_trip_weight=1.0, equivariance_probability=1.0, latent_noise_share=1.0, additive_noise=0.5
     )
     objective, x = new_objective(regularizer=regularizer), images()
-    result, inputs = new_pass(x), objective.inputs(x, torch.arange(3), 0)
+    result, inputs = new_pass(x), objective.inputs(x, torch.arange(3), 0, never)
     (warp,) = inputs.transforms
     shape = warp(result.mean).shape
     assert shape != result.mean.shape
@@ -225,7 +245,7 @@ def test_channel_statistics_are_taken_out_of_the_report_and_become_three_numbers
 
 def test_free_bits_follow_the_statistics_of_the_step_before():
     objective, x = new_objective(LossConfig(free_bits=1.0)), images()
-    result, inputs = new_pass(x), objective.inputs(x, torch.arange(3), 0)
+    result, inputs = new_pass(x), objective.inputs(x, torch.arange(3), 0, never)
     cells, floor = 8 * 8, math.log(2)
     channels = kl_per_channel(result.mean, result.logvar)
     objective.rate.reference = torch.tensor([0.0, 9.0, 0.0, 9.0])
@@ -290,7 +310,7 @@ def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec(lpips_file)
     weights = lpips_file
     objective = new_objective(LossConfig(lpips_weight=1.0, lpips_net="squeeze", lpips_weights=str(weights)))
     codec = TrainedCodec(new_vae(small(Path("unused"), Path("unused")).model, None, None, list), 1.0, False)
-    inputs = objective.inputs(images(2), torch.arange(2), 0)
+    inputs = objective.inputs(images(2), torch.arange(2), 0, never)
     result = codec(inputs.x, inputs.noise, inputs.transform)
     losses, table = objective.losses(result, inputs, 0, 0, never, never)
     assert table["lpips"] == 1.0
@@ -309,7 +329,10 @@ def test_lpips_has_a_gradient_that_reaches_every_weight_of_the_codec(lpips_file)
 def test_the_smallest_crop_is_what_training_really_decodes():
     config = everything(small(Path("unused"), Path("unused")))
     objective = new_objective(config.loss, config.regularizer)
-    sides = [objective.inputs(images(1), torch.arange(1), draw).target.shape[-1] for draw in range(200)]
+    sides = [
+        objective.inputs(images(1), torch.arange(1), draw, lambda y: y).target.shape[-1]
+        for draw in range(200)
+    ]
     assert min(sides) == smallest_crop(config, F_DOWN) == 8
     assert smallest_crop(replace(config, regularizer=RegularizerConfig()), F_DOWN) == 32
     buckets = replace(config.data, resolution=96, buckets=True)
