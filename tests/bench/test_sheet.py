@@ -1,0 +1,76 @@
+"""The sheet of pictures for a card: what stands in its columns, at which size, and what it refuses."""
+
+import pytest
+import torch
+
+from latentcodec.codec import LatentCodec
+from latentcodec.pixels import load_image, save_image, to_uint8
+from latentcodec.quality import image_codecs
+from latentcodec.quality.klt import KLT
+from latentcodec.quality.metrics import reconstruct
+from tests.bench.test_bench import script
+from tests.test_codec import tiny_vae
+
+
+@pytest.fixture(scope="module")
+def sheet():
+    return script("sheet")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A codec, and a folder with two photographs and one that is too small for a sheet."""
+    folder = tmp_path_factory.mktemp("sheet")
+    torch.manual_seed(0)
+    LatentCodec(tiny_vae()).save_pretrained(folder / "codec")
+    for i, side in enumerate((200, 224, 64)):
+        noise = torch.nn.functional.avg_pool2d(torch.randn(1, 3, side + 4, side + 4), 5, stride=1)
+        save_image(noise[0].clamp(-1, 1), folder / f"photographs/{i}.png")
+    return folder
+
+
+def test_each_row_is_the_original_the_codec_the_klt_and_jpeg_at_1_to_1(sheet, places, tmp_path, capsys):
+    photographs, out = places / "photographs", tmp_path / "new/sheet.png"
+    command = ["--codec", str(places / "codec"), "--klt_images", str(photographs), "--out", str(out)]
+    sheet.main([*command, "--images", str(photographs)])
+    assert str(out) in capsys.readouterr().out
+    found = load_image(out, 3)[0]
+    codec = LatentCodec.from_pretrained(places / "codec")
+    images = [load_image(photographs / f"{i}.png", 3) for i in range(2)]
+    small = load_image(photographs / "2.png", 3)[0]
+    klt = KLT.fit([*(x[0] for x in images), small], codec.downsampling_factor, codec.latent_channels)
+    for row, x in enumerate(images):
+        side, most = x.shape[-1], (x.shape[-1] // 4) ** 2 * codec.latent_channels
+        expected = (x, reconstruct(codec, x), reconstruct(klt, x), image_codecs.code(x, "JPEG", most).image)
+        start = (side - 192) // 2
+        for column, y in enumerate(expected):
+            top, left = sheet.LABEL + row * 194, column * 194
+            shown = found[:, top : top + 192, left : left + 192]
+            middle = y[0, :, start : start + 192, start : start + 192]
+            assert (to_uint8(shown).int() - to_uint8(middle).int()).abs().max() <= 1, (row, column)
+
+
+def test_drawn_pictures_are_leaves_text_line_art_and_a_screen(sheet):
+    leaves, letters, lines, screen = sheet.drawn()
+    assert {x.shape for x in (leaves, letters, lines, screen)} == {(3, 192, 192)}
+    assert (letters == 1).float().mean() > 0.7
+    assert {tuple(colour) for colour in to_uint8(lines).flatten(1).T.tolist()} == {(0, 0, 0), (255, 255, 255)}
+    assert len(to_uint8(screen).flatten(1).unique(dim=1).T) > 100
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--out", "sheet.jpg", "must end in .png or .webp"), ("--images", "few", "192 a side are needed")],
+)
+def test_a_sheet_that_cannot_be_made_is_refused_with_its_option(
+    sheet, places, tmp_path, option, value, message
+):
+    save_image(torch.zeros(3, 64, 64), tmp_path / "few/small.png")
+    options = {
+        "--codec": places / "codec",
+        "--klt_images": places / "photographs",
+        "--out": tmp_path / "a.png",
+    }
+    options[option] = tmp_path / value
+    with pytest.raises(SystemExit, match=message):
+        sheet.main([str(word) for pair in options.items() for word in pair])
