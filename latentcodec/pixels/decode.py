@@ -120,7 +120,9 @@ def _channels(colour: Tensor, alpha: Tensor | None, channels: int) -> Tensor:
         return colour.expand(3, -1, -1).contiguous()
     if len(colour) == 1:
         return colour
-    return torch.einsum("chw,c->hw", colour, torch.tensor(LUMA))[None]
+    # Not a matrix product, whose roundings depend on the machine and on how many pixels there are.
+    red, green, blue = (weight * part for weight, part in zip(LUMA, colour, strict=True))
+    return (red + green + blue)[None]
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:

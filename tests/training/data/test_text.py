@@ -67,16 +67,19 @@ def test_only_letters_that_a_font_has_are_drawn(fonts):
         assert len(signs) > 0.6 * len(set(letters))
 
 
-def test_pages_without_text_come_in_all_brightnesses(fonts):
-    pages = [text.draw_text(torch.zeros(3, *SIZE), fonts, np.random.default_rng(i)) for i in range(300)]
+@pytest.fixture(scope="module")
+def pages(fonts):
+    return [text.draw_text(torch.zeros(3, *SIZE), fonts, np.random.default_rng(i)) for i in range(300)]
+
+
+def test_pages_without_text_come_in_all_brightnesses(pages):
     flat = [float(page.mean()) for page in pages if page.std((1, 2)).max() == 0]
     assert len(flat) > 10
     assert min(flat) < -0.9
     assert max(flat) > 0.9
 
 
-def test_some_pages_without_text_go_from_one_colour_to_another(fonts):
-    pages = [text.draw_text(torch.zeros(3, *SIZE), fonts, np.random.default_rng(i)) for i in range(300)]
+def test_some_pages_without_text_go_from_one_colour_to_another(pages):
     rows = sum(bool(p.std(1).max() > 0.05 and p.std(2).max() < 1e-3) for p in pages)
     columns = sum(bool(p.std(2).max() > 0.05 and p.std(1).max() < 1e-3) for p in pages)
     assert min(rows, columns) > 2
