@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "a picture that was coded before should come back as the image it was",
         "training/losses/generations.py",
-        "target[samples] = given[samples]",
+        "first[samples] = given[samples]",
         "pass",
         "test_generations.py",
     ),
@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "every generation is made of all samples",
         "training/losses/generations.py",
-        "(generations >= earlier)",
-        "(generations >= 0)",
+        "(numbers >= trip)",
+        "(numbers >= 0)",
         "test_generations.py",
     ),
     Mutant(

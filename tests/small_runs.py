@@ -81,8 +81,6 @@ def everything(config: Config) -> Config:
             additive_noise=0.5,
             scale_equivariance_weight=0.1,
             round_trip_weight=0.1,
-            generations_share=0.5,
-            generations=2,
         ),
         discriminator=DiscriminatorConfig(weight=0.5, start_step=1, channels=8, layers=1, lr=1e-3),
     )

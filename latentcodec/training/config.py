@@ -63,6 +63,11 @@ class Config:
             raise ValueError(
                 "loss.scale per_pixel has no scale for the half-size images of regularizer.scale_equivariance_weight"
             )
+        if self.regularizer.generations_share and self.discriminator.weight:
+            raise ValueError(
+                "discriminator.weight would take pictures of regularizer.generations_share for real ones, and the "
+                "codec made them; train the two one after the other"
+            )
         if self.model.part == "encoder" and self.discriminator.weight and self.discriminator.adaptive:
             raise ValueError(
                 "discriminator.adaptive compares gradients in the decoder, which model.part encoder does not train; "

@@ -104,15 +104,15 @@ class Gradients:
         return {"total": total, **report, **self.objective.measures(result, report["nll"], inputs.target)}
 
     def _decode(self, z: Tensor) -> Tensor:
-        """A second decoding in the same step, under the same autocast as the first."""
+        """Raw latents -> images, outside the model's forward, under the same autocast."""
         with self.accelerator.autocast():
             return decode_raw(self.state.codec.vae, z)
 
     def _encode(self, y: Tensor) -> Tensor:
-        """The posterior's mean of a reconstruction, under the same autocast."""
+        """The posterior's mean of images, under the same autocast."""
         with self.accelerator.autocast():
             return mean_and_logvar(posterior_parameters(self.state.codec.vae, y))[0]
 
     def _recode(self, x: Tensor) -> Tensor:
-        """Images as they come back from the codec."""
+        """Images as they come back from the codec, not clamped."""
         return self._decode(self._encode(x)).float()

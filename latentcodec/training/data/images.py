@@ -59,7 +59,8 @@ class DataConfig:
     fit a codec of f32."""
     text_share: ClosedUnitInterval = 0.0
     """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
-    photograph behind it, half are pages of one colour."""
+    photograph behind it, half are pages of one colour, of which a quarter is empty: flat, or shaded from one colour to
+    another."""
     text_fonts_left_out: list[str] = field(default_factory=list)
     """Fonts whose file names begin with one of these are not drawn with, so that a test can use them."""
     buckets: bool = False

@@ -1,7 +1,8 @@
-"""Text drawn over training crops, from the fonts of the machine: what photographs alone do not teach a small codec.
+"""Text over training crops, drawn with the fonts of the machine: what photographs alone do not teach a small codec.
 
-Half of the drawn crops are pages of one colour, half keep the photograph behind the letters. Words are made of random
-letters, since a codec must keep strokes and not language. Everything drawn is a function of (seed, position).
+Half of the drawn crops keep the photograph behind the letters, half are pages of one colour, and a quarter of the pages
+is empty. Words are made of random letters, since a codec must keep strokes and not language. Everything drawn is a
+function of (seed, position).
 
 Shapes: C channels, H W pixels of a crop; pixels in [-1, 1].
 """
@@ -38,7 +39,7 @@ LARGEST_ANGLE = 20.0  # degrees, of the third of the crops whose text is turned
 LEAST_CONTRAST = 60  # levels between the brightness of text and that of its page
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
 EMPTY_SHARE = 0.25  # of the pages: no text at all
-SHADED_SHARE = 0.5  # of these: from one colour to another, the others flat
+SHADED_SHARE = 0.5  # of the empty pages: shades from one colour to another; the others are flat
 
 
 def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
@@ -63,7 +64,7 @@ def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
 
 
 def draw_text(crop: Tensor, fonts: Sequence[str], random: Generator) -> Tensor:
-    """[C, H, W] -> the same crop with text over it, or over a page of one colour in its place."""
+    """[C, H, W] -> the crop with text over it, or in its place a page: of one colour with text, flat, or shaded."""
     channels, height, width = crop.shape
     size = (width, height)
     if random.random() < PLAIN_SHARE:
@@ -105,13 +106,13 @@ def _letters(size: tuple[int, int], fonts: Sequence[str], random: Generator) -> 
 
 
 def _shaded(page: Image.Image, random: Generator) -> Image.Image:
-    """The page, or in `SHADED_SHARE` of the cases one that goes over to another colour, down or to the right."""
+    """The page as it is, or, in `SHADED_SHARE` of the cases, with another colour at its far side and shades between."""
     if random.random() >= SHADED_SHARE:
         return page
-    shade = Image.linear_gradient("L").resize(page.size)
+    shade = Image.linear_gradient("L")
     if random.random() < 0.5:
         shade = shade.transpose(Image.Transpose.ROTATE_90)
-    return Image.composite(Image.new("RGB", page.size, _colour(random)), page, shade)
+    return Image.composite(Image.new("RGB", page.size, _colour(random)), page, shade.resize(page.size))
 
 
 def _colour(random: Generator) -> tuple[int, int, int]:

@@ -1,9 +1,8 @@
-"""Pictures that have been through the codec before: what makes encoding and decoding many times change little.
+"""Pictures after several round trips through the codec, so that it learns not to move them any further.
 
-A picture loses what the latent cannot hold in its first generation. A codec moves it further in every one after it, in
-nearly the same direction each time, since nobody asks of it to know its own pictures again. Here some samples are given
-as their K-th generation, and the first is what their reconstruction should be: at K = 1 a picture that comes back as it
-is, beyond that one that is led back.
+A codec loses most in the first round trip. Each further one moves the picture a little more, nearly always in the same
+direction, because training never shows the codec its own output. Here some samples are pictures after K round trips,
+and the target is the picture after the first. K = 1 teaches to change nothing, K > 1 to go back.
 
 Shapes: B batch, C image channels, H W pixels; pixels in [-1, 1].
 """
@@ -21,9 +20,9 @@ from latentcodec.training.losses.regularizers import RegularizerConfig
 
 
 def draw_generations(config: RegularizerConfig, seed: int, positions: Tensor) -> Tensor:
-    """[B] whole numbers, on the CPU, keyed by position: how often each sample has been through the codec before.
+    """[B] whole numbers, on the CPU, keyed by position: the round trips of each sample before it is trained on.
 
-    `generations_share` of the samples have a number from 1 to `generations`, each as likely; the others have 0.
+    `generations_share` of the samples have a number from 1 to `generations`, each equally likely; the others have 0.
     """
     chance, number = keyed_uniform(seed, positions, (2,), Purpose.GENERATIONS).unbind(1)
     chosen = chance < config.generations_share
@@ -31,19 +30,19 @@ def draw_generations(config: RegularizerConfig, seed: int, positions: Tensor) ->
 
 
 @torch.no_grad()
-def earlier_generations(
-    x: Tensor, generations: Tensor, recode: Callable[[Tensor], Tensor]
+def after_round_trips(
+    x: Tensor, numbers: Tensor, recode: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Images x [B, C, H, W] as those of `generations` [B], and what they should come back as: their first, or x.
+    """Images x [B, C, H, W] after `numbers` [B] of round trips, and after one; where the number is 0, both are x.
 
-    `recode` is the codec's round trip. Between two of them pictures have 8 bits, as in a file. No gradient.
+    `recode` is one round trip. Between two of them pictures have 8 bits, as in a file. No gradient.
     """
-    given, target = x.clone(), x.clone()
-    for earlier in range(1, int(generations.max()) + 1):
-        samples = (generations >= earlier).nonzero().flatten().to(x.device)
+    given, first = x.clone(), x.clone()
+    for trip in range(1, int(numbers.max()) + 1):
+        samples = (numbers >= trip).nonzero().flatten().to(x.device)
         recoded = recode(given[samples])
         # What is not finite has no level: it stays, so that the step notices it.
         given[samples] = torch.where(recoded.isfinite(), from_uint8(to_uint8(recoded)), recoded)
-        if earlier == 1:
-            target[samples] = given[samples]
-    return given, target
+        if trip == 1:
+            first[samples] = given[samples]
+    return given, first

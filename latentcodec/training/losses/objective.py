@@ -57,9 +57,9 @@ class Objective:
             self.lpips = Perceptual(loss.lpips_net, loss.lpips_weights).to(device)
 
     def inputs(self, x: Tensor, positions: Tensor, draw: int, recode: Callable[[Tensor], Tensor]) -> Inputs:
-        """Draw everything random for pixels x [B, C, H, W] at `positions` [B] of the stream.
+        """What is random for pixels x [B, C, H, W] at `positions` [B] of the stream is drawn.
 
-        `recode` is the codec's round trip, image to image.
+        `recode` is the codec's round trip, image to image, for the samples that have been through it before.
         """
         c, deviation = self.latent_channels, self.rate.deviation
         return draw_inputs(self.regularizer, self.seed, c, self.f, x, positions, draw, deviation, recode)
@@ -100,7 +100,9 @@ class Objective:
         add("variance_expansion", expansion, lambda: variance_expansion_loss(result.logvar, floor))
         add("latent_tail", settings.latent_tail_weight, lambda: latent_tail_loss(result.latent))
         scaled = settings.scale_equivariance_weight
-        add("scale_equivariance", scaled, lambda: self._scale_equivariance(result, inputs.x, draw, decode))
+        add(
+            "scale_equivariance", scaled, lambda: self._scale_equivariance(result, inputs.image, draw, decode)
+        )
         return losses, weights
 
     def measures(self, result: ForwardPass, nll: Tensor, target: Tensor) -> dict[str, Tensor]:

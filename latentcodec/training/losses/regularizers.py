@@ -2,8 +2,8 @@
 
 Each loss is a mean per image, [B]. What transforms image and latent alike takes its draw as an argument;
 the draws are functions of (seed, optimizer step) or (seed, sample position), the same on every process. The
-order in the training step: `draw_...` -> encode -> transform z and the target -> decode -> terms.py. The
-spectra are computed in float32: call them outside autocast.
+order in the training step: `draw_...` -> earlier round trips (generations.py) -> encode -> transform z and the
+target -> decode -> terms.py. The spectra are computed in float32: call them outside autocast.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells, f downsampling factor.
 Pixels are in [-1, 1]; z is the sampled latent as it enters the decoder, in its raw units.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,10 +52,12 @@ class RegularizerConfig:
     latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
     encoding."""
     generations_share: ClosedUnitInterval = 0.0
-    """Share of the samples that have been encoded and decoded before, and should come back as they were after the first
-    time. It keeps pictures that go through the codec many times from drifting."""
-    generations: PositiveInt = 4
-    """How often at most; each number from 1 is as likely. Each costs a forward pass of these samples."""
+    """Share of the samples that are pictures after several round trips through the codec; their target is the picture
+    after the first one. With it, pictures that are encoded and decoded many times drift less. For a codec that is
+    trained already: the pictures of a new one are noise."""
+    generations: NonNegativeInt = 0
+    """Largest number of these round trips; 1 up to this are equally likely. Each is one more forward pass, without
+    gradient, of the samples that need it."""
     scale_equivariance_weight: NonNegativeFloat = 0.0
     """Factor of the reconstruction loss of the downscaled image from the downscaled latent, in nats per
     pixel-channel like the likelihood itself (Skorokhodov et al.: about 0.25). Costs a second, smaller
@@ -76,11 +78,16 @@ class RegularizerConfig:
     """Factor of the mean of e^(|z| - 1), which bounds the latent where there is no KL (VE loss: 1e-6)."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for noise that no sample would get."""
+        """Raises `ValueError` for noise or round trips that no sample would get."""
         if (self.latent_noise_share > 0) != (self.interpolative_noise > 0 or self.additive_noise > 0):
             raise ValueError(
                 "regularizer.latent_noise_share says who gets noise, regularizer.interpolative_noise and "
                 "regularizer.additive_noise how much; one without the other does nothing"
+            )
+        if (self.generations_share > 0) != (self.generations > 0):
+            raise ValueError(
+                "regularizer.generations_share says which samples have been through the codec before, "
+                "regularizer.generations how often; one without the other does nothing"
             )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from latentcodec.randomness import Purpose, keyed_normal
-from latentcodec.training.losses.generations import draw_generations, earlier_generations
+from latentcodec.training.losses.generations import after_round_trips, draw_generations
 from latentcodec.training.losses.regularizers import (
     RegularizerConfig,
     add_noise,
@@ -37,6 +37,9 @@ class Inputs:
 
     x: Tensor
     """[B, C, H, W]: what is encoded."""
+    image: Tensor
+    """[B, C, H, W]: the picture that the latent stands for, before the transforms: x, or where x is a picture after
+    several round trips, the one after the first."""
     noise: Tensor
     """[B, c, h, w]: standard normal, for the posterior's draw."""
     transforms: list[Transform]
@@ -82,7 +85,7 @@ def draw_inputs(
     positions: Tensor,
     draw: int,
     deviation: Tensor,
-    recode: Transform,
+    recode: Callable[[Tensor], Tensor],
 ) -> Inputs:
     """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
 
@@ -92,9 +95,10 @@ def draw_inputs(
     if warp is not None and not warp.of_latent:
         x = warp_image(x, warp, f)
     cells = (latent_channels, x.shape[2] // f, x.shape[3] // f)
-    target, transforms = x, list[Transform]()
+    image, transforms = x, list[Transform]()
     if config.generations_share:
-        x, target = earlier_generations(x, draw_generations(config, seed, positions), recode)
+        x, image = after_round_trips(x, draw_generations(config, seed, positions), recode)
+    target = image
     if config.spectrum_masking:
         diagonals = draw_masked_diagonals(seed, draw)
         target = mask_spectrum(target, diagonals)
@@ -104,7 +108,7 @@ def draw_inputs(
         transforms.append(lambda z: warp_latent(z, warp))
     added = _latent_noise(config, seed, positions, deviation) if config.latent_noise_share else None
     noise = keyed_normal(seed, positions, cells, Purpose.POSTERIOR).to(x.device)
-    return Inputs(x, noise, transforms, target, added)
+    return Inputs(x, image, noise, transforms, target, added)
 
 
 def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, deviation: Tensor) -> Transform:

@@ -83,3 +83,9 @@ def test_some_pages_without_text_go_from_one_colour_to_another(pages):
     rows = sum(bool(p.std(1).max() > 0.05 and p.std(2).max() < 1e-3) for p in pages)
     columns = sum(bool(p.std(2).max() > 0.05 and p.std(1).max() < 1e-3) for p in pages)
     assert min(rows, columns) > 2
+
+
+def test_pages_of_any_shape_can_be_drawn(fonts):
+    for i in range(60):
+        page = text.draw_text(torch.zeros(3, 48, 80), fonts, np.random.default_rng(i))
+        assert page.shape == (3, 48, 80)

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from latentcodec.pixels import from_uint8
 from latentcodec.quality.fidelity import round_trips
 from latentcodec.quality.metrics import psnr
-from latentcodec.training.losses.generations import draw_generations, earlier_generations
+from latentcodec.training.config import Config
+from latentcodec.training.losses.discriminator import DiscriminatorConfig
+from latentcodec.training.losses.generations import after_round_trips, draw_generations
 from latentcodec.training.losses.regularizers import RegularizerConfig
 
 
@@ -32,7 +34,7 @@ def test_a_share_of_the_samples_has_been_coded_before_each_number_as_likely():
     assert len(counts) == 5
     assert counts[0] / 8000 == pytest.approx(0.75, abs=0.02)
     assert (counts[1:] / 8000 - 0.25 / 4).abs().max() < 0.01
-    assert draw_generations(replace(CONFIG, generations_share=0.0), 0, torch.arange(100)).max() == 0
+    assert draw_generations(RegularizerConfig(), 0, torch.arange(100)).max() == 0
     assert draw_generations(replace(CONFIG, generations_share=1.0), 0, torch.arange(100)).min() == 1
 
 
@@ -46,7 +48,7 @@ def test_generations_are_those_of_a_codec_that_is_asked_again_and_again():
     """The reference is `round_trips`, which scores a codec's pictures as files of 8 bits."""
     codec, x = Blurring(), from_uint8(torch.randint(256, (3, 3, 32, 32)))
     numbers = torch.tensor([0, 3, 1])
-    given, target = earlier_generations(x, numbers, lambda y: codec.decode(codec.encode(y)))
+    given, target = after_round_trips(x, numbers, lambda y: codec.decode(codec.encode(y)))
     assert torch.equal(given[0], x[0])
     assert torch.equal(target[0], x[0])
     for sample in (1, 2):
@@ -57,14 +59,14 @@ def test_generations_are_those_of_a_codec_that_is_asked_again_and_again():
     assert torch.equal(given[2], target[2])
 
 
-def test_only_the_last_of_the_passes_is_trained_and_only_who_needs_one_is_passed():
+def test_no_gradient_and_each_pass_has_only_the_samples_that_need_it():
     weight, seen = torch.tensor(0.5, requires_grad=True), []
 
     def recode(y):
         seen.append(len(y))
         return y * weight
 
-    given, target = earlier_generations(torch.ones(4, 3, 8, 8), torch.tensor([2, 0, 1, 3]), recode)
+    given, target = after_round_trips(torch.ones(4, 3, 8, 8), torch.tensor([2, 0, 1, 3]), recode)
     assert not given.requires_grad
     assert not target.requires_grad
     assert seen == [3, 2, 1]
@@ -74,7 +76,20 @@ def test_only_the_last_of_the_passes_is_trained_and_only_who_needs_one_is_passed
 def test_what_is_not_finite_is_not_made_a_level(value):
     x = torch.zeros(2, 3, 8, 8)
     x[1, 0, 0, 0] = value
-    given, target = earlier_generations(x, torch.tensor([2, 2]), lambda y: y)
+    given, target = after_round_trips(x, torch.tensor([2, 2]), lambda y: y)
     for pictures in (given, target):
         assert pictures[0].isfinite().all()
         assert not pictures[1, 0, 0, 0].isfinite()
+
+
+@pytest.mark.parametrize("half", [{"generations_share": 0.5}, {"generations": 2}])
+def test_a_share_without_a_number_is_refused_and_so_is_a_number_without_a_share(half):
+    with pytest.raises(
+        ValueError, match=r"regularizer\.generations_share .* regularizer\.generations how often"
+    ):
+        RegularizerConfig(**half)
+
+
+def test_a_discriminator_beside_them_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"discriminator\.weight .* regularizer\.generations_share"):
+        Config(str(tmp_path), regularizer=CONFIG, discriminator=DiscriminatorConfig(weight=0.5))

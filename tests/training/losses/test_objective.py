@@ -130,20 +130,45 @@ def test_spectrum_masking_masks_latent_and_target():
     assert len(seen) > 1
 
 
-def test_a_generation_is_warped_as_its_target_is():
-    """Both are small where the step makes pictures small; where it turns latents, the target is turned with them."""
-    share = RegularizerConfig(generations_share=1.0, generations=1, low_resolution_probability=1.0)
-    small = new_objective(regularizer=share).inputs(x := images(), torch.arange(3), 0, lambda y: 0.5 * y)
-    plain = new_objective(regularizer=replace(share, generations_share=0.0)).inputs(
-        x, torch.arange(3), 0, never
-    )
-    assert small.x.shape == plain.x.shape != x.shape
-    torch.testing.assert_close(small.x, 0.5 * plain.x, atol=0.5 / 127.5, rtol=0)
-    assert torch.equal(small.target, small.x)
-    turned = replace(share, low_resolution_probability=0.0, equivariance_probability=1.0)
-    inputs = new_objective(regularizer=turned).inputs(x, torch.arange(3), 0, lambda y: 0.5 * y)
+def halving(seen):
+    """A codec that halves what it is given, and notes of which size that was."""
+
+    def recode(y):
+        seen.append(y.shape[-1])
+        return 0.5 * y
+
+    return recode
+
+
+def test_round_trips_are_made_of_small_pictures_where_the_step_makes_them_small():
+    config = RegularizerConfig(generations_share=1.0, generations=3, low_resolution_probability=1.0)
+    inputs = new_objective(regularizer=config).inputs(x := images(), torch.arange(3), 0, halving(seen := []))
+    alone = RegularizerConfig(low_resolution_probability=1.0)
+    plain = new_objective(regularizer=alone).inputs(x, torch.arange(3), 0, never)
+    assert inputs.x.shape == plain.x.shape != x.shape
+    assert set(seen) == {plain.x.shape[-1]}
+    torch.testing.assert_close(inputs.target, 0.5 * plain.x, atol=0.5 / 127.5, rtol=0)
+    assert (inputs.x.abs().mean((1, 2, 3)) < 0.6 * inputs.target.abs().mean((1, 2, 3))).any()
+
+
+def test_the_picture_after_the_first_round_trip_is_warped_to_be_the_target():
+    config = RegularizerConfig(generations_share=1.0, generations=3, equivariance_probability=1.0)
+    inputs = new_objective(regularizer=config).inputs(x := images(), torch.arange(3), 0, halving([]))
+    torch.testing.assert_close(inputs.image, 0.5 * x, atol=0.5 / 127.5, rtol=0)
     assert inputs.target.shape != inputs.x.shape == x.shape
-    assert torch.equal(inputs.target, inputs.transforms[0](inputs.x))
+    assert torch.equal(inputs.target, inputs.transforms[0](inputs.image))
+
+
+def test_scale_equivariance_asks_for_the_picture_after_the_first_round_trip():
+    config = RegularizerConfig(generations_share=1.0, generations=3, scale_equivariance_weight=1.0)
+    objective, x = new_objective(regularizer=config), images()
+    inputs, result = objective.inputs(x, torch.arange(3), 0, halving([])), new_pass(x)
+    losses, _ = objective.losses(
+        result, inputs, 0, 7, lambda z: F.interpolate(z[:, :3], scale_factor=F_DOWN), never
+    )
+    small_x, small_z = downscale_pair(inputs.image, result.latent, draw_downscale(0, 7))
+    normal = torch.distributions.Normal(F.interpolate(small_z[:, :3], scale_factor=F_DOWN), 0.2)
+    torch.testing.assert_close(losses["scale_equivariance"], -normal.log_prob(small_x).flatten(1).mean(1))
 
 
 def test_what_is_off_is_neither_computed_nor_reported():

@@ -320,7 +320,7 @@ def test_the_anchor_is_in_units_of_the_teachers_deviation():
 def test_the_decoder_learns_from_the_teachers_draw_where_it_should():
     vae = tiny()
     x, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
-    inputs = Inputs(x, noise, [lambda z: 10 * z], x)
+    inputs = Inputs(x, x, noise, [lambda z: 10 * z], x)
     with torch.no_grad():  # as the teacher runs
         mean, logvar = mean_and_logvar(vae.encode(x).latent_dist.parameters)
     lesson, changed = teacher_of(vae, gives_latents=True).lesson(inputs)
