@@ -2,9 +2,10 @@
 
     python bench/sheet.py --codec CODEC --klt_images PHOTOS --out SHEET.png [--images FOLDER]
 
-Each row is one picture: the original, the codec, a KLT of as many numbers, and JPEG of as many bytes as the latent at 8
-bits a number. Without --images the pictures are drawn: leaves, text of 8 to 16 pixels, line art, a screen. Of larger
-pictures the middle is shown. No pixel is resized; the file is PNG or lossless WebP.
+Each row is one picture: the original, the codec, a KLT of as many numbers, and JPEG of at most as many bytes as the
+latent at 8 bits a number; where JPEG cannot be so small, its column says so. Without --images the pictures are drawn:
+leaves, text of 8 to 16 pixels, line art, a screen. Of larger pictures the middle is shown. No pixel is resized; the
+file is PNG or lossless WebP.
 """
 
 import argparse
@@ -68,13 +69,18 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--codec {options.codec}: a sheet needs colours, and it has {codec.image_channels} channels"
         )
-    pictures = list(drawn() if options.images is None else read(options.images, SIDE))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     photographs = (crop_around(x, KLT_CROP) for x in read(options.klt_images, 8 * codec.downsampling_factor))
     klt = KLT.fit(photographs, codec.downsampling_factor, codec.latent_channels)
-    seen = [version for x in pictures for version in versions(x, codec, klt)]
+    cells: list[Tensor] = []
+    too_large = 1.0  # largest JPEG, in bytes of its latent
+    for x in drawn() if options.images is None else read(options.images, SIDE):
+        seen, excess = versions(x, codec, klt)
+        cells, too_large = [*cells, *seen], max(too_large, excess)
+    jpeg = "JPEG, same bytes" if too_large == 1 else f"JPEG, up to {too_large:.1f} x bytes"
     latent = f"f{codec.downsampling_factor}c{codec.latent_channels}"
-    labels = ("original", report.short_names([options.codec])[0], f"KLT {latent}", "JPEG, same bytes")
-    save(image_grid(seen, len(labels)), labels, options.out)
+    labels = ("original", report.short_names([options.codec])[0], f"KLT {latent}", jpeg)
+    save(image_grid(cells, len(labels)), labels, options.out)
     print(options.out)
 
 
@@ -85,13 +91,16 @@ def read(folder: Path, smallest: int) -> Iterator[Tensor]:
     report.print_left_out(images.left_out)
 
 
-def versions(x: Tensor, codec: LatentCodec, klt: KLT) -> list[Tensor]:
-    """The middle of x [3, H, W]: original, codec, KLT, JPEG. Each [3, S, S], of the whole picture coded."""
-    cells = [-(-side // codec.downsampling_factor) for side in x.shape[1:]]
-    most_bytes = cells[0] * cells[1] * codec.latent_channels
-    jpeg = image_codecs.code(x[None], "JPEG", most_bytes).image
-    coded = (x[None], reconstruct(codec, x[None]), reconstruct(klt, x[None]), jpeg)
-    return [crop_around(y[0], SIDE) for y in coded]
+def versions(x: Tensor, codec: LatentCodec, klt: KLT) -> tuple[list[Tensor], float]:
+    """The middle of x [3, H, W]: original, codec, KLT, JPEG, each [3, S, S] of the whole picture coded.
+
+    Beside them the bytes of the JPEG over those of the latent: above 1 where even the lowest quality needs more.
+    """
+    rows, columns = (-(-side // codec.downsampling_factor) for side in x.shape[1:])
+    most_bytes = rows * columns * codec.latent_channels
+    jpeg = image_codecs.code(x[None], "JPEG", most_bytes)
+    coded = (x[None], reconstruct(codec, x[None]), reconstruct(klt, x[None]), jpeg.image)
+    return [crop_around(y[0], SIDE) for y in coded], jpeg.size / most_bytes
 
 
 def save(sheet: Tensor, labels: Sequence[str], path: Path) -> None:
@@ -102,7 +111,6 @@ def save(sheet: Tensor, labels: Sequence[str], path: Path) -> None:
     pen = ImageDraw.Draw(image)
     for column, label in enumerate(labels):
         pen.text((column * pixels.shape[1] / len(labels) + 2, 2), label, "black", ImageFont.load_default(12))
-    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, lossless=True)
 
 

@@ -1,5 +1,7 @@
 """The sheet of pictures for a card: what stands in its columns, at which size, and what it refuses."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from latentcodec.pixels import load_image, save_image, to_uint8
 from latentcodec.quality import image_codecs
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
+from latentcodec.report.pictures import crop_around
 from tests.bench.test_bench import script
 from tests.test_codec import tiny_vae
 
@@ -23,14 +26,17 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sheet")
     torch.manual_seed(0)
     LatentCodec(tiny_vae()).save_pretrained(folder / "codec")
-    for i, side in enumerate((200, 224, 64)):
-        noise = torch.nn.functional.avg_pool2d(torch.randn(1, 3, side + 4, side + 4), 5, stride=1)
+    for i, (height, width) in enumerate(((201, 222), (224, 193), (64, 64))):
+        noise = torch.nn.functional.avg_pool2d(torch.randn(1, 3, height + 4, width + 4), 5, stride=1)
         save_image(noise[0].clamp(-1, 1), folder / f"photographs/{i}.png")
     return folder
 
 
-def test_each_row_is_the_original_the_codec_the_klt_and_jpeg_at_1_to_1(sheet, places, tmp_path, capsys):
-    photographs, out = places / "photographs", tmp_path / "new/sheet.png"
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_each_row_is_the_original_the_codec_the_klt_and_jpeg_at_1_to_1(
+    suffix, sheet, places, tmp_path, capsys
+):
+    photographs, out = places / "photographs", tmp_path / f"new/sheet.{suffix}"
     command = ["--codec", str(places / "codec"), "--klt_images", str(photographs), "--out", str(out)]
     sheet.main([*command, "--images", str(photographs)])
     assert str(out) in capsys.readouterr().out
@@ -40,14 +46,14 @@ def test_each_row_is_the_original_the_codec_the_klt_and_jpeg_at_1_to_1(sheet, pl
     small = load_image(photographs / "2.png", 3)[0]
     klt = KLT.fit([*(x[0] for x in images), small], codec.downsampling_factor, codec.latent_channels)
     for row, x in enumerate(images):
-        side, most = x.shape[-1], (x.shape[-1] // 4) ** 2 * codec.latent_channels
+        height, width = x.shape[-2:]
+        most = math.ceil(height / 4) * math.ceil(width / 4) * codec.latent_channels
         expected = (x, reconstruct(codec, x), reconstruct(klt, x), image_codecs.code(x, "JPEG", most).image)
-        start = (side - 192) // 2
         for column, y in enumerate(expected):
             top, left = sheet.LABEL + row * 194, column * 194
             shown = found[:, top : top + 192, left : left + 192]
-            middle = y[0, :, start : start + 192, start : start + 192]
-            assert (to_uint8(shown).int() - to_uint8(middle).int()).abs().max() <= 1, (row, column)
+            middle = crop_around(y[0], 192)
+            assert (to_uint8(shown).int() - to_uint8(middle).int()).abs().max() == 0, (row, column)
 
 
 def test_drawn_pictures_are_leaves_text_line_art_and_a_screen(sheet):
@@ -74,3 +80,11 @@ def test_a_sheet_that_cannot_be_made_is_refused_with_its_option(
     options[option] = tmp_path / value
     with pytest.raises(SystemExit, match=message):
         sheet.main([str(word) for pair in options.items() for word in pair])
+
+
+def test_a_jpeg_that_cannot_be_so_small_is_known(sheet):
+    codec = LatentCodec(tiny_vae(latent_channels=1))
+    x = torch.rand(3, 192, 192).round() * 2 - 1
+    klt = KLT.fit([torch.randn(3, 256, 256)], codec.downsampling_factor, 1)
+    _, excess = sheet.versions(x, codec, klt)
+    assert excess > 1.5
