@@ -13,7 +13,7 @@ from latentcodec.pixels import find_images, load_image
 from latentcodec.quality.metrics import evaluate
 from latentcodec.sources.synthetic import SyntheticSource
 
-LATENTS = {"photo-f8c16": 16, "photo-f8c16-2026-11-26": 16, "photo-f8c4": 4}
+LATENTS = {"photo-f8c16": 16, "photo-f8c16-2026-11-26": 16, "photo-f8c4": 4, "photo-f8c4-2026-11-26": 4}
 
 
 def test_all_of_them_are_known_by_name():
