@@ -46,7 +46,8 @@ class RegularizerConfig:
     """Standard deviation of that noise in the latent's raw units (l-DeTok: 3)."""
     additive_noise: NonNegativeFloat = 0.0
     """Largest standard deviation of the noise added to such a sample, in units of each channel's own deviation; uniform
-    below it (RAE: 0.8, in raw units, which an encoder escapes by larger latents)."""
+    below it (RAE: 0.8, in raw units). The unit is measured in the step before, without gradient, so the latents still
+    grow: `latentcodec inspect` says whether the saved codec has to be normalised again."""
     round_trip_weight: NonNegativeFloat = 0.0
     """Factor of the mean squared distance, in units of each channel's variance, between the latent of an image and the
     latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
