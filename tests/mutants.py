@@ -139,6 +139,13 @@ MUTANTS = [
         "test_objective.py",
     ),
     Mutant(
+        "noise stays as it is while the latents grow",
+        "training/losses/regularizers.py",
+        "* (own / own.detach())",
+        "",
+        "test_regularizers.py",
+    ),
+    Mutant(
         "the target is not warped with the latent",
         "training/losses/sample.py",
         "target = warp_image(target, warp, f)",

@@ -54,10 +54,10 @@ class Config:
         for key in ("data.path", "data.val_path", "model.from_pretrained", "model.teacher"):
             if (place := attrgetter(key)(self)) is not None:
                 _expanded(key, place)  # the home of nobody is refused here
-        if self.finish.normalise != FinishConfig().normalise and self.model.keeps_latents:
+        if self.finish.normalise is not None and self.model.must_keep_latents:
             raise ValueError(
-                f"finish.normalise {self.finish.normalise} would change the numbers that a codec of "
-                "model.from_pretrained or model.teacher keeps"
+                f"finish.normalise {self.finish.normalise} would change the numbers that a codec with "
+                "model.teacher, or whose model.part is decoder, keeps; leave it out"
             )
         if self.loss.has_pixel_scale and self.regularizer.scale_equivariance_weight:
             raise ValueError(
@@ -73,6 +73,11 @@ class Config:
                 "discriminator.adaptive compares gradients in the decoder, which model.part encoder does not train; "
                 "switch it off"
             )
+
+    @property
+    def normalise(self) -> str | None:
+        """How the latents of the saved codec are normalised; None where it keeps the numbers that it has."""
+        return self.finish.normalise or (None if self.model.keeps_latents else "per_channel")
 
 
 def _expanded(key: str, path: str) -> str:

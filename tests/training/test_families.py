@@ -15,6 +15,7 @@ from small_vaes import SMALL, small_vae
 from latentcodec import LatentCodec
 from latentcodec.adopt import adopt
 from latentcodec.training.config import parse
+from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.model import ModelConfig, load_teacher, new_vae
 from latentcodec.vae.padding import PADDING_KEY
@@ -135,3 +136,12 @@ def test_the_configurations_with_such_teachers_can_be_built(name):
     )
     assert type(student) is type(teacher)
     assert sum(p.numel() for p in student.parameters()) < 15e6
+
+
+def test_only_the_class_that_has_the_convolutions_is_normalised_anew(tmp_path, images):
+    source = saved(small_vae("qwen"), tmp_path / "qwen")
+    config = run_of(tmp_path / "run", images, ModelConfig(from_pretrained=source))
+    with pytest.raises(
+        ValueError, match=r"finish\.normalise whitened needs an AutoencoderKL, .* AutoencoderKLQwenImage"
+    ):
+        start(replace(config, finish=FinishConfig(normalise="whitened")))

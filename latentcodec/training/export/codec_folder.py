@@ -29,10 +29,12 @@ from latentcodec.training.progress import phase
 class FinishConfig:
     """What is done to the saved codec, beside measuring its latents."""
 
-    normalise: Literal["whitened", "per_channel", "one_scale"] = "per_channel"
+    normalise: Literal["whitened", "per_channel", "one_scale"] | None = None
     """How the latents get zero mean and unit variance, folded into quant_conv and post_quant_conv so that every
     pipeline sees it. whitened: uncorrelated, and ordered by the pixels they explain; per_channel: each by itself;
-    one_scale: one shift and one scale for all. A fine-tuned codec, and one with a teacher, keeps the numbers it has."""
+    one_scale: one shift and one scale for all. Left out, a new codec is normalised per_channel, and one of
+    model.from_pretrained or model.teacher keeps the numbers it has. A fine-tuned encoder may be normalised anew, which
+    makes another latent space: denoisers of the old one do not fit it."""
     certificate_images: NonNegativeInt = 4
     """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
     the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
@@ -40,16 +42,18 @@ class FinishConfig:
 
 
 def finish(
-    vae: AutoencoderKL, config: FinishConfig, statistics: LatentStatistics | None, crops: Sequence[Tensor]
+    vae: AutoencoderKL, normalise: str | None, statistics: LatentStatistics | None, crops: Sequence[Tensor]
 ) -> str:
     """Make `vae`, float32, fit for pipelines, in place; returns the model card's account of it.
 
-    `statistics`: of its latents; None where the latents, and so the numbers in its config, are those of a parent or
-    teacher. `crops` [C, H, W] in [-1, 1] for the certificate; without any, it is not measured.
+    `normalise`: how its latents are normalised by their `statistics`; both None where the latents, and so the
+    numbers in its config, are those of a parent or teacher. `crops` [C, H, W] in [-1, 1] for the certificate; without
+    any, it is not measured.
     """
     sections = []
-    if statistics is not None:
-        change, account = NORMALISATIONS[config.normalise]
+    if normalise is not None:
+        assert statistics is not None
+        change, account = NORMALISATIONS[normalise]
         fold(vae, change(statistics))
         sections.append(f"## Latents\n\n{account} {FOLDED}")
     upcasts = "force_upcast" in vae.config  # which only AutoencoderKL's pipelines look at

@@ -29,6 +29,7 @@ from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import counted
 from latentcodec.training.state import TrainState
 from latentcodec.training.watchdog import OTHERS, doing
+from latentcodec.vae.families import KL, family_of
 
 SAMPLES = 6  # held-out images whose reconstruction is drawn at each validation
 
@@ -47,6 +48,12 @@ class Exporter:
         accelerator: Accelerator,
         layout: torch.memory_format,
     ) -> None:
+        """Raises ValueError where the codec's class has no convolution that could normalise its latents."""
+        family = family_of(state.ema)
+        if config.normalise is not None and family != KL:
+            raise ValueError(
+                f"finish.normalise {config.normalise} needs an {KL.name}, and model.from_pretrained is an {family.name}"
+            )
         self.config, self.state, self.teacher = config, state, teacher
         self.images, self.held_out = images, held_out
         self.journal, self.accelerator, self.layout = journal, accelerator, layout
@@ -80,7 +87,8 @@ class Exporter:
     def save_codec(self, evaluation: Evaluation | None = None, certificate_images: int = 0) -> None:
         """Write codec/; the half-precision certificate is measured on so many training crops, for 0 not at all."""
         state = self.state
-        statistics = None if self.config.model.keeps_latents else self.latent_statistics()
+        normalise = self.config.normalise
+        statistics = None if normalise is None else self.latent_statistics()
         drift = None
         if self.teacher is not None:
             drift = self.teacher.drift(state.ema, self._crops(), self._total)
@@ -88,7 +96,7 @@ class Exporter:
             vae = copy.deepcopy(state.ema)
             crops = first_crops(self.images)[:certificate_images] if certificate_images else []
             sections = [self.journal.card(state.step, state.seconds, evaluation)]
-            sections.append(finish(vae, self.config.finish, statistics, crops))
+            sections.append(finish(vae, normalise, statistics, crops))
             if drift is not None:
                 self.journal.drifted(state.step, drift)
                 sections.append(drift.card(str(self.config.model.teacher)))

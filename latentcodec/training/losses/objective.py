@@ -22,6 +22,7 @@ from latentcodec.training.losses.regularizers import (
     latent_tail_loss,
     round_trip_loss,
     spectrum_loss,
+    unit_of,
     variance_expansion_loss,
 )
 from latentcodec.training.losses.sample import ForwardPass, Inputs, draw_inputs
@@ -133,8 +134,8 @@ class Objective:
         return kl_with_free_bits(per_channel, self.rate.reference.to(per_channel), cells, self.loss.free_bits)
 
     def _round_trip(self, result: ForwardPass, inputs: Inputs, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        decoded, deviation = inputs.transform_without_noise(result.mean), self.rate.deviation
-        return round_trip_loss(encode(result.reconstruction), decoded, deviation.to(decoded))
+        decoded, unit = inputs.transform_without_noise(result.mean), unit_of(result.mean, self.rate.deviation)
+        return round_trip_loss(encode(result.reconstruction), decoded, unit)
 
     def _scale_equivariance(
         self, result: ForwardPass, x: Tensor, draw: int, decode: Callable[[Tensor], Tensor]

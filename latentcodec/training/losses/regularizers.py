@@ -46,8 +46,7 @@ class RegularizerConfig:
     """Standard deviation of that noise in the latent's raw units (l-DeTok: 3)."""
     additive_noise: NonNegativeFloat = 0.0
     """Largest standard deviation of the noise added to such a sample, in units of each channel's own deviation; uniform
-    below it (RAE: 0.8, in raw units). The unit is measured in the step before, without gradient, so the latents still
-    grow: `latentcodec inspect` says whether the saved codec has to be normalised again."""
+    below it (RAE: 0.8, in raw units). The unit grows with the latents, so larger ones gain nothing."""
     round_trip_weight: NonNegativeFloat = 0.0
     """Factor of the mean squared distance, in units of each channel's variance, between the latent of an image and the
     latent of its reconstruction. With it, a picture that is encoded and decoded many times changes less. Costs a second
@@ -194,8 +193,18 @@ def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Te
     return (1 - level) * z + level * std * noise
 
 
+def unit_of(z: Tensor, deviation: Tensor) -> Tensor:
+    """[c]: `deviation` of each channel, with the gradient of z's own [B, c, h, w] in proportion to it.
+
+    Latents k times as large have a unit k times as large. Without that gradient an encoder escapes from noise by
+    growing a little in each step.
+    """
+    own = z.float().var((0, 2, 3), correction=0).clamp_min(1e-12).sqrt()
+    return deviation.to(own) * (own / own.detach())
+
+
 def add_noise(z: Tensor, noise: Tensor, level: Tensor, deviation: Tensor) -> Tensor:
-    """[B, c, h, w]: z + level s noise, level [B], s [c] the deviation of each channel.
+    """[B, c, h, w]: z + level s noise, level [B], s [c] the deviation of each channel (`unit_of`).
 
     The decoder noise of RAE (Zheng et al. 2025), which has it in raw units.
     """

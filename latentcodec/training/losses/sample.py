@@ -24,6 +24,7 @@ from latentcodec.training.losses.regularizers import (
     draw_warp,
     interpolate_noise,
     mask_spectrum,
+    unit_of,
     warp_image,
     warp_latent,
 )
@@ -124,7 +125,8 @@ def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, devia
                 z, noise(Purpose.INTERPOLATIVE_NOISE), replaced.to(z), config.interpolative_noise_std
             )
         if config.additive_noise:
-            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), deviation.to(z))
+            unit = unit_of(z, deviation).to(z)
+            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), unit)
         return z
 
     return transform

@@ -20,6 +20,7 @@ from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.precision import certify, extreme_images
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
 from latentcodec.training.start.linear import linear_start
+from latentcodec.training.start.model import ModelConfig
 
 F_, C_ = 4, 6
 
@@ -116,7 +117,7 @@ def test_folded_latents_have_unit_variance_for_the_codec_and_in_pipelines(tmp_pa
     vae, x = random_vae(quant), pictures(16)
     before = raw(vae, x)
     y, std = vae.decode(before).sample, vae.encode(x).latent_dist.std
-    finish(vae, FinishConfig(normalise=normalise), latent_statistics(vae, [x]), [])
+    finish(vae, normalise, latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     codec = LatentCodec.from_pretrained(tmp_path / "codec")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
@@ -154,7 +155,7 @@ def test_whitening_leaves_every_reconstruction_as_it_was(quant):
 @pytest.mark.parametrize("quant", [False, True])
 def test_whitened_latents_are_white_in_stock_pipelines(tmp_path, quant):
     vae, x = random_vae(quant), pictures(16)
-    finish(vae, FinishConfig(normalise="whitened"), latent_statistics(vae, [x]), [])
+    finish(vae, "whitened", latent_statistics(vae, [x]), [])
     write_codec(LatentCodec(vae), tmp_path / "codec", "card")
     stock = AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
     assert stock.config.latents_mean is None  # of which SDXL's pipelines read exactly four
@@ -247,11 +248,11 @@ def test_force_upcast_follows_the_measurement():
     x = list(pictures(2, 16))
     safe, overflowing = random_vae(), random_vae()
     overflowing.decoder.conv_in.weight *= 1e5
-    card = finish(safe, FinishConfig(), None, x)
+    card = finish(safe, None, None, x)
     assert safe.config.force_upcast is False
     assert "float16 is safe" in card
     assert "| bfloat16 | yes |" in card
-    card = finish(overflowing, FinishConfig(), None, x)
+    card = finish(overflowing, None, None, x)
     assert overflowing.config.force_upcast is True
     assert "| float16 | no | nan dB |" in card
 
@@ -259,7 +260,7 @@ def test_force_upcast_follows_the_measurement():
 def test_without_a_measurement_force_upcast_stays_on():
     vae = random_vae()
     vae.register_to_config(force_upcast=False)
-    finish(vae, FinishConfig(), None, [])
+    finish(vae, None, None, [])
     assert vae.config.force_upcast is True
 
 
@@ -299,6 +300,31 @@ def test_a_run_ends_with_a_whitened_certified_codec(tmp_path):
     card = (tmp_path / "run/codec/README.md").read_text()
     assert "Whitened" in card
     assert "Measured on 2 crops" in card
+
+
+def test_a_fine_tuned_codec_may_be_whitened_anew(tmp_path):
+    images, parent = write_images(tmp_path / "images"), random_vae()
+    parent.register_to_config(scaling_factor=0.5, shift_factor=3.0)
+    LatentCodec(parent).save_pretrained(tmp_path / "parent")
+    config = small(tmp_path / "run", images, max_steps=1)
+    config = replace(
+        config,
+        model=ModelConfig(from_pretrained=str(tmp_path / "parent")),
+        finish=FinishConfig(normalise="whitened", certificate_images=0),
+    )
+    trainer = start(config)
+    train(trainer)
+    codec = LatentCodec.from_pretrained(tmp_path / "run/codec")
+    assert (codec.vae.config.scaling_factor, codec.vae.config.shift_factor) == (1, 0)
+    x = trainer.held_out.images[0][None]
+    trained, saved = (reconstruct(LatentCodec(vae), x) for vae in (trainer.state.ema, codec.vae))
+    assert (trained - saved).abs().max() <= 2 / 255 + 1e-6
+    crops = torch.cat(list(trainer.exporter._crops()))
+    statistics = latent_statistics(codec.vae, [crops])
+    torch.testing.assert_close(
+        statistics.covariance, torch.eye(codec.latent_channels).double(), atol=0.02, rtol=0
+    )
+    assert "Whitened" in (tmp_path / "run/codec/README.md").read_text()
 
 
 # ---- the folder ----

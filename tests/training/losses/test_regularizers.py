@@ -170,6 +170,28 @@ def test_interpolated_and_added_noise_have_their_formulas() -> None:
     torch.testing.assert_close(added[1, 1], z[1, 1] + 0.5 * 4 * noise[1, 1])
 
 
+def test_added_noise_grows_with_the_latents_so_that_larger_ones_gain_nothing() -> None:
+    """Of latents k z noise must be k times as large: the derivative by k, at 1, is the noisy latent itself."""
+    z, noise, level = (
+        torch.randn(3, 2, 4, 4).double(),
+        torch.randn(3, 2, 4, 4).double(),
+        torch.ones(3).double(),
+    )
+    deviation = torch.tensor([2.0, 4.0])
+
+    def noisy(k: Tensor) -> Tensor:
+        return regularizers.add_noise(k * z, noise, level, regularizers.unit_of(k * z, deviation).double())
+
+    one = torch.ones((), dtype=torch.float64)
+    value, slope = torch.autograd.functional.jvp(noisy, one, one)
+    torch.testing.assert_close(value, regularizers.add_noise(z, noise, level, deviation.double()))
+    torch.testing.assert_close(slope, value, atol=1e-6, rtol=1e-6)  # the unit is float32
+    constant = regularizers.unit_of(torch.ones(2, 2, 4, 4, requires_grad=True), deviation)
+    assert torch.equal(
+        constant, deviation
+    )  # a channel that does not vary keeps its unit, and its gradient is finite
+
+
 def test_the_round_trip_is_measured_in_deviations_of_each_channel() -> None:
     mean, deviation = torch.randn(3, 2, 4, 4), torch.tensor([2.0, 4.0])
     again = mean + torch.tensor([1.0, 2.0]).view(2, 1, 1)  # half a deviation in both channels

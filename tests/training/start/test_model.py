@@ -139,10 +139,27 @@ def test_contradicting_keys_are_named(settings, message):
         ModelConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [dict(from_pretrained="x"), dict(teacher="x")])
+@pytest.mark.parametrize("settings", [dict(from_pretrained="x", part="decoder"), dict(teacher="x")])
 def test_a_normalisation_that_would_leave_the_kept_latents_is_refused(tmp_path, images, settings):
     with pytest.raises(ValueError, match=r"finish\.normalise whitened would change"):
         replace(run_of(tmp_path, images, ModelConfig(**settings)), finish=FinishConfig(normalise="whitened"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named", "done"),
+    [
+        ({}, None, "per_channel"),
+        ({}, "one_scale", "one_scale"),
+        (dict(from_pretrained="x"), None, None),
+        (dict(from_pretrained="x"), "whitened", "whitened"),
+        (dict(from_pretrained="x", adapt=AdaptConfig(latent_channels=4)), None, "per_channel"),
+        (dict(from_pretrained="x", part="decoder"), None, None),
+        (dict(teacher="x"), None, None),
+    ],
+)
+def test_a_codec_is_normalised_if_it_is_new_or_if_that_was_asked_for(tmp_path, images, settings, named, done):
+    config = run_of(tmp_path, images, ModelConfig(**settings))
+    assert replace(config, finish=FinishConfig(normalise=named)).normalise == done
 
 
 # ---- other image channels ----
