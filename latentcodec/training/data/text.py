@@ -1,8 +1,8 @@
 """Text over training crops, drawn with the fonts of the machine: what photographs alone do not teach a small codec.
 
-Half of the drawn crops keep the photograph behind the letters, half are pages of one colour, and a quarter of the pages
-is empty. Words are made of random letters, since a codec must keep strokes and not language. Everything drawn is a
-function of (seed, position).
+Half of the drawn crops keep the photograph behind the letters, half are pages of one colour. Of the pages a quarter is
+empty and a quarter has line art, with or without text. Words are made of random letters, since a codec must keep
+strokes and not language. Everything drawn is a function of (seed, position).
 
 Shapes: C channels, H W pixels of a crop; pixels in [-1, 1].
 """
@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
+
+from latentcodec.training.data.line_art import line_art
 
 FONT_FOLDERS = {
     "linux": ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
@@ -39,6 +41,7 @@ LARGEST_ANGLE = 20.0  # degrees, of the third of the crops whose text is turned
 LEAST_CONTRAST = 60  # levels between the brightness of text and that of its page
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
 EMPTY_SHARE = 0.25  # of the pages: no text at all
+LINES_SHARE = 0.25  # of the pages: line art, half of them without text
 SHADED_SHARE = 0.5  # of the empty pages: shades from one colour to another; the others are flat
 
 
@@ -64,21 +67,32 @@ def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
 
 
 def draw_text(crop: Tensor, fonts: Sequence[str], random: Generator) -> Tensor:
-    """[C, H, W] -> the crop with text over it, or in its place a page: of one colour with text, flat, or shaded."""
+    """[C, H, W] -> the crop with text over it, or in its place a page: with text, line art or both, flat, or shaded."""
     channels, height, width = crop.shape
     size = (width, height)
+    lines = False
     if random.random() < PLAIN_SHARE:
         page = Image.new("RGB", size, _colour(random))
-        if random.random() < EMPTY_SHARE:
+        kind = random.random()
+        if kind < EMPTY_SHARE:
             return _pixels(_shaded(page, random), channels)
+        lines = kind < EMPTY_SHARE + LINES_SHARE
     else:
         page = Image.fromarray(_levels(crop))
     brightness = float(np.asarray(page.convert("L"), dtype=np.float32).mean())
     ink = _colour(random)
     while abs(_brightness(ink) - brightness) < LEAST_CONTRAST:
         ink = _colour(random)
-    mask = _letters(size, fonts, random)
+    mask = _mask(size, fonts, lines, random)
     return _pixels(Image.composite(Image.new("RGB", size, ink), page, mask), channels)
+
+
+def _mask(size: tuple[int, int], fonts: Sequence[str], lines: bool, random: Generator) -> Image.Image:
+    """Coverage of the crop by ink, 0 to 255: letters, or with `lines` line art, and in half of the cases both."""
+    if not lines:
+        return _letters(size, fonts, random)
+    drawing = line_art(size, random)
+    return drawing if random.random() < 0.5 else ImageChops.lighter(drawing, _letters(size, fonts, random))
 
 
 def _letters(size: tuple[int, int], fonts: Sequence[str], random: Generator) -> Image.Image:
