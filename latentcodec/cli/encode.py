@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import latentcodec.cli.encode_options as option
-from latentcodec.cli.output import DONE, LOOK, Codec, Json, counting, say_json, warn
+from latentcodec.cli.output import DONE, LOOK, Codec, Json, counting, number_of, say_json, warn
 from latentcodec.openmp import wait_briefly
 
 if TYPE_CHECKING:
@@ -109,13 +109,15 @@ def report(job: Job, out: Path, seconds: float, world: int, as_json: bool) -> in
     line: dict[str, Any] = {"items": encoded, "rejected": rejected, "seconds": round(seconds, 2)}
     line["images_per_second"] = round(encoded / seconds, 3)
     if job.index is None:
-        print(f"{encoded:,} pictures encoded by this process; others have shards of {out} to do")
+        print(f"{number_of(encoded, 'picture')} encoded by this process; others have shards of {out} to do")
         say_json(as_json, line)
         return DONE
     index, samples = job.index, job.index.samples
-    print(f"{encoded:,} pictures encoded, {encoded / seconds:.1f}/s")
-    print(f"{out}: {index.items:,} pictures, {index.rejected:,} left out; {index.bits_per_value:.2f} bits a value, "
-          f"{index.bytes_per_picture:,.0f} bytes a picture")  # fmt: skip
+    print(f"{number_of(encoded, 'picture')} encoded, {encoded / seconds:.1f}/s")
+    print(
+        f"{out}: {number_of(index.items, 'picture')}, {index.rejected:,} left out; {index.bits_per_value:.2f} bits a "
+        f"value, {index.bytes_per_picture:,.0f} bytes a picture"
+    )
     if samples:
         lowest, dtype = samples["lowest"], index.settings.dtype
         print(f"decoded: {samples['psnr']:.2f} dB PSNR; {dtype} costs {samples['loss']:.4f} dB of it")
@@ -141,7 +143,8 @@ def _estimate(plan: Plan, codec: LatentCodec, out: Path, as_json: bool) -> int:
     from latentcodec.store.estimate import estimate
 
     found = estimate(plan, codec, out)
-    print(f"{found.pictures:,} pictures in {found.shards:,} shards, {found.rejected:,} left out")
+    pictures, shards = number_of(found.pictures, "picture"), number_of(found.shards, "shard")
+    print(f"{pictures} in {shards}, {found.rejected:,} left out")
     for shape, count in found.shapes.items():
         print(f"  {'x'.join(map(str, shape)):>14}  {count:,}")
     print(f"{found.bytes / 2**30:.2f} GiB ({found.free_bytes / 2**30:.0f} GiB free)")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, LOOK, Json, counting, say_json
+from latentcodec.cli.output import DONE, LOOK, Json, counting, number_of, say_json
 
 
 def finish(
@@ -33,7 +33,8 @@ def finish(
 
     with counting(len(Plan.load(store).shards), "shards") as advance:
         index = finish_store(store, drop or (), lambda done, total: advance(1, 0))
-    print(f"{store}: {index.items:,} pictures in {len(index.shards):,} shards, {index.rejected:,} left out")
+    pictures, shards = number_of(index.items, "picture"), number_of(len(index.shards), "shard")
+    print(f"{store}: {pictures} in {shards}, {index.rejected:,} left out")
     say_json(
         as_json,
         {

@@ -33,6 +33,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
+def number_of(count: int, unit: str) -> str:
+    """Such as "1 picture" or "1,200 pictures"."""
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"
+
+
 def warn(text: str) -> None:
     """One line on stderr."""
     print(f"warning: {text}", file=sys.stderr)

@@ -68,11 +68,18 @@ def reconstruct(
 
 
 def _names(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Where each comparison goes. Raises ValueError where several would go into one file."""
+    """Where each comparison goes.
+
+    Raises ValueError where several would go into one file, or one into a file of a kind that is not written.
+    """
+    from latentcodec.pixels import IMAGE_SUFFIXES
+
     if out.suffix.lower() in suffixes:
         if len(paths) > 1:
             raise ValueError(f"--out {out}: {len(paths)} pictures need a folder")
         return [out]
+    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
+        raise ValueError(f"--out {out}: a comparison is written as {', '.join(suffixes)}, or into a folder")
     names = [path.stem for path in paths]
     return [
         out / (f"{path.stem}.png" if names.count(path.stem) == 1 else f"{path.stem}-{number}.png")

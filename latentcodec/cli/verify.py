@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, LOOK, Json, counting, say_json
+from latentcodec.cli.output import DONE, LOOK, Json, counting, number_of, say_json
 
 
 def verify(
@@ -31,6 +31,6 @@ def verify(
         for problem in problems:
             print(problem)
     verdict = "intact" if result.ok else f"{len(result.bad_shards)} of {shards} shards are damaged"
-    print(f"{store}: {result.items:,} pictures in {shards:,} shards, {verdict}")
+    print(f"{store}: {number_of(result.items, 'picture')} in {number_of(shards, 'shard')}, {verdict}")
     say_json(as_json, {"ok": result.ok, "items": result.items, "bad_shards": sorted(result.bad_shards)})
     return DONE if result.ok else LOOK

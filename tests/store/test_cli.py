@@ -164,6 +164,24 @@ def test_decode_a_file_of_latents(place, tmp_path, call):
     assert (code, "give --codec" in err) == (2, True)
 
 
+def test_one_is_not_said_in_the_plural(place, tmp_path, call):
+    code, out, _ = call(
+        *(
+            "encode",
+            place / "photos/001.png",
+            "--codec",
+            place / "codec",
+            "--out",
+            tmp_path / "store",
+            *ENCODE,
+        )
+    )
+    assert code == 0
+    assert "1 picture encoded" in out
+    _, out, _ = call("verify", tmp_path / "store")
+    assert "1 picture in 1 shard, intact" in out
+
+
 def test_reconstruct(place, tmp_path, call):
     code, out, _ = call(
         "reconstruct",
@@ -232,6 +250,10 @@ def test_export_and_import(place, store, tmp_path, call):
         (
             ("reconstruct", "{photos}", "--codec", "{codec}", "--out", "{new}", "--device", "gpu"),
             "device 'gpu'",
+        ),
+        (
+            ("reconstruct", "{photos}/001.png", "--codec", "{codec}", "--out", "{new}.tiff"),
+            "new.tiff: a comparison is written as .png",
         ),
     ],
 )
