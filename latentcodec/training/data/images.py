@@ -5,10 +5,10 @@ in `crops.py`. Shapes: C channels, H W pixels.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
@@ -113,6 +113,11 @@ class TrainingImages:
         """What looks like an image of these sets and is not among them."""
         both = [self.source] if self.source is self.val_source else [self.source, self.val_source]
         return [item for source in both for item in source.left_out]
+
+    @property
+    def undrawn(self) -> Self:
+        """The same images, with nothing drawn over their crops."""
+        return replace(self, config=replace(self.config, text_share=0.0))
 
     @property
     def counts(self) -> list[int]:

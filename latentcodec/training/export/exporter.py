@@ -112,11 +112,12 @@ class Exporter:
             return latent_statistics(self.state.ema, self._crops(), self._total)
 
     def _crops(self) -> Iterator[Tensor]:
-        """[B, C, H, W]: this process's share of the `train.statistics_images` crops."""
+        """[B, C, H, W]: this process's share of the `train.statistics_images` crops, with nothing drawn over them."""
         train, accelerator = self.config.train, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         steps = -(-train.statistics_images // (train.batch_size * world))
-        batches = training_batches(self.images, train.batch_size, steps=steps, rank=rank, world_size=world)
+        images = self.images.undrawn  # pages and lines have more contrast than what pipelines will encode
+        batches = training_batches(images, train.batch_size, steps=steps, rank=rank, world_size=world)
         for batch in counted(batches, "measuring the latents", steps, "batch"):
             yield batch["pixels"].to(accelerator.device, memory_format=self.layout)
 

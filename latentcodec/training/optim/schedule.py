@@ -74,7 +74,7 @@ class TrainConfig:
     process that was lost. With several processes, more than the longest validation. Downloads take as long as they
     take."""
     statistics_images: PositiveInt = 512
-    """Crops over which mean and deviation of the latents are measured for codec/."""
+    """Crops, with nothing drawn over them, over which mean and deviation of the latents are measured for codec/."""
     trackers: list[str] | None = None
     """Accelerate's trackers to report to, such as tensorboard, trackio or wandb; metrics.jsonl is always written."""
 

@@ -18,6 +18,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.latents import LatentStatistics, fold, latent_statistics, whitening
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.precision import certify, extreme_images
+from latentcodec.training.data.text import find_fonts
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
 from latentcodec.training.start.linear import linear_start
 from latentcodec.training.start.model import ModelConfig
@@ -325,6 +326,17 @@ def test_a_fine_tuned_codec_may_be_whitened_anew(tmp_path):
         statistics.covariance, torch.eye(codec.latent_channels).double(), atol=0.02, rtol=0
     )
     assert "Whitened" in (tmp_path / "run/codec/README.md").read_text()
+
+
+def test_latents_are_measured_on_pictures_with_nothing_drawn_over_them(tmp_path):
+    try:
+        find_fonts()
+    except ValueError:
+        pytest.skip("this machine has no fonts")
+    config = small(tmp_path / "run", write_images(tmp_path / "images"), max_steps=1)
+    drawn = replace(config, data=replace(config.data, text_share=1.0), output_dir=str(tmp_path / "drawn"))
+    plain, undrawn = (torch.cat(list(start(each).exporter._crops())) for each in (config, drawn))
+    assert torch.equal(plain, undrawn)
 
 
 # ---- the folder ----
