@@ -9,7 +9,7 @@ model, a Gaussian with the latents' own mean and covariance, and decoded noise (
 the Gaussian has learnt nothing that a covariance does not know, and its number means nothing: the page says so.
 
 The default takes about a GPU hour for a codec. --small is for a machine without one: a quarter of an hour of one core
-for a codec, on crops of 64 pixels. --smoke takes a minute and shows that everything runs.
+for both seeds of a codec, on crops of 64 pixels. --smoke takes a minute and shows that everything runs.
 """
 
 import argparse

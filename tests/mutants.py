@@ -141,9 +141,23 @@ MUTANTS = [
     Mutant(
         "noise stays as it is while the latents grow",
         "training/losses/regularizers.py",
-        "* (own / own.detach())",
-        "",
+        "deviation + (power - power.detach()) / (2 * deviation)",
+        "deviation.expand(len(z), -1, 1, 1)",
         "test_regularizers.py",
+    ),
+    Mutant(
+        "noise in training stays as it is while the latents grow",
+        "training/losses/sample.py",
+        "scale = unit(z).to(z)",
+        "scale = unit(z.detach()).to(z)",
+        "test_objective.py",
+    ),
+    Mutant(
+        "a round trip gets shorter by smaller latents",
+        "training/losses/objective.py",
+        "self._unit(result.mean)",
+        "self._unit(result.mean.detach())",
+        "test_objective.py",
     ),
     Mutant(
         "the target is not warped with the latent",

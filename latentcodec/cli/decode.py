@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, Json, counting, say_json
+from latentcodec.cli.output import DONE, Json, counting, number_of, say_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def decode(
         for name, picture in pictures:
             save_image(picture, out / name)
             advance(1, 0)
-    print(f"{total:,} pictures: {out}")
+    print(f"{number_of(total, 'picture')}: {out}")
     say_json(as_json, {"items": total})
     return DONE
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, Json, counting, say_json
+from latentcodec.cli.output import DONE, Json, counting, number_of, say_json
 
 
 def export(
@@ -28,6 +28,6 @@ def export(
     opened = LatentStore(store)
     with counting(len(opened.index.shards), "shards") as advance:
         files = export_store(opened, to, out, lambda done, total: advance(1, 0))
-    print(f"{len(opened):,} pictures in {len(files):,} {to} files: {out}")
+    print(f"{number_of(len(opened), 'picture')} in {number_of(len(files), f'{to} file')}: {out}")
     say_json(as_json, {"items": len(opened), "files": len(files)})
     return DONE

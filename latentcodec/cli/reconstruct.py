@@ -42,8 +42,8 @@ def reconstruct(
         warn(f"left out: {line}")
     if not paths:
         raise ValueError(f"{', '.join(pictures)}: no image file among them")
-    model = LatentCodec.from_pretrained(codec, device=device)
     names = _names(paths, out, tuple(WRITERS))
+    model = LatentCodec.from_pretrained(codec, device=device)
     scores, left_out = [], len(refused)
     for path, target in zip(paths, names, strict=True):
         try:
@@ -72,13 +72,13 @@ def _names(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> list[Path
 
     Raises ValueError where several would go into one file, or one into a file of a kind that is not written.
     """
-    from latentcodec.pixels import IMAGE_SUFFIXES
+    from latentcodec.pixels.folders import IMAGE_SUFFIXES, OTHER_SUFFIXES, PLUGINS
 
     if out.suffix.lower() in suffixes:
         if len(paths) > 1:
             raise ValueError(f"--out {out}: {len(paths)} pictures need a folder")
         return [out]
-    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
+    if out.suffix.lower() in {*IMAGE_SUFFIXES, *OTHER_SUFFIXES, *PLUGINS} and not out.is_dir():
         raise ValueError(f"--out {out}: a comparison is written as {', '.join(suffixes)}, or into a folder")
     names = [path.stem for path in paths]
     return [

@@ -30,7 +30,7 @@ def verify(
     for problems in result.bad_shards.values():
         for problem in problems:
             print(problem)
-    verdict = "intact" if result.ok else f"{len(result.bad_shards)} of {shards} shards are damaged"
+    verdict = "intact" if result.ok else f"damaged: {len(result.bad_shards)} of {number_of(shards, 'shard')}"
     print(f"{store}: {number_of(result.items, 'picture')} in {number_of(shards, 'shard')}, {verdict}")
     say_json(as_json, {"ok": result.ok, "items": result.items, "bad_shards": sorted(result.bad_shards)})
     return DONE if result.ok else LOOK

@@ -27,6 +27,7 @@ from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
 from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
+from latentcodec.vae.families import KL, family_of
 
 # Settings that a run is resumed with unchanged. Others would not fit its weights or its optimizer, or would be passed
 # over in silence, since the weights of the checkpoint take the place of the start, or would leave the codec with the
@@ -113,10 +114,34 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> list[str]:
     """A line for each setting that is not as it was in the configuration `saved` with the checkpoint of `step`."""
     before, now = dict(_flat(saved)), dict(_flat(asdict(config)))
+    if before.get("finish.normalise") == "per_channel" and now["finish.normalise"] is None:
+        del (
+            before["finish.normalise"],
+            now["finish.normalise"],
+        )  # how it once was written that nothing was asked for
     return [
         f"{key} was {before.get(key, 'not there')} up to step {step} and is {now.get(key, 'not there')} from here on"
         for key in dict.fromkeys([*now, *before])
         if before.get(key) != now.get(key) and key not in ("output_dir", "train.mixed_precision")
+    ]
+
+
+def require_normalisable(config: Config, parent: Any) -> list[str]:
+    """The note for a fine-tuned codec whose latents will be normalised anew.
+
+    Raises ValueError where the class of the parent keeps its numbers elsewhere than in convolutions.
+    """
+    if parent is None or config.finish.normalise is None:
+        return []
+    family = family_of(parent)
+    if family != KL:
+        raise ValueError(
+            f"finish.normalise {config.finish.normalise} needs an {KL.name}, and model.from_pretrained is an "
+            f"{family.name}"
+        )
+    return [
+        f"finish.normalise {config.finish.normalise}: the latents are normalised anew, so a denoiser that was made for "
+        f"{config.model.from_pretrained} will not fit them"
     ]
 
 

@@ -61,6 +61,8 @@ class Trainer:
             self.journal.say(note)
         doing("loading models and opening the images", timed=not preflight.fetches(config))
         parent = begin.load_parent(config.model)
+        for note in preflight.require_normalisable(config, parent):
+            self.journal.say(note)
         teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = begin.image_channels(config.model, parent)
         f, whole = begin.downsampling_factors(config.model, parent, teacher)

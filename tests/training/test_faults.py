@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from latentcodec.training.config import parse
 from latentcodec.training.data import stream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
 from latentcodec.training.loop import main
+from latentcodec.training.preflight import changed_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -256,6 +257,15 @@ def test_a_resume_says_what_changed_and_keeps_the_configuration_of_before(tmp_pa
     (kept,) = tmp_path.glob("config.until-*.yaml")
     assert kept.read_bytes() == before
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["lr"] == 0.5
+
+
+def test_a_resume_is_silent_where_older_runs_wrote_a_normalisation_that_nobody_asked_for(tmp_path, images):
+    config = small(tmp_path, images)
+    older = asdict(config) | {"finish": asdict(config.finish) | {"normalise": "per_channel"}}
+    assert changed_settings(older, config, 5) == []
+    asked = replace(config, finish=replace(config.finish, normalise="whitened"))
+    (line,) = changed_settings(older, asked, 5)
+    assert "finish.normalise was per_channel up to step 5 and is whitened" in line
 
 
 @pytest.mark.parametrize(

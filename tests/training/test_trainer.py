@@ -507,6 +507,7 @@ def test_the_codec_gets_no_gradient_from_the_discriminator_nor_it_from_the_codec
     trainer.train_step([batch])
     trainer.state.step = trainer.state.draw = 0
     trainer.objective.rate.reference.zero_()
+    trainer.objective.rate.centre.zero_()
     trainer.objective.rate.deviation.fill_(1)  # as before the first step
     inputs = trainer.objective.inputs(batch["pixels"], batch["position"], 0, lambda y: y)
     result, vae = trainer.state.codec(inputs.x, inputs.noise, inputs.transform), trainer.state.codec.vae

@@ -55,7 +55,7 @@ class Cropping:
     min_scale: float
     flip: bool
     text_share: float = 0.0
-    """Share of the crops over which text is drawn (`text.py`)."""
+    """Share of the crops over which text or line art is drawn (`text.py`)."""
     fonts: tuple[str, ...] = ()
     """Font files to draw it with."""
     padding: int = 0

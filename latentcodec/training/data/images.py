@@ -5,10 +5,10 @@ in `crops.py`. Shapes: C channels, H W pixels.
 """
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePath
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
@@ -59,8 +59,8 @@ class DataConfig:
     fit a codec of f32."""
     text_share: ClosedUnitInterval = 0.0
     """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
-    photograph behind it, half are pages of one colour, of which a quarter is empty: flat, or shaded from one colour to
-    another."""
+    photograph behind it, half are pages of one colour. Of the pages a quarter is empty, flat or shaded from one colour
+    to another, and a quarter has line art, with or without text."""
     text_fonts_left_out: list[str] = field(default_factory=list)
     """Fonts whose file names begin with one of these are not drawn with, so that a test can use them."""
     buckets: bool = False
@@ -113,11 +113,6 @@ class TrainingImages:
         """What looks like an image of these sets and is not among them."""
         both = [self.source] if self.source is self.val_source else [self.source, self.val_source]
         return [item for source in both for item in source.left_out]
-
-    @property
-    def undrawn(self) -> Self:
-        """The same images, with nothing drawn over their crops."""
-        return replace(self, config=replace(self.config, text_share=0.0))
 
     @property
     def counts(self) -> list[int]:

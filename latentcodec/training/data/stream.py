@@ -80,16 +80,18 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    drawn: bool = True,
 ) -> Batches:
     """The micro-batches of one rank from `start_step` on, `accumulation` for each of `steps` optimizer steps.
 
-    Bit-identical for any number of workers; endless when `steps` is None. Iterating raises `ValueError` when
-    the set turns out to hold nothing that can be read.
+    Bit-identical for any number of workers; endless when `steps` is None. `drawn`: with text over `data.text_share` of
+    the crops. Iterating raises `ValueError` when the set turns out to hold nothing that can be read.
     """
     config = images.config
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
-    fonts = tuple(find_fonts(config.text_fonts_left_out)) if config.text_share else ()
-    cropping = Cropping(images.seed, config.min_scale, config.flip, config.text_share, fonts, config.padding)
+    text_share = config.text_share if drawn else 0.0
+    fonts = tuple(find_fonts(config.text_fonts_left_out)) if text_share else ()
+    cropping = Cropping(images.seed, config.min_scale, config.flip, text_share, fonts, config.padding)
     stream: Dataset[Batch | ValueError]
     if isinstance(images.source, RemoteSource):
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)

@@ -73,17 +73,17 @@ FOLDED = """The map is part of `quant_conv` and `post_quant_conv`, so no pipelin
 NORMALISATIONS = {
     "whitened": (
         whitening,
-        "Whitened: over the training crops the latents have zero mean, unit variance and no correlation, and each "
-        "channel explains fewer pixels than the one before. The spread of the posterior is that of each channel by "
-        "itself, to first order.",
+        "Whitened: over crops of the training pictures the latents have zero mean, unit variance and no correlation, "
+        "and each channel explains fewer pixels than the one before. The spread of the posterior is that of each "
+        "channel by itself, to first order.",
     ),
     "per_channel": (
         per_channel,
-        "Over the training crops each channel of the latents has zero mean and unit variance.",
+        "Over crops of the training pictures each channel of the latents has zero mean and unit variance.",
     ),
     "one_scale": (
         by_one_scale,
-        "Over the training crops all channels of the latents together have zero mean and unit variance.",
+        "Over crops of the training pictures all channels of the latents together have zero mean and unit variance.",
     ),
 }
 """By the values of `finish.normalise`: the map, and what the card says of it."""

@@ -29,7 +29,6 @@ from latentcodec.training.losses.teacher import Teacher
 from latentcodec.training.progress import counted
 from latentcodec.training.state import TrainState
 from latentcodec.training.watchdog import OTHERS, doing
-from latentcodec.vae.families import KL, family_of
 
 SAMPLES = 6  # held-out images whose reconstruction is drawn at each validation
 
@@ -48,12 +47,6 @@ class Exporter:
         accelerator: Accelerator,
         layout: torch.memory_format,
     ) -> None:
-        """Raises ValueError where the codec's class has no convolution that could normalise its latents."""
-        family = family_of(state.ema)
-        if config.normalise is not None and family != KL:
-            raise ValueError(
-                f"finish.normalise {config.normalise} needs an {KL.name}, and model.from_pretrained is an {family.name}"
-            )
         self.config, self.state, self.teacher = config, state, teacher
         self.images, self.held_out = images, held_out
         self.journal, self.accelerator, self.layout = journal, accelerator, layout
@@ -91,7 +84,7 @@ class Exporter:
         statistics = None if normalise is None else self.latent_statistics()
         drift = None
         if self.teacher is not None:
-            drift = self.teacher.drift(state.ema, self._crops(), self._total)
+            drift = self.teacher.drift(state.ema, self._crops(drawn=True), self._total)
         if self.accelerator.is_main_process:
             vae = copy.deepcopy(state.ema)
             crops = first_crops(self.images)[:certificate_images] if certificate_images else []
@@ -107,17 +100,19 @@ class Exporter:
         wait_for_others(self.accelerator)
 
     def latent_statistics(self) -> LatentStatistics:
-        """Of the averaged weights' latents over the training crops; all processes measure what one would."""
+        """Of the averaged weights' latents over crops with nothing drawn on them, since pages and lines have more
+        contrast than what pipelines will encode; all processes measure what one would."""
         with self.accelerator.autocast():
-            return latent_statistics(self.state.ema, self._crops(), self._total)
+            return latent_statistics(self.state.ema, self._crops(drawn=False), self._total)
 
-    def _crops(self) -> Iterator[Tensor]:
-        """[B, C, H, W]: this process's share of the `train.statistics_images` crops, with nothing drawn over them."""
+    def _crops(self, drawn: bool) -> Iterator[Tensor]:
+        """[B, C, H, W]: this process's share of the `train.statistics_images` crops; `drawn`: as in training."""
         train, accelerator = self.config.train, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         steps = -(-train.statistics_images // (train.batch_size * world))
-        images = self.images.undrawn  # pages and lines have more contrast than what pipelines will encode
-        batches = training_batches(images, train.batch_size, steps=steps, rank=rank, world_size=world)
+        batches = training_batches(
+            self.images, train.batch_size, steps=steps, rank=rank, world_size=world, drawn=drawn
+        )
         for batch in counted(batches, "measuring the latents", steps, "batch"):
             yield batch["pixels"].to(accelerator.device, memory_format=self.layout)
 

@@ -62,8 +62,8 @@ class Objective:
 
         `recode` is the codec's round trip, image to image, for the samples that have been through it before.
         """
-        c, deviation = self.latent_channels, self.rate.deviation
-        return draw_inputs(self.regularizer, self.seed, c, self.f, x, positions, draw, deviation, recode)
+        c = self.latent_channels
+        return draw_inputs(self.regularizer, self.seed, c, self.f, x, positions, draw, self._unit, recode)
 
     def losses(
         self,
@@ -134,8 +134,12 @@ class Objective:
         return kl_with_free_bits(per_channel, self.rate.reference.to(per_channel), cells, self.loss.free_bits)
 
     def _round_trip(self, result: ForwardPass, inputs: Inputs, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        decoded, unit = inputs.transform_without_noise(result.mean), unit_of(result.mean, self.rate.deviation)
-        return round_trip_loss(encode(result.reconstruction), decoded, unit)
+        decoded = inputs.transform_without_noise(result.mean)
+        return round_trip_loss(encode(result.reconstruction), decoded, self._unit(result.mean))
+
+    def _unit(self, z: Tensor) -> Tensor:
+        """[B, c, 1, 1]: the unit of noise and distances for latents z [B, c, h, w]."""
+        return unit_of(z, self.rate.centre, self.rate.deviation)
 
     def _scale_equivariance(
         self, result: ForwardPass, x: Tensor, draw: int, decode: Callable[[Tensor], Tensor]

@@ -32,7 +32,8 @@ class RateControl:
         self.config = config
         self.weight = config.kl_weight
         self.reference = torch.zeros(latent_channels)  # [c] nats per element, of the step before
-        self.deviation = torch.ones(latent_channels)  # [c] of the latent, noise included, of the step before
+        self.centre = torch.zeros(latent_channels)  # [c] of the latent, of the step before
+        self.deviation = torch.ones(latent_channels)  # likewise, the posterior's noise included
 
     def at(self, step: int) -> float:
         """The weight that counts at an optimizer step."""
@@ -41,7 +42,7 @@ class RateControl:
     def update(self, step: int, per_channel: Tensor, statistics: Tensor) -> dict[str, float]:
         """Take in the whole step's statistics ([c] and [3, c], means over all processes) and steer the weight."""
         config, self.reference = self.config, per_channel
-        self.deviation = deviations(statistics)
+        self.centre, self.deviation = statistics[0], deviations(statistics)
         rate, std = bits_per_element(per_channel), relative_std(statistics)
         report = {"kl_weight": self.at(step), "latent_bits": rate, "latent_noise": std}
         if step >= config.kl_warmup_steps and config.target_bits is not None:
@@ -55,14 +56,19 @@ class RateControl:
         return {
             "weight": self.weight,
             "reference": self.reference.tolist(),
+            "centre": self.centre.tolist(),
             "deviation": self.deviation.tolist(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint; the weight is the configuration's, except where a target has moved it."""
         self.reference = torch.tensor(saved["reference"])
-        if "deviation" in saved:  # checkpoints of before have none, and no loss that needs it
-            self.deviation = torch.tensor(saved["deviation"])
+        for name in (
+            "centre",
+            "deviation",
+        ):  # older checkpoints lack one or both; the next step measures them
+            if name in saved:
+                setattr(self, name, torch.tensor(saved[name]))
         if self.config.target_bits is not None or self.config.target_std is not None:
             self.weight = saved["weight"]
 

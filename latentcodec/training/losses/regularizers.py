@@ -193,30 +193,35 @@ def interpolate_noise(z: Tensor, noise: Tensor, level: Tensor, std: float) -> Te
     return (1 - level) * z + level * std * noise
 
 
-def unit_of(z: Tensor, deviation: Tensor) -> Tensor:
-    """[c]: `deviation` of each channel, with the gradient of z's own [B, c, h, w] in proportion to it.
+def unit_of(z: Tensor, centre: Tensor, deviation: Tensor) -> Tensor:
+    """[B, c, 1, 1] float32: `deviation` [c] of each channel, which grows where a sample of z [B, c, h, w] grows.
 
-    Latents k times as large have a unit k times as large. Without that gradient an encoder escapes from noise by
-    growing a little in each step.
+    The value is that of the step before, the same for all samples. The gradient is that of each sample's mean square
+    distance from `centre` [c], so that over many samples latents k times as large have a unit k times as large: without
+    it an encoder escapes from noise by growing a little in each step. It depends on no other sample, so it is the same
+    however a batch is split.
     """
-    own = z.float().var((0, 2, 3), correction=0).clamp_min(1e-12).sqrt()
-    return deviation.to(own) * (own / own.detach())
+    centre, deviation = (
+        value.to(z.device).float().view(-1, 1, 1) for value in (centre, deviation.clamp_min(1e-6))
+    )
+    power = (z.float() - centre).square().mean((2, 3), keepdim=True)
+    return deviation + (power - power.detach()) / (2 * deviation)
 
 
-def add_noise(z: Tensor, noise: Tensor, level: Tensor, deviation: Tensor) -> Tensor:
-    """[B, c, h, w]: z + level s noise, level [B], s [c] the deviation of each channel (`unit_of`).
+def add_noise(z: Tensor, noise: Tensor, level: Tensor, unit: Tensor) -> Tensor:
+    """[B, c, h, w]: z + level unit noise, level [B], unit [B or 1, c, 1, 1] (`unit_of`).
 
     The decoder noise of RAE (Zheng et al. 2025), which has it in raw units.
     """
-    return z + level.view(-1, 1, 1, 1) * deviation.view(-1, 1, 1) * noise
+    return z + level.view(-1, 1, 1, 1) * unit * noise
 
 
-def round_trip_loss(again: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """[B]: the mean squared distance of two latents [B, c, h, w] in units of each channel's deviation [c].
+def round_trip_loss(again: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """[B]: the mean squared distance of two latents [B, c, h, w], in squares of `unit` [B or 1, c, 1, 1] (`unit_of`).
 
     `again` is the posterior's mean of the reconstruction, `mean` that of the image, with the transforms of the step.
     """
-    return ((again - mean) / deviation.clamp_min(1e-6).view(-1, 1, 1)).square().mean((1, 2, 3))
+    return ((again - mean) / unit).square().mean((1, 2, 3))
 
 
 # ---- the spectrum of the latent (Ning et al., "Spectrum matching", 2026) ----

@@ -24,7 +24,6 @@ from latentcodec.training.losses.regularizers import (
     draw_warp,
     interpolate_noise,
     mask_spectrum,
-    unit_of,
     warp_image,
     warp_latent,
 )
@@ -85,12 +84,12 @@ def draw_inputs(
     x: Tensor,
     positions: Tensor,
     draw: int,
-    deviation: Tensor,
+    unit: Callable[[Tensor], Tensor],
     recode: Callable[[Tensor], Tensor],
 ) -> Inputs:
     """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
 
-    `deviation` [c] of the latent's channels is the unit of the additive noise, `recode` the codec's round trip.
+    `unit` gives that of the additive noise, [B, c, 1, 1] for a latent; `recode` is the codec's round trip.
     """
     warp = draw_warp(config, seed, draw)
     if warp is not None and not warp.of_latent:
@@ -107,12 +106,14 @@ def draw_inputs(
     if warp is not None and warp.of_latent:
         target = warp_image(target, warp, f)
         transforms.append(lambda z: warp_latent(z, warp))
-    added = _latent_noise(config, seed, positions, deviation) if config.latent_noise_share else None
+    added = _latent_noise(config, seed, positions, unit) if config.latent_noise_share else None
     noise = keyed_normal(seed, positions, cells, Purpose.POSTERIOR).to(x.device)
     return Inputs(x, image, noise, transforms, target, added)
 
 
-def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, deviation: Tensor) -> Transform:
+def _latent_noise(
+    config: RegularizerConfig, seed: int, positions: Tensor, unit: Callable[[Tensor], Tensor]
+) -> Transform:
     """The noise that the decoder learns to tolerate: an amount and a tensor of its own for each sample and kind."""
     replaced, added = draw_noise_levels(config, seed, positions)
 
@@ -120,13 +121,13 @@ def _latent_noise(config: RegularizerConfig, seed: int, positions: Tensor, devia
         def noise(purpose: Purpose) -> Tensor:
             return keyed_normal(seed, positions, tuple(z.shape[1:]), purpose).to(z)
 
+        scale = unit(z).to(z)  # of z itself: what replaces a part of it does not grow with it
         if config.interpolative_noise:
             z = interpolate_noise(
                 z, noise(Purpose.INTERPOLATIVE_NOISE), replaced.to(z), config.interpolative_noise_std
             )
         if config.additive_noise:
-            unit = unit_of(z, deviation).to(z)
-            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), unit)
+            z = add_noise(z, noise(Purpose.ADDITIVE_NOISE), added.to(z), scale)
         return z
 
     return transform

@@ -100,12 +100,12 @@ class ModelConfig:
     @property
     def must_keep_latents(self) -> bool:
         """Whether the latents are those of another codec: a teacher's, or those of a parent's own encoder."""
-        return self.teacher is not None or self.part == "decoder"
+        return self.teacher is not None or (self.part == "decoder" and self.from_pretrained is not None)
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether another codec's normalisation holds for this one too, unless the configuration names another: a
-        teacher's or, if it has as many latent channels, a parent's. Denoisers were made for those numbers."""
+        """Whether another codec's normalisation holds for this one too: a teacher's or, if it has as many latent
+        channels and `finish.normalise` is left out, a parent's. Denoisers were made for those numbers."""
         return self.teacher is not None or (
             self.from_pretrained is not None and self.adapt.latent_channels is None
         )

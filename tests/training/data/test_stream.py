@@ -258,8 +258,8 @@ def test_the_headers_for_buckets_are_read_once(tmp_path, monkeypatch):
     read, size = [], EncodedSource.size
     monkeypatch.setattr(EncodedSource, "size", lambda self, i: read.append(i) or size(self, i))
     images = open_images(config_of(write_folder(tmp_path / "set", 5), buckets=True, resolution=32), 3, 0)
-    for _ in range(2):
-        list(training_batches(images, 2, steps=1))
+    for drawn in (True, False):
+        list(training_batches(images, 2, steps=1, drawn=drawn))
     assert read == list(range(5))
 
 

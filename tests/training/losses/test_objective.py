@@ -237,6 +237,38 @@ def test_a_round_trip_is_compared_with_the_latent_that_was_decoded_before_its_no
     torch.testing.assert_close(losses["round_trip"], torch.full((3,), 4.0))
 
 
+@pytest.mark.parametrize("interpolative", [0.0, 1.0])
+def test_noise_in_training_grows_with_the_latents(interpolative):
+    """The noise that k z gets has the derivative k: latents escape it by no size."""
+    config = RegularizerConfig(latent_noise_share=1.0, additive_noise=0.5, interpolative_noise=interpolative)
+    objective = new_objective(regularizer=config)
+    objective.rate.deviation = torch.full((C,), 3.0)
+    inputs = objective.inputs(images(side=128), torch.arange(3), 0, never)
+    z, one = 3 * torch.randn(3, C, 32, 32), torch.ones(())
+    value, slope = torch.autograd.functional.jvp(lambda k: inputs.transform(k * z), one, one)
+    replaced, added = draw_noise_levels(config, SEED, torch.arange(3))
+    kept = (1 - replaced).view(-1, 1, 1, 1) * z
+    grown = (slope - kept).std((1, 2, 3))  # what of the slope is noise: level times unit
+    torch.testing.assert_close(grown, 3 * added, atol=0, rtol=0.1)
+    if not interpolative:
+        torch.testing.assert_close((value - kept).std((1, 2, 3)), 3 * added, atol=0, rtol=0.1)
+
+
+def test_a_round_trip_is_not_made_shorter_by_smaller_latents():
+    """Latents and their distance k times as large: the loss must not change with k."""
+    objective, x = new_objective(regularizer=RegularizerConfig(round_trip_weight=1.0)), images(side=128)
+    inputs, result = objective.inputs(x, torch.arange(3), 0, never), new_pass(x)
+    z, one = torch.randn(3, C, 32, 32), torch.ones(())
+
+    def loss(k):
+        grown = result._replace(mean=k * z)
+        return objective.losses(grown, inputs, 0, 0, never, lambda y: k * (z + 2))[0]["round_trip"]
+
+    value, slope = torch.autograd.functional.jvp(loss, one, one)
+    torch.testing.assert_close(value, torch.full((3,), 4.0))
+    assert slope.abs().max() < 0.5  # without the unit's growth it is 8
+
+
 def test_measures_are_means_without_gradient():
     objective, x = new_objective(LossConfig(learn_scale=True)), images()
     result = new_pass(x)

@@ -155,6 +155,8 @@ def test_a_normalisation_that_would_leave_the_kept_latents_is_refused(tmp_path, 
         (dict(from_pretrained="x", adapt=AdaptConfig(latent_channels=4)), None, "per_channel"),
         (dict(from_pretrained="x", part="decoder"), None, None),
         (dict(teacher="x"), None, None),
+        (dict(part="decoder"), None, "per_channel"),
+        (dict(part="decoder"), "whitened", "whitened"),
     ],
 )
 def test_a_codec_is_normalised_if_it_is_new_or_if_that_was_asked_for(tmp_path, images, settings, named, done):
