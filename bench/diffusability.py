@@ -1,6 +1,6 @@
 """How well a small denoiser of fixed size and compute learns each codec's latents.
 
-    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--small | --smoke]
+    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--smoke]
 
 The same denoiser, steps, batches and seeds for every codec: a rectified flow on the latents of square crops. Samples
 are decoded and compared with held-out crops in pixel space, by a Frechet distance in features that are named (no FID,
@@ -8,8 +8,7 @@ which needs Inception). Four numbers stand beside each other: the codec's own re
 model, a Gaussian with the latents' own mean and covariance, and decoded noise (the ceiling). A model that does not beat
 the Gaussian has learnt nothing that a covariance does not know, and its number means nothing: the page says so.
 
-The default takes about a GPU hour for a codec. --small is for a machine without one: a quarter of an hour of one core
-for both seeds of a codec, on crops of 64 pixels. --smoke takes a minute and shows that everything runs.
+--smoke takes minutes on two cores and shows that everything runs; the default takes about a GPU hour for a codec.
 """
 
 import argparse
@@ -61,11 +60,8 @@ class Budget:
     samples: int
 
 
-BUDGETS = {
-    "smoke": Budget(side=64, crops=64, steps=20, batch=8, widths=(32, 64), samples=32),
-    "small": Budget(side=64, crops=4_000, steps=2_000, batch=32, widths=(64, 128), samples=512),
-    "real": Budget(side=256, crops=20_000, steps=30_000, batch=64, widths=(128, 256, 512), samples=2_000),
-}
+SMOKE = Budget(side=64, crops=64, steps=20, batch=8, widths=(32, 64), samples=32)
+REAL = Budget(side=256, crops=20_000, steps=30_000, batch=64, widths=(128, 256, 512), samples=2_000)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,13 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--codec", nargs="+", required=True, help="folder, hub id or bundled name; several are compared")
     add("--images", type=Path, required=True, help="folder of images, at least as large as a crop")
     add("--out", type=Path, required=True, help="folder for the JSON and the HTML file")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--small", action="store_true", help="for two cores: a small denoiser on crops of 64 pixels"
-    )
-    size.add_argument(
-        "--smoke", action="store_true", help="a minute instead of hours; proves nothing of a codec"
-    )
+    add("--smoke", action="store_true", help="minutes instead of hours; proves nothing of a codec")
     add("--steps", type=int, help="of the denoiser's training; default: those of the setting")
     add("--seeds", type=int, default=2, help="trainings of each codec, for the spread (%(default)s)")
     nets = ("none", *SMALLEST_SIDE)
@@ -105,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    setting = "smoke" if options.smoke else "small" if options.small else "real"
-    budget = BUDGETS[setting]
+    budget = SMOKE if options.smoke else REAL
     steps = options.steps or budget.steps
     report.require_folder(options.out)
     named, features = open_features(options)
@@ -128,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     data: dict[str, Any] = {
         "bench": "diffusability",
         **report.provenance(torch.device(options.device)),
-        "setting": setting,
+        "setting": "smoke" if options.smoke else "real",
         "budget": {**vars(budget), "steps": steps, "seeds": options.seeds, "sampler_steps": SAMPLER_STEPS},
         "features": named,
         "folder": report.short_path(str(options.images)),

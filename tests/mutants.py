@@ -146,6 +146,13 @@ MUTANTS = [
         "test_regularizers.py",
     ),
     Mutant(
+        "the parent's share is the trained weights' share",
+        "training/export/exporter.py",
+        "self.config.finish.parent_share)",
+        "1 - self.config.finish.parent_share)",
+        "test_codec_folder.py",
+    ),
+    Mutant(
         "noise in training stays as it is while the latents grow",
         "training/losses/sample.py",
         "scale = unit(z).to(z)",

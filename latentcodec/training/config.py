@@ -27,6 +27,7 @@ from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig
 from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.optim.schedule import TrainConfig
+from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.model import ModelConfig
 from latentcodec.training.yaml_file import read_settings
 
@@ -58,6 +59,11 @@ class Config:
             raise ValueError(
                 f"finish.normalise {self.finish.normalise} would change the numbers that a codec with "
                 "model.teacher, or whose model.part is decoder, keeps; leave it out"
+            )
+        model, share = self.model, self.finish.parent_share
+        if share and (model.from_pretrained is None or model.adapt != AdaptConfig()):
+            raise ValueError(
+                f"finish.parent_share {share} needs a model.from_pretrained of the same shape, without model.adapt"
             )
         if self.loss.has_pixel_scale and self.regularizer.scale_equivariance_weight:
             raise ValueError(

@@ -63,6 +63,9 @@ class Trainer:
         parent = begin.load_parent(config.model)
         for note in preflight.require_normalisable(config, parent):
             self.journal.say(note)
+        kept = {}  # the parent's weights, before it is trained in place
+        if parent is not None and config.finish.parent_share:
+            kept = {name: value.clone() for name, value in parent.state_dict().items()}
         teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
         channels = begin.image_channels(config.model, parent)
         f, whole = begin.downsampling_factors(config.model, parent, teacher)
@@ -83,7 +86,7 @@ class Trainer:
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)
         self.exporter = Exporter(
-            config, self.state, teacher, self.images, self.held_out, self.journal, accelerator, layout
+            config, self.state, teacher, kept, self.images, self.held_out, self.journal, accelerator, layout
         )
         self.committed = -1  # the step of the newest checkpoint
         self.stopped_by = 0  # the signal that ended this start of the run

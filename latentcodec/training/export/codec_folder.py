@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusers import AutoencoderKL
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
@@ -35,6 +35,9 @@ class FinishConfig:
     one_scale: one shift and one scale for all. Left out, a new codec is normalised per_channel, and one of
     model.from_pretrained or model.teacher keeps the numbers it has. A fine-tuned encoder may be normalised anew, which
     makes another latent space: denoisers of the old one do not fit it."""
+    parent_share: ClosedUnitInterval = 0.0
+    """Share of the weights of model.from_pretrained in the codec that is scored and saved; the rest are those that were
+    trained. A tenth to a half is often better than either (Wortsman et al. 2022, "Robust fine-tuning")."""
     certificate_images: NonNegativeInt = 4
     """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
     the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and

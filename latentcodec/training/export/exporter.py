@@ -8,11 +8,12 @@ Shapes: B batch, C image channels, H W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
@@ -41,13 +42,15 @@ class Exporter:
         config: Config,
         state: TrainState,
         teacher: Teacher | None,
+        parent: Mapping[str, Tensor],
         images: TrainingImages,
         held_out: HeldOut,
         journal: Journal,
         accelerator: Accelerator,
         layout: torch.memory_format,
     ) -> None:
-        self.config, self.state, self.teacher = config, state, teacher
+        """`parent`: its weights, of which `finish.parent_share` goes into the codec; else none."""
+        self.config, self.state, self.teacher, self.parent = config, state, teacher, parent
         self.images, self.held_out = images, held_out
         self.journal, self.accelerator, self.layout = journal, accelerator, layout
         self.regimes = Regimes()
@@ -56,7 +59,7 @@ class Exporter:
         """Score the averaged weights on the held-out images and draw some of them; None without such images."""
         state, evaluation = self.state, None
         if self.accelerator.is_main_process and self.held_out.images:
-            codec = LatentCodec(state.ema)
+            codec = LatentCodec(self._vae())
             images = [image.to(self.accelerator.device) for image in self.held_out.images]
             bar = counted(images, "validating", len(images), "image")
             evaluation = evaluate(codec, bar, names=self.held_out.names)
@@ -79,14 +82,13 @@ class Exporter:
 
     def save_codec(self, evaluation: Evaluation | None = None, certificate_images: int = 0) -> None:
         """Write codec/; the half-precision certificate is measured on so many training crops, for 0 not at all."""
-        state = self.state
-        normalise = self.config.normalise
+        state, normalise, vae = self.state, self.config.normalise, self._vae()
         statistics = None if normalise is None else self.latent_statistics()
         drift = None
         if self.teacher is not None:
-            drift = self.teacher.drift(state.ema, self._crops(drawn=True), self._total)
+            drift = self.teacher.drift(vae, self._crops(drawn=True), self._total)
         if self.accelerator.is_main_process:
-            vae = copy.deepcopy(state.ema)
+            vae = copy.deepcopy(vae)
             crops = first_crops(self.images)[:certificate_images] if certificate_images else []
             sections = [self.journal.card(state.step, state.seconds, evaluation)]
             sections.append(finish(vae, normalise, statistics, crops))
@@ -99,11 +101,22 @@ class Exporter:
             write_codec(codec, Path(self.config.output_dir) / "codec", card)
         wait_for_others(self.accelerator)
 
+    @torch.no_grad()
+    def _vae(self) -> AutoencoderKL:
+        """The averaged weights, with the parent's share in them."""
+        if not self.parent:
+            return self.state.ema
+        vae = copy.deepcopy(self.state.ema)
+        for name, value in vae.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(self.parent[name].to(value), self.config.finish.parent_share)
+        return vae
+
     def latent_statistics(self) -> LatentStatistics:
         """Of the averaged weights' latents over crops with nothing drawn on them, since pages and lines have more
         contrast than what pipelines will encode; all processes measure what one would."""
         with self.accelerator.autocast():
-            return latent_statistics(self.state.ema, self._crops(drawn=False), self._total)
+            return latent_statistics(self._vae(), self._crops(drawn=False), self._total)
 
     def _crops(self, drawn: bool) -> Iterator[Tensor]:
         """[B, C, H, W]: this process's share of the `train.statistics_images` crops; `drawn`: as in training."""

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
 from latentcodec.latents import LatentStatistics, fold, latent_statistics, whitening
-from latentcodec.quality.metrics import reconstruct
+from latentcodec.quality.metrics import evaluate, reconstruct
 from latentcodec.quality.precision import certify, extreme_images
 from latentcodec.training.data.text import find_fonts
 from latentcodec.training.export.codec_folder import FinishConfig, finish, recover_codec, write_codec
+from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.linear import linear_start
 from latentcodec.training.start.model import ModelConfig
 
@@ -327,6 +328,36 @@ def test_a_fine_tuned_codec_may_be_whitened_anew(tmp_path, capsys):
         statistics.covariance, torch.eye(codec.latent_channels).double(), atol=0.02, rtol=0
     )
     assert "Whitened" in (tmp_path / "run/codec/README.md").read_text()
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_parents_weights_goes_into_the_codec_that_is_scored_and_saved(tmp_path, share):
+    images, parent = write_images(tmp_path / "images"), random_vae()
+    LatentCodec(parent).save_pretrained(tmp_path / "parent")
+    config = small(tmp_path / "run", images, max_steps=2, lr=0.01, checkpoint_every=1)
+    config = replace(
+        config,
+        model=ModelConfig(from_pretrained=str(tmp_path / "parent")),
+        finish=FinishConfig(parent_share=share, certificate_images=0),
+    )
+    train(start(config), stop_at=1)
+    trainer = start(config)  # goes on: the parent is the one that the run began with
+    train(trainer)
+    saved = LatentCodec.from_pretrained(tmp_path / "run/codec").vae.state_dict()
+    before, trained = parent.state_dict(), trainer.state.ema.state_dict()
+    assert any(not torch.equal(before[name], trained[name]) for name in before)
+    for name, value in saved.items():
+        torch.testing.assert_close(value, share * before[name] + (1 - share) * trained[name])
+    codec = LatentCodec.from_pretrained(tmp_path / "run/codec")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["psnr"] == pytest.approx(evaluate(codec, trainer.held_out.images).mean("psnr"), abs=1e-4)
+
+
+@pytest.mark.parametrize("model", [{}, dict(from_pretrained="x", adapt=AdaptConfig(latent_channels=8))])
+def test_a_share_of_a_parent_that_is_not_there_is_refused(tmp_path, model):
+    config = small(tmp_path / "run", tmp_path)
+    with pytest.raises(ValueError, match=r"finish\.parent_share 0\.5 needs a model\.from_pretrained"):
+        replace(config, model=ModelConfig(**model), finish=FinishConfig(parent_share=0.5))
 
 
 def test_latents_are_measured_on_pictures_with_nothing_drawn_over_them(tmp_path):
