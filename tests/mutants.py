@@ -368,14 +368,14 @@ MUTANTS = [
     Mutant(
         "validation scores the trained instead of the averaged weights",
         "training/export/exporter.py",
-        "codec = LatentCodec(state.ema)",
+        "codec = LatentCodec(self._vae())",
         "codec = LatentCodec(state.codec.vae)",
         "test_exporter.py",
     ),
     Mutant(
         "the saved codec has the trained instead of the averaged weights",
         "training/export/exporter.py",
-        "vae = copy.deepcopy(state.ema)",
+        "vae = copy.deepcopy(vae)",
         "vae = copy.deepcopy(state.codec.vae)",
         "test_exporter.py",
     ),

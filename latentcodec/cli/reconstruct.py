@@ -10,7 +10,7 @@ import typer
 
 from latentcodec.cli.output import DONE, LOOK, Codec, Json, say_json, warn
 
-AMPLIFIED = 8  # times, of the difference that is shown
+AMPLIFIED = 4  # times, of the difference that is shown
 
 
 def reconstruct(
@@ -53,7 +53,7 @@ def reconstruct(
             left_out += 1
             continue
         y = through(model, x)
-        difference = ((y - x) * AMPLIFIED / 2).clamp(-1, 1)
+        difference = ((y - x) * AMPLIFIED).clamp(-1, 1)
         save_image(image_grid([x[0], y[0], difference[0]], columns=3), target)
         similarity = ssim(x, y).item() if min(x.shape[-2:]) >= 11 else float("nan")
         scores.append((psnr(x, y).item(), similarity))
