@@ -72,7 +72,8 @@ def _names(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> list[Path
 
     Raises ValueError where several would go into one file, or one into a file of a kind that is not written.
     """
-    from latentcodec.pixels.folders import IMAGE_SUFFIXES, OTHER_SUFFIXES, PLUGINS
+    from latentcodec.pixels.containers import PLUGINS
+    from latentcodec.pixels.folders import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
     if out.suffix.lower() in suffixes:
         if len(paths) > 1:

@@ -37,7 +37,7 @@ class FinishConfig:
     makes another latent space: denoisers of the old one do not fit it."""
     parent_share: ClosedUnitInterval = 0.0
     """Share of the weights of model.from_pretrained in the codec that is scored and saved; the rest are those that were
-    trained. A tenth to a half is often better than either (Wortsman et al. 2022, "Robust fine-tuning")."""
+    trained (Wortsman et al. 2022, "Robust fine-tuning"). It evens out what a short run learns by chance."""
     certificate_images: NonNegativeInt = 4
     """Training crops on which a complete run measures its half-precision certificate (with six extreme images): whether
     the VAE stays finite and exact in float16, which its config then states as force_upcast. 0: not measured, and
