@@ -1,8 +1,8 @@
 """The ways into a VAE of diffusers and out of it: its networks run on the engine (`engine/`), with the same numbers.
 
 The VAE stays the owner: its class, its configuration, its state-dict keys and its `save_pretrained` are untouched, so
-whatever we train or speed up is loaded by people who have never heard of this package. This is the only file that knows
-diffusers' classes; what differs between them is in `vae/families.py`.
+whatever we train or speed up is loaded by people who have never heard of this package. Only this file changes objects
+of diffusers' classes; what differs between the classes is in `vae/families.py`.
 
 `AutoencoderKL` and `AutoencoderKLFlux2` get our Encoder and Decoder. Qwen-Image's and Wan's classes keep their modules,
 which they count and to which clips of several frames go; single images go past them.
@@ -34,12 +34,12 @@ from diffusers.models.attention_processor import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
+from latentcodec.engine import cuda_graphs, recordings
 from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
 from latentcodec.engine.plan import Engine
-from latentcodec.engine.recordings import forget
 from latentcodec.engine.sharing import (
     require_parameters_of,
     share_paddings,
@@ -77,7 +77,7 @@ def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
     """A new VAE of the class of that name, from keyword arguments of its constructor, running on the engine.
 
     Missing keys take diffusers' defaults. Raises ValueError naming a key that the class does not have, or a value that
-    fits none of its kind.
+    no such class can be built from.
     """
     kind = CLASSES[family_named(name).name]
     unknown = set(config) - set(kind._get_init_keys(kind)) - {"_class_name", "_diffusers_version"}
@@ -141,7 +141,8 @@ def optimize_vae(
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
         holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
     for network in (vae.encoder, vae.decoder):
-        forget(network)
+        recordings.forget(network)
+        cuda_graphs.forget(network)
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:

@@ -14,15 +14,19 @@ import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
 from latentcodec.vae.layers import ACTIVATIONS
+from latentcodec.vae.padding import PADDING_MODES
 
 LAYERS: set[type[nn.Module]] = {nn.ModuleList, nn.Conv2d, nn.Linear, nn.GroupNorm, *ACTIVATIONS.values()}
 """The types of layers without children that the engine can compute; a module list may be empty."""
 
-PADDINGS = ("zeros", "reflect", "replicate", "circular")
-"""The padding modes of convolutions that strips know: all that torch has."""
-
 FORM = ("kernel_size", "stride", "padding", "_padding", "approximate")
 """The attributes of layers, beside the shapes of their parameters, that are for their constructors to set."""
+
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "padding_mode"),
+    nn.GroupNorm: ("num_groups", "eps"),
+}
+"""The attributes of layers that a pass reads, and that may be set after the network was built."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -75,11 +79,17 @@ def modules_within(module: nn.Module) -> Iterator[nn.Module]:
             yield from modules_within(child)
 
 
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """The type of a module and its `SETTINGS`, which a recorded pass has fixed."""
+    values = module.__dict__
+    return type(module), *[values[name] for name in SETTINGS.get(type(module), ())]
+
+
 def is_plain(module: nn.Module, blocks: set[type[nn.Module]]) -> bool:
     """Whether a module is what it was built as: a layer, or one of `blocks`; no adapter, no wrapper, no hook."""
     if has_hooks(module) or not has_plain_parameters(module):
         return False
-    if isinstance(module, nn.Conv2d) and not is_plain_convolution(module, PADDINGS):
+    if isinstance(module, nn.Conv2d) and not is_plain_convolution(module, PADDING_MODES):
         return False
     return type(module) in (blocks if module._modules else LAYERS)
 

@@ -7,13 +7,15 @@ pass, so each network has at most one, for the kind of input that it saw last, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from latentcodec.engine.checks import modules_within, settings_of
 
 SHARE_OF_MEMORY = 1 / 64  # of a GPU's memory: the most that the maps of a recorded pass may take
 
@@ -55,9 +57,18 @@ def replayed(
 ) -> Tensor:
     """join(plan()(x)); recorded when an input like x comes for the second time in a row, and replayed from then on.
 
-    Weights are read anew at each replay; where they lie elsewhere, or x is of another kind, it is not replayed.
+    Weights are read anew at each replay; where they lie elsewhere, a layer's settings have changed, or x is of another
+    kind, it is not replayed.
     """
-    key = x.shape, x.dtype, x.device, tuple(_addresses(network))
+    modules = list(modules_within(network))
+    settings = [settings_of(module) for module in modules]
+    places = [
+        weight.data_ptr()
+        for module in modules
+        for weight in module._parameters.values()
+        if weight is not None
+    ]
+    key = x.shape, x.dtype, x.device, settings, places
     with _lock:
         known, recording = _seen.get(network, (None, None))
         with torch.inference_mode():
@@ -69,11 +80,7 @@ def replayed(
         return join(strips)
 
 
-def _addresses(module: nn.Module) -> Iterator[int]:
-    """The addresses of the weights; runs at every call, so without the names and the memory of `Module.parameters`."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter.data_ptr()
-    for child in module._modules.values():
-        if child is not None:
-            yield from _addresses(child)
+def forget(network: nn.Module) -> None:
+    """Let the recording of a network go."""
+    with _lock:
+        _seen.pop(network, None)

@@ -21,6 +21,7 @@ from latentcodec.engine.streams import StreamPass
 from latentcodec.ops.convolutions import prepared_bytes
 from latentcodec.ops.functional import is_ordinary
 from latentcodec.ops.native.convolution import Workspace
+from latentcodec.ops.native.pointwise import NativeKernels
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder, Stage, to_channels, to_pixels
 
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # stays in the cache of a CPU, and fills a GPU
@@ -97,7 +98,8 @@ class ImageNetworks:
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""
         device, dtype, bound = x.device.type, self.engine.dtype(x), self.engine.bound(x.device)
-        is_native = self.engine.compiles(x) and device == "cpu"
+        kernels = self.engine.kernels(x)
+        is_native = isinstance(kernels, NativeKernels)
         weights = _weight_bytes(network.source, dtype, is_native)
         lowest = min(stages, key=lambda stage: stage[0] * stage[1])
         widest = lowest[2].widest
@@ -117,7 +119,7 @@ class ImageNetworks:
         room = bound - weights
         return StreamPass(
             dtype,
-            self.engine.kernels(x),
+            kernels,
             strip_bytes=min(STRIP_BYTES[device], max(smallest, room // in_hand)),
             score_bytes=min(4 * lowest[0] * lowest[1] * QUERIES_AT_ONCE[device], room // 8),
             scratch=torch.empty(0, dtype=dtype, device=x.device),

@@ -31,7 +31,7 @@ class Needs:
     stages: tuple[tuple[int, int], ...]
     """Of the feature maps of each stage: where its inner maps are kept, and where they are made a second time."""
     other_maps: int
-    """Of what attention holds, or of the first map beside the input, or of the last beside the result."""
+    """Of the largest of these: what attention holds, the first map beside the input, the last beside the result."""
     strips_at_once: int
     smallest_strip: int
     """Of two rows of the widest map."""
@@ -40,12 +40,12 @@ class Needs:
 
     @property
     def least(self) -> int:
-        """With which a pass runs, if only just."""
+        """The smallest bound with which a pass runs."""
         return self.weights + self.maps(0) + self.in_hand
 
     @property
     def in_hand(self) -> int:
-        """Of the smallest strips, or of the scores of one query with attention's weights."""
+        """Of the smallest strips, or of the scores of one query beside their softmax: the larger of the two."""
         return max(self.strips_at_once * self.smallest_strip, 2 * self.query)
 
     def maps(self, map_bytes: int) -> int:
@@ -54,11 +54,11 @@ class Needs:
         return max(self.other_maps, *held)
 
     def map_bytes(self, bound: int) -> int:
-        """That the feature maps of a stage may take."""
+        """What the feature maps of a stage may take under `bound`."""
         return max(0, bound - self.weights - self.in_hand)
 
     def room(self, bound: int) -> int:
-        """Beside the weights and the maps."""
+        """What `bound` leaves beside the weights and the maps."""
         return bound - self.weights - self.maps(self.map_bytes(bound))
 
     def strip_bytes(self, bound: int, largest: int) -> int:

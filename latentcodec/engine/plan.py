@@ -55,8 +55,8 @@ class Engine:
     """How an Encoder or a Decoder runs when no gradient is asked for; `optimize_vae` sets it."""
 
     max_memory: int | None = None
-    """Bytes of a network's weights, of what is prepared of them, and of feature maps; None: half of what is free for
-    the latter two."""
+    """Bytes of a network's weights, of what is prepared of them, and of feature maps. None: what is prepared and the
+    maps may take half of the free memory."""
     keep_packed: bool = True
     """Whether weights that were made ready for the convolutions stay in memory between calls."""
     compiled: bool | None = None

@@ -19,19 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import modules_within
+from latentcodec.engine.checks import modules_within, settings_of
 from latentcodec.ops.convolutions import probing_step
 from latentcodec.ops.native.build import library
 from latentcodec.ops.native.recorder import Recorder
 
 Plan = Callable[[], partial[list[Tensor]]]
 """Makes what computes the strips of a network's result from its input: a method of a pass, and the network."""
-
-SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: ("stride", "padding", "padding_mode"),
-    nn.GroupNorm: ("num_groups", "eps"),
-}
-"""The attributes of layers that a pass reads."""
 
 
 class Recording:
@@ -93,8 +87,9 @@ def forget(network: nn.Module) -> None:
 
 
 def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Tensor]:
-    weights: list[Tensor] = []
-    settings = [_setting(module, weights) for module in modules_within(network)]
+    modules = list(modules_within(network))
+    settings = [settings_of(module) for module in modules]
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
     places = [(weight.data_ptr(), weight.stride(), _version(weight)) for weight in weights]
     key = x.shape, torch.get_num_threads(), settings, places
     if known.key != key:
@@ -113,13 +108,6 @@ def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Ten
         known.recording = recording
         return recording.strips
     return known.recording.replay(x)
-
-
-def _setting(module: nn.Module, weights: list[Tensor]) -> tuple[Any, ...]:
-    """What a pass does with a module, whose parameters are appended to `weights`."""
-    values = module.__dict__
-    weights += [weight for weight in values["_parameters"].values() if weight is not None]
-    return type(module), *[values[name] for name in SETTINGS.get(type(module), ())]
 
 
 def _version(weight: Tensor) -> int:

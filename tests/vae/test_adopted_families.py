@@ -10,6 +10,8 @@ from peft import LoraConfig
 from small_vaes import CAUSAL_NAMES, SMALL, relative_error, small_vae
 
 from latentcodec.adopt import adopt, build, optimize_vae, restore_vae
+from latentcodec.engine import plan
+from latentcodec.ops import convolutions
 from latentcodec.vae.families import FAMILIES, family_of
 
 
@@ -168,3 +170,15 @@ def test_an_uncovered_class_is_refused_with_those_that_are_covered():
             way(tiny)
     with pytest.raises(ValueError, match="attn_scales"):
         build(SMALL["qwen"][1] | dict(attn_scales=[0.5]), "AutoencoderKLQwenImage")
+
+
+def test_a_first_image_does_not_wait_for_the_compiler(monkeypatch):
+    """As long as the native functions are being compiled torch's run, in the convolutions too."""
+    vae = small_vae("qwen")
+    x = torch.rand(1, 3, 1, 32, 24) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(x).latent_dist.mode()
+        monkeypatch.setattr(plan, "library_if_built", lambda: None)
+        monkeypatch.setattr(convolutions, "library", lambda: pytest.fail("waits for the compiler"))
+        actual = optimize_vae(vae).encode(x).latent_dist.mode()
+    assert relative_error(actual, expected) <= 1e-5
