@@ -46,19 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--width", type=int, default=64, help="channels of the denoiser's first level")
     parser.add_argument("--workers", type=int, default=1)
     settings = parser.parse_args(arguments)
+    if settings.minutes <= 0 or settings.max_steps < 1:
+        parser.error("--minutes must be above 0, and --max_steps at least 1")
 
     accelerator = Accelerator()
     store = LatentStore(settings.store)
     denoiser = make_denoiser(store, settings.width)
-    average = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=2e-4, weight_decay=0.01)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
+    average = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True)  # where the denoiser is now
     noise_schedule = DDPMScheduler(prediction_type="v_prediction")  # 1000 steps, predicts velocity
 
     losses: list[float] = []
     end = time.monotonic() + 60 * settings.minutes
     for batch in epochs(store, settings.batch_size, settings.workers, accelerator):
-        if len(losses) == settings.max_steps or time.monotonic() > end:
+        is_late = torch.tensor(time.monotonic() > end, device=accelerator.device)
+        if (
+            len(losses) == settings.max_steps or accelerator.gather(is_late).any()
+        ):  # all processes end together
             break
         loss = step(model, noise_schedule, batch["latent"].float().to(accelerator.device))
         accelerator.backward(loss)

@@ -1,5 +1,7 @@
 """The examples that encode and train, in small: they run, learn, and leave what diffusers alone can load."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,9 +48,8 @@ def test_encode_a_folder(place, capsys, monkeypatch):
     assert load_image(place / "decoded/000.png").shape == (1, 3, 32, 32)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and Accelerate's own
-def test_train_on_latents(place):
+@pytest.fixture(scope="module")
+def store(place):
     prepare(
         [str(place / "photos")],
         place / "store",
@@ -58,13 +59,33 @@ def test_train_on_latents(place):
         **SMALL,
     )
     encode(place / "store", workers=0)
+    return place / "store"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and Accelerate's own
+def test_train_on_latents(place, store):
     small = ["--batch_size", "4", "--width", "8", "--workers", "0", "--minutes", "2"]
-    first = train_on_latents.main(
-        [str(place / "store"), "--out", str(place / "few"), "--max_steps", "2", *small]
-    )
-    last = train_on_latents.main(
-        [str(place / "store"), "--out", str(place / "more"), "--max_steps", "30", *small]
-    )
+    first = train_on_latents.main([str(store), "--out", str(place / "few"), "--max_steps", "2", *small])
+    last = train_on_latents.main([str(store), "--out", str(place / "more"), "--max_steps", "30", *small])
     assert last < first
     assert load_image(place / "more/samples.png").shape == (1, 3, 32, 4 * 32 + 3 * 2)
     assert type(AutoencoderKL.from_pretrained(place / "more/pipeline", subfolder="vae")) is AutoencoderKL
+
+
+def test_no_time_and_no_steps_are_refused(store, capsys):
+    for choice in (["--minutes", "0"], ["--max_steps", "0"]):
+        with pytest.raises(SystemExit):
+            train_on_latents.main([str(store), "--out", "unused", *choice])
+        assert choice[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_though_their_clocks_differ(place, store):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).with_name("two_clocks.py")), str(store), "--out", str(place / "two")]
+    small = ["--batch_size", "2", "--width", "8", "--workers", "0", "--minutes", "0.15"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + small, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (place / "two/samples.png").exists()
