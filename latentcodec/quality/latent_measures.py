@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from latentcodec.ops.cosine import cosine_matrix
+
 LARGEST_RATE = 24.0  # bits; a float32 resolves no more, so a posterior without noise has this rate
 NEAR, FAR = 24, 96  # pixels: cells up to `NEAR` apart are neighbours, those from `FAR` on are strangers
 VIV_SIDE = 8  # cells a side of the windows of VIV
@@ -263,12 +265,4 @@ def hole_shares(codes: Tensor, draws: int = 500) -> tuple[float, float]:
 
 def _dct(z: Tensor) -> Tensor:
     """[..., h, w] -> the orthonormal DCT-II of both axes."""
-    return _dct_matrix(z.shape[-2]).to(z) @ z @ _dct_matrix(z.shape[-1]).to(z).T
-
-
-def _dct_matrix(n: int) -> Tensor:
-    """[n, n], rows by frequency."""
-    place = (torch.arange(n, dtype=torch.float64) + 0.5) * math.pi / n
-    matrix = torch.cos(torch.arange(n, dtype=torch.float64)[:, None] * place[None]) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix
+    return cosine_matrix(z.shape[-2]).to(z) @ z @ cosine_matrix(z.shape[-1]).to(z).T

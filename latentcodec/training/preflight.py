@@ -25,7 +25,8 @@ from latentcodec.training.environment import take_environment
 from latentcodec.training.exchange import wait_for_others
 from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
-from latentcodec.training.losses.regularizers import BLOCK, EQUIVARIANCE_SCALES
+from latentcodec.training.losses.regularizers import EQUIVARIANCE_SCALES
+from latentcodec.training.losses.spectra import BLOCK
 from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
 from latentcodec.vae.families import KL, family_of
 

@@ -1,7 +1,7 @@
 """Every loss of a run by name: which ones count, with which weight, on what.
 
-The formulas are in `terms.py` and `regularizers.py`, the random draws in `sample.py`, the weight of the KL divergence
-in `rate.py`; here they meet the configuration.
+The formulas are in `terms.py`, `regularizers.py` and `spectra.py`, the random draws in `sample.py`, the weight of the
+KL divergence in `rate.py`; here they meet the configuration.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor.
 """
@@ -21,11 +21,11 @@ from latentcodec.training.losses.regularizers import (
     draw_downscale,
     latent_tail_loss,
     round_trip_loss,
-    spectrum_loss,
     unit_of,
     variance_expansion_loss,
 )
 from latentcodec.training.losses.sample import ForwardPass, Inputs, draw_inputs
+from latentcodec.training.losses.spectra import spectrum_loss
 from latentcodec.training.losses.terms import (
     LossConfig,
     bits_per_dimension,

@@ -3,18 +3,16 @@
 Each loss is a mean per image, [B]. What transforms image and latent alike takes its draw as an argument;
 the draws are functions of (seed, optimizer step) or (seed, sample position), the same on every process. The
 order in the training step: `draw_...` -> earlier round trips (generations.py) -> encode -> transform z and the
-target -> decode -> terms.py. The spectra are computed in float32: call them outside autocast.
+target -> decode -> terms.py. What concerns spectra is in spectra.py.
 
 Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent cells, f downsampling factor.
 Pixels are in [-1, 1]; z is the sampled latent as it enters the decoder, in its raw units.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,9 +22,6 @@ from latentcodec.randomness import Purpose, keyed_generator, keyed_uniform
 # EQ-VAE draws from j / 32, j = 8..31; with six of them there are few image sizes, and so few compiled graphs.
 EQUIVARIANCE_SCALES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 DOWNSCALE_FACTORS = (2, 4)  # Skorokhodov et al.
-SPECTRUM_BINS = 16  # radial; Ning et al.
-BLOCK = 8  # side of the blocks whose frequencies are masked; Ning et al.
-MASKED_DIAGONALS = (0, 8, 10, 12)  # of the 15 of a block; Ning et al.
 
 
 @dataclass
@@ -222,77 +217,6 @@ def round_trip_loss(again: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     `again` is the posterior's mean of the reconstruction, `mean` that of the image, with the transforms of the step.
     """
     return ((again - mean) / unit).square().mean((1, 2, 3))
-
-
-# ---- the spectrum of the latent (Ning et al., "Spectrum matching", 2026) ----
-
-
-def spectrum_loss(z: Tensor, x: Tensor, flattening: float) -> Tensor:
-    """[B] nats: KL(S_x || S_z), encoding spectrum matching (ESM).
-
-    S is the share of each of 16 radial bins of the two-dimensional cosine transform: the mean power over
-    the channels and over the frequencies of a bin, without the constant; the image's times bin^flattening
-    (1 is the first bin); then log(1 + power), divided by the sum over the bins. The image is first brought
-    to h x w by an antialiased bicubic filter (theirs: a blur and bicubic). The logarithm makes S depend on
-    the latent's scale.
-    """
-    with torch.no_grad():
-        small = F.interpolate(x.float(), z.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
-        bins = torch.arange(1, SPECTRUM_BINS + 1, device=x.device)
-        target = _shares(_radial_power(small) * bins**flattening)
-    latent = _shares(_radial_power(z.float()))
-    return (target * (torch.log(target + 1e-8) - torch.log(latent + 1e-8))).sum(1)
-
-
-def _radial_power(t: Tensor) -> Tensor:
-    """[B, n, h, w] -> [B, 16]: mean power of the frequencies at a rising distance from the constant."""
-    h, w = t.shape[-2:]
-    coefficients = cosine_matrix(h, t.device) @ t @ cosine_matrix(w, t.device).T
-    power = coefficients.square().mean(1).flatten(1)[:, 1:]  # without the constant, the first of them
-    rows, columns = torch.arange(h, device=t.device), torch.arange(w, device=t.device)
-    radius = torch.hypot(rows[:, None].float(), columns.float()).flatten()[1:]
-    index = (radius / radius.max() * SPECTRUM_BINS).long().clamp(max=SPECTRUM_BINS - 1)
-    members = F.one_hot(index, SPECTRUM_BINS).to(power)  # [h w - 1, 16]
-    return power @ (members / members.sum(0).clamp(min=1))  # a small latent leaves bins empty
-
-
-def _shares(power: Tensor) -> Tensor:
-    compressed = torch.log1p(power)
-    return compressed / (compressed.sum(1, keepdim=True) + 1e-8)
-
-
-def draw_masked_diagonals(seed: int, step: int) -> int:
-    """How many diagonals `mask_spectrum` removes in this optimizer step: 0, 8, 10 or 12."""
-    generator = keyed_generator(seed, Purpose.SPECTRUM_MASK, step)
-    return MASKED_DIAGONALS[int(torch.randint(len(MASKED_DIAGONALS), (), generator=generator))]
-
-
-def mask_spectrum(t: Tensor, diagonals: int) -> Tensor:
-    """[B, n, h, w] -> the same without the highest frequencies of its 8 x 8 blocks.
-
-    Decoding spectrum matching (DSM): of the cosine transform of each block the coefficients (u, v) with u +
-    v >= 15 - diagonals are zero; done to z and to the target alike, the decoder learns that the frequencies
-    of the latent are those of the image. Raises `ValueError` where a side is no multiple of 8.
-    """
-    if t.shape[-2] % BLOCK or t.shape[-1] % BLOCK:
-        raise ValueError(
-            f"regularizer.spectrum_masking works on {BLOCK} x {BLOCK} blocks, into which {t.shape[-2]} x "
-            f"{t.shape[-1]} does not divide; data.resolution must be a multiple of {BLOCK} latent cells"
-        )
-    order = torch.arange(BLOCK, device=t.device)
-    kept = (order[:, None] + order < 2 * BLOCK - 1 - diagonals).to(t)
-    matrix = cosine_matrix(BLOCK, t.device).to(t)
-    blocks = rearrange(t, "B n (h i) (w j) -> B n h w i j", i=BLOCK, j=BLOCK)
-    blocks = matrix.T @ ((matrix @ blocks @ matrix.T) * kept) @ matrix
-    return rearrange(blocks, "B n h w i j -> B n (h i) (w j)")
-
-
-def cosine_matrix(n: int, device: torch.device) -> Tensor:
-    """[n, n] float32: the orthonormal discrete cosine transform (DCT-II), a row for each frequency."""
-    index = torch.arange(n, device=device, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * index[:, None] * (index + 0.5)) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix.float()
 
 
 # ---- variance expansion (Li et al., "Taming sampling perturbations", 2026) ----

@@ -19,14 +19,13 @@ from latentcodec.training.losses.generations import after_round_trips, draw_gene
 from latentcodec.training.losses.regularizers import (
     RegularizerConfig,
     add_noise,
-    draw_masked_diagonals,
     draw_noise_levels,
     draw_warp,
     interpolate_noise,
-    mask_spectrum,
     warp_image,
     warp_latent,
 )
+from latentcodec.training.losses.spectra import draw_masked_diagonals, mask_spectrum
 
 Transform = Callable[[Tensor], Tensor]
 
