@@ -27,7 +27,7 @@ NOT_DONE_HERE |= {errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
 NO_LINK_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMLINK}
 NO_RENAME_HERE = NOT_DONE_HERE | {errno.EXDEV, errno.EMFILE, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY}
 STAGED = "incomplete"  # the token of folders where files wait for their names
-LOCK_SECONDS = 60.0  # of patience with another process, which renames files meanwhile: milliseconds
+LOCK_SECONDS = 60.0  # to rename takes milliseconds; a process that holds the lock for so long has stopped
 _said: set[str] = set()
 
 

@@ -1,4 +1,4 @@
-"""Nothing that is not finite is saved or scored: the one place that looks.
+"""Nothing that is not finite is saved or scored.
 
 Weights are looked at when they are loaded and before they are saved, reconstructions before they are scored.
 """

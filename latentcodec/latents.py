@@ -5,8 +5,8 @@ inside the 1x1 convolutions around its latent (`fold`), where every pipeline mee
 configuration it reads. Other codecs have numbers, which `LatentSpace` applies by the canonical formula of their class.
 
 Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cells, f downsampling factor; a raw latent,
-as the network gives it, is [B, s, h p, w p] with c = s p p (`vae/families.py`). A cell's block are the C f f numbers of
-the f x f pixels that lie over it.
+as the network gives it, is [B, s, h p, w p] with c = s p p (`vae/families.py`). The block of a cell is the C f f
+numbers of the f x f pixels that lie over it.
 """
 
 from __future__ import annotations

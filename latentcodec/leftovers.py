@@ -32,7 +32,7 @@ def this_machine() -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether the process that gave something this name will not finish it; names of no process count as such."""
+    """Whether the process that gave something this name will not finish it; a name without a process is left over."""
     _, process, machine = [*path.name.removesuffix(ENDING).split("-", 2), "", ""][:3]
     if not process.isdecimal():
         return True

@@ -182,9 +182,9 @@ def physical_cores() -> int:
 def use_cores(processes: int = 1, workers: int = 0, threads: int | None = None) -> int:
     """Let torch compute with this process's share of the cores; returns how many threads that are.
 
-    `processes` share the machine, and each has `workers` that read data, which get a core each as long as that is at
-    most every fourth one. `threads` takes the place of the share. OMP_NUM_THREADS, which `accelerate launch` and
-    torchrun set to 1, does not count.
+    `processes` share the machine, and each has `workers` that read data: one core is left to each of them, but at most
+    a quarter of the process's cores to all. `threads` takes the place of the share. OMP_NUM_THREADS, which
+    `accelerate launch` and torchrun set to 1, does not count.
     """
     if threads is None:
         share = max(1, physical_cores() // processes)

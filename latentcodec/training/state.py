@@ -113,7 +113,7 @@ class TrainState:
         if self.scaler is not None and "scaler" in numbers:
             self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.draw, self.seconds = numbers["step"], numbers["draw"], numbers["seconds"]
-        self.bad_steps = numbers.get("bad_steps", 0)  # not saved before version 0.2
+        self.bad_steps = numbers.get("bad_steps", 0)  # older checkpoints have none
         self.rollbacks = 0
 
     def roll_back(self, saved: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The covered VAE classes of diffusers, one `Family` each: the keys of its configuration, its shapes, its latents.
 
-This is the only file with class names; `adopt.py` is the only one that knows the classes themselves. How a family is
+What differs between the classes stands here alone, and `adopt.py` knows the classes by these names. How a family is
 added is in docs/families.md.
 
 Shapes: B batch, C image channels, H W pixels; a raw latent, as the network gives it, has s channels and is g times
@@ -80,8 +80,6 @@ class Family:
 
     name: str
     """Of the class."""
-    pipelines: str
-    """Whose images it makes, for people."""
     architecture: tuple[str, ...]
     """Every key that decides which tensors there are and what the network computes with them."""
     normalisation: tuple[str, ...]
@@ -156,7 +154,6 @@ LAYERS_OF_WAN = (
 
 KL = Family(
     name="AutoencoderKL",
-    pipelines="Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, Lumina, Z-Image, GLM-Image, PRX",
     architecture=LAYERS_OF_KL,
     normalisation=("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     units=_by_one_scale_or_per_channel,
@@ -164,7 +161,6 @@ KL = Family(
 FLUX2 = replace(
     KL,
     name="AutoencoderKLFlux2",
-    pipelines="FLUX.2, FLUX.3, ERNIE-Image, Ideogram 4, FIBO 2",
     architecture=(*LAYERS_OF_KL, "decoder_block_out_channels", "patch_size"),
     normalisation=("batch_norm_eps",),
     units=_by_batch_norm,
@@ -172,7 +168,6 @@ FLUX2 = replace(
 )
 WAN = Family(
     name="AutoencoderKLWan",
-    pipelines="Wan 2.1 and 2.2, FIBO, JoyImage, Cosmos, SkyReels",
     raw_key="z_dim",
     architecture=LAYERS_OF_WAN,
     normalisation=("latents_mean", "latents_std"),
@@ -184,13 +179,12 @@ WAN = Family(
 QWEN_IMAGE = replace(
     WAN,
     name="AutoencoderKLQwenImage",
-    pipelines="Qwen-Image, Krea 2, Anima, NucleusMoE-Image",
     input_key="input_channels",
     output_key="input_channels",
     architecture=(*LAYERS_OF_CAUSAL, "input_channels"),
     patch=_one,
 )
-QWEN_IMAGE_21 = replace(WAN, name="AutoencoderKLQwenImage21", pipelines="Qwen-Image 2.1")
+QWEN_IMAGE_21 = replace(WAN, name="AutoencoderKLQwenImage21")
 
 FAMILIES = {family.name: family for family in (KL, FLUX2, QWEN_IMAGE, WAN, QWEN_IMAGE_21)}
 
