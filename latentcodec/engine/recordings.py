@@ -89,7 +89,7 @@ def forget(network: nn.Module) -> None:
 def _strips(known: Known, network: nn.Module, x: Tensor, plan: Plan) -> list[Tensor]:
     modules = list(modules_within(network))
     settings = [settings_of(module) for module in modules]
-    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    weights: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
     places = [(weight.data_ptr(), weight.stride(), _version(weight)) for weight in weights]
     key = x.shape, torch.get_num_threads(), settings, places
     if known.key != key:
