@@ -80,7 +80,7 @@ def encode(
     )  # fmt: skip
     _say_left_out(plan)
     if dry_run:
-        return _estimate(plan, model, out, as_json)
+        return _estimate(plan, model, out, device, as_json)
     pictures = sum(plan.rows(shard) for shard in missing_shards(out, plan)[rank::world])
     with counting(pictures, "pictures") as advance:
         if engine == "ray":
@@ -138,11 +138,11 @@ def report(job: Job, out: Path, seconds: float, world: int, as_json: bool) -> in
     return LOOK if index.rejected and world == 1 else DONE
 
 
-def _estimate(plan: Plan, codec: LatentCodec, out: Path, as_json: bool) -> int:
+def _estimate(plan: Plan, codec: LatentCodec, out: Path, device: str | None, as_json: bool) -> int:
     """Says what encoding would do: pictures, buckets, bytes, and the time by one batch that is encoded now."""
     from latentcodec.store.estimate import estimate
 
-    found = estimate(plan, codec, out)
+    found = estimate(plan, codec, out, device)
     pictures, shards = number_of(found.pictures, "picture"), number_of(found.shards, "shard")
     print(f"{pictures} in {shards}, {found.rejected:,} left out")
     for shape, count in found.shapes.items():

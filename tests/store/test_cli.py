@@ -126,6 +126,22 @@ def test_a_dry_run_writes_nothing(place, tmp_path, call):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_dry_run_measures_as_the_plan_will_encode(place, tmp_path, call, monkeypatch):
+    """In its precision, on its device and with its threads; not with the codec as it was loaded."""
+    tried = []
+
+    def encode_batch(codec, pictures, settings):
+        tried.append((codec.device.type, codec.dtype, torch.get_num_threads()))
+        return {"latent": torch.ones(len(pictures), 4, 8, 8)}
+
+    monkeypatch.setattr("latentcodec.store.estimate.encode_batch", encode_batch)
+    arguments = ("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "s", "--dry-run")
+    machine = ("--device", "meta", "--precision", "bfloat16", "--threads", 2)
+    assert call(*arguments, *machine)[0] == 0
+    assert tried == [("meta", torch.bfloat16, 2)] * 2
+    assert torch.get_num_threads() == 1
+
+
 def test_damage_ends_with_3_and_names_the_picture(place, tmp_path, call):
     call("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
     shard = next((tmp_path / "store").glob("shards/*/000001.arrow"))
