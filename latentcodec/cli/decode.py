@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, count
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentcodec.cli.names import Names
 from latentcodec.cli.output import DONE, Json, counting, number_of, say_json
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from latentcodec.codec import LatentCodec
     from latentcodec.store import LatentStore
-
-LONGEST_NAME = 240  # bytes of UTF-8; file systems take 255, with the suffix
 
 
 def decode(
@@ -86,35 +84,6 @@ def _of_store(
     for index in range(total):
         item = store[index]
         yield names.of(item.source, item.id), codec.decode(item.latent[None].float(), size=item.size)
-
-
-class Names:
-    """A file name for each picture, no two the same: its id, in a folder of its source where there are several."""
-
-    def __init__(self, sources: Iterable[str], suffix: str) -> None:
-        """`sources`: of all pictures."""
-        self.suffix, self._taken = suffix, set[Path]()
-        self._folders: dict[str, Path] = {}
-        for source in dict.fromkeys(sources):
-            name = _inside(source).name or "root"
-            taken = sum(folder.name.startswith(name) for folder in self._folders.values())
-            self._folders[source] = Path(f"{name}-{taken + 1}" if taken else name)
-
-    def of(self, source: str, picture: str) -> Path:
-        """The path within the folder: `a.jpg` becomes a.png, and where that is taken a.jpg.png."""
-        path = _inside(picture)
-        folder = self._folders[source] if len(self._folders) > 1 else Path()
-        endings = (f"{path.name}{f'-{number}' if number else ''}{self.suffix}" for number in count())
-        names = chain([f"{path.stem}{self.suffix}"], endings)
-        found = next(place for name in names if (place := folder / path.parent / name) not in self._taken)
-        self._taken.add(found)
-        return found
-
-
-def _inside(name: str) -> Path:
-    """A path or id without what leads out of a folder, each part as long as file systems allow."""
-    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
-    return Path(*(part if len(part.encode()) <= LONGEST_NAME else part[:40] + part[-20:] for part in parts))
 
 
 def _of_file(path: Path, codec: str, device: str | None, suffix: str) -> list[tuple[Path, Tensor]]:
