@@ -74,7 +74,7 @@ def look(
     from latentcodec.machine import use_cores
     from latentcodec.report import inspection
     from latentcodec.report.build import write_result
-    from latentcodec.report.results import finite, print_threads, require_folder, stem
+    from latentcodec.report.results import print_threads, require_folder, stem
 
     print_threads(use_cores())
     codec = LatentCodec.from_pretrained(source, device=device)
@@ -94,7 +94,7 @@ def look(
     if out is not None:
         files = write_result(data, out, stem([source], data["hardware"], "inspect"))
         print(f"page: {files['html']}\nresult: {files['json']}")
-    say_json(as_json, finite({key: data[key] for key in ("verdicts", "measures", "channels")}))
+    say_json(as_json, {key: data[key] for key in ("verdicts", "measures", "channels")})
     return LOOK if looked.left_out else DONE
 
 

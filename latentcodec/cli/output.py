@@ -26,11 +26,9 @@ Codec = Annotated[
 def say_json(asked: bool, content: dict[str, Any]) -> None:
     """The last line of stdout, where it was asked for; numbers that are not finite become null."""
     if asked:
-        print(json.dumps({key: _finite(value) for key, value in content.items()}))
+        from latentcodec.finite import finite
 
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+        print(json.dumps(finite(content), allow_nan=False))
 
 
 def number_of(count: int, unit: str) -> str:

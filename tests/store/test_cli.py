@@ -225,6 +225,21 @@ def test_inspect_a_codec(place, call):
     assert len(facts["fingerprint"]) == 64
 
 
+def test_the_line_for_programs_is_json_where_a_number_has_no_value(place, tmp_path, call):
+    picture = write_pictures(
+        tmp_path / "one", 1, sizes=((4, 4),)
+    )  # one latent cell: a channel has no deviation
+    arguments = ("encode", picture, "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
+    assert call(*arguments, "--check", 0)[0] == 0
+    code, out, _ = call("inspect", tmp_path / "store", "--json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    facts = json.loads(out.splitlines()[-1], parse_constant=refuse)
+    assert (code, facts["channel_std"]) == (0, [None] * 4)
+
+
 def test_export_and_import(place, store, tmp_path, call):
     code, out, _ = call("export", store, "--to", "parquet", "--out", tmp_path / "parquet", "--json")
     assert (code, last(out)) == (0, {"items": 5, "files": 3})
