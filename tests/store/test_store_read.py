@@ -240,6 +240,10 @@ def test_a_batch_that_nothing_fills_is_refused(store):
     with pytest.raises(ValueError, match="no 2000 pictures of one shape"):
         store.dataset(1000, rank=0, world=2)
     assert len(store.dataset(1000, drop_last=False)) == len(store.shapes)
+    with pytest.raises(ValueError, match="batch_size 0: at least 1"):
+        store.dataset(0)
+    with pytest.raises(ValueError, match="rank 2 of 2: ranks are 0 to 1"):
+        store.dataset(1, rank=2, world=2)
 
 
 def test_batches_have_one_shape_in_a_store_of_buckets(tmp_path, codec):
@@ -253,7 +257,7 @@ def test_batches_have_one_shape_in_a_store_of_buckets(tmp_path, codec):
 
 
 def test_what_a_store_does_not_hold(store):
-    with pytest.raises(ValueError, match="no std"):
+    with pytest.raises(ValueError, match=r"holds no std to draw with; encode with --std$"):
         store.dataset(2, draw=True)
     with pytest.raises(ValueError, match="no mirrored"):
         store.dataset(2, mirror=True)
