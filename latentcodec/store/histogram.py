@@ -23,9 +23,8 @@ def channel_statistics(store: LatentStore) -> dict[str, Any]:
         return {}
     numbers = np.unique(np.linspace(0, len(store) - 1, PICTURES).round().astype(int))
     cells = torch.cat([store[int(i)].latent.float().flatten(1) for i in numbers], 1)  # [c, cells]
-    std = (
-        cells.std(1) if cells.shape[1] > 1 else cells.new_full((len(cells),), torch.nan)
-    )  # one cell has none
+    has_std = cells.shape[1] > 1  # one cell has none
+    std = cells.std(1) if has_std else cells.new_full((len(cells),), torch.nan)
     counts, _ = np.histogram(cells.numpy(), EDGES)
     heights = np.ceil(counts / max(1, counts.max()) * (len(BARS) - 1)).astype(int)
     return {

@@ -386,6 +386,15 @@ def test_encode_batch_in_datasets_map(photos, codec):
     assert rows["latent"][1] is None
 
 
+def test_encode_batch_refuses_sizes_as_an_encoding_does(photos, codec):
+    with pytest.raises(ValueError, match="--size and --area"):
+        EncodeBatch(codec, size=16, area=256)
+    with pytest.raises(ValueError, match="--multiple belongs to --area"):
+        EncodeBatch(codec, multiple=8)
+    with pytest.raises(ValueError, match="--size 2: at least 4, one latent cell"):
+        EncodeBatch(codec, size=2)({"bytes": [(photos / "000.png").read_bytes()]})
+
+
 def test_encode_batch_in_a_plain_loop(photos, codec):
     batch = EncodeBatch(codec, size=16)({"bytes": [(photos / "000.png").read_bytes()], "path": ["000.png"]})
     assert batch["latent"][0].shape == (4, 4, 4)
