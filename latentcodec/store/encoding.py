@@ -74,8 +74,11 @@ class ShardEncoder:
     ) -> None:
         """The codec is loaded at the first call; by default the copy in the store.
 
-        `workers`: processes that decode pictures; 0 decodes in this one.
+        `workers`: processes that decode pictures; 0 decodes in this one. Raises ValueError for a number below that, and
+        StoreError for a store without a plan.
         """
+        if workers < 0:
+            raise ValueError(f"--workers {workers}: at least 0")
         self.store, self.device, self.workers = Path(store), device, workers
         self.plan = Plan.load(self.store)
         self._given = codec
