@@ -1,4 +1,7 @@
-"""`latentcodec reconstruct`: what a codec keeps of a picture, and what it loses."""
+"""`latentcodec reconstruct`: what a codec keeps of a picture, and what it loses.
+
+Shapes: C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentcodec.cli.names import Names
-from latentcodec.cli.output import DONE, LOOK, Codec, Json, say_json, warn
+from latentcodec.cli.output import DONE, LOOK, Codec, Device, Json, say_json, warn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentcodec.codec import LatentCodec
     from latentcodec.store.items import Entry
 
 AMPLIFIED = 4  # times, of the difference that is shown
@@ -23,7 +29,7 @@ def reconstruct(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
     ],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> int:
     """Encode and decode pictures; write input, output and amplified difference side by side.
@@ -33,9 +39,8 @@ def reconstruct(
         latentcodec reconstruct photo.jpg --codec photo-f8c16 --out comparison.png
     """
     from latentcodec.codec import LatentCodec
-    from latentcodec.pixels import UnreadableImage, decode_image, image_grid, save_image
-    from latentcodec.quality.metrics import SSIM_WINDOW, psnr, ssim
-    from latentcodec.quality.metrics import reconstruct as through
+    from latentcodec.machine import usable_device
+    from latentcodec.pixels import UnreadableImage, decode_image
     from latentcodec.store.items import Columns, EntryReader
     from latentcodec.store.listing import list_entries
 
@@ -46,7 +51,7 @@ def reconstruct(
         warn(f"left out: {line}")
     targets = _targets(entries, out)
     reader = EntryReader(Columns(), with_captions=False)
-    model = LatentCodec.from_pretrained(codec, device=device)
+    model = LatentCodec.from_pretrained(codec, device=usable_device(device))
     scores, left_out = [], len(refused)
     for entry, target in zip(entries, targets, strict=True):
         try:
@@ -55,12 +60,8 @@ def reconstruct(
             warn(f"left out: {error}")
             left_out += 1
             continue
-        y = through(model, x)
-        difference = ((y - x) * AMPLIFIED).clamp(-1, 1)
-        save_image(image_grid([x[0], y[0], difference[0]], columns=3), target)
-        similarity = ssim(x, y).item() if min(x.shape[-2:]) >= SSIM_WINDOW else float("nan")
-        scores.append((psnr(x, y).item(), similarity))
-        print(f"{entry.path}: {scores[-1][0]:.2f} dB PSNR, {similarity:.4f} SSIM -> {target}")
+        scores.append(_compare(model, x, target))
+        print(f"{entry.path}: {scores[-1][0]:.2f} dB PSNR, {scores[-1][1]:.4f} SSIM -> {target}")
     if not scores:
         raise ValueError("none of the pictures can be read")
     means = [fmean(column) for column in zip(*scores, strict=True)]
@@ -68,6 +69,18 @@ def reconstruct(
         print(f"mean of {len(scores)}: {means[0]:.2f} dB PSNR, {means[1]:.4f} SSIM")
     say_json(as_json, {"items": len(scores), "rejected": left_out, "psnr": means[0], "ssim": means[1]})
     return LOOK if left_out else DONE
+
+
+def _compare(model: LatentCodec, x: Tensor, target: Path) -> tuple[float, float]:
+    """Writes x [1, C, H, W], what comes back of it and the difference; gives PSNR in dB, and SSIM or NaN."""
+    from latentcodec.pixels import image_grid, save_image
+    from latentcodec.quality.metrics import SSIM_WINDOW, psnr, reconstruct, ssim
+
+    y = reconstruct(model, x)
+    difference = ((y - x) * AMPLIFIED).clamp(-1, 1)
+    save_image(image_grid([x[0], y[0], difference[0]], columns=3), target)
+    similarity = ssim(x, y).item() if min(x.shape[-2:]) >= SSIM_WINDOW else float("nan")
+    return psnr(x, y).item(), similarity
 
 
 def _targets(entries: list[Entry], out: Path) -> list[Path]:
