@@ -9,7 +9,9 @@ finished, it adds the pictures that are new.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from latentcodec import LatentStore, save_image
@@ -32,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(store)} pictures, {store.index.bytes_per_picture:.0f} bytes each, {store.index.samples}")
 
     codec = store.codec()  # the copy in the store: nothing else is needed
-    for item in list(store)[:4]:
+    for number, item in enumerate(islice(store, 4)):
         picture = codec.decode(item.latent[None], size=item.size)
-        save_image(picture, settings.out.with_name("decoded") / Path(item.id).with_suffix(".png"))
+        save_image(picture, settings.out.with_name("decoded") / f"{number:03}.png")
 
     for batch in store.dataset(batch_size=8):  # what a training loop sees: shuffled, divided among the ranks
         print(batch["latent"].shape, batch["caption"][0])
@@ -42,4 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":  # workers that decode pictures import this file
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what the person who runs it can mend
+        sys.exit(f"error: {error}")

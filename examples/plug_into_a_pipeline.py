@@ -15,6 +15,7 @@ Shapes: C channels, H W pixels, h w latent cells, f downsampling factor.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,4 +124,7 @@ def save(y: Tensor, x: Tensor, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what the person who runs it can mend
+        sys.exit(f"error: {error}")

@@ -1,9 +1,12 @@
 """Nothing that is not finite is saved or scored.
 
-Weights are looked at when they are loaded and before they are saved, reconstructions before they are scored.
+Weights are looked at when they are loaded and before they are saved, reconstructions before they are scored. Results
+may hold what has no value, such as the deviation of one number; JSON gets null for it.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +23,12 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         if numbers and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise NotFinite(f"{what}: {count} of {tensor.numel()} numbers of {name} are NaN or infinite")
+
+
+def finite(value: Any) -> Any:
+    """`value` with every inf and nan in it replaced by None, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,23 +1,26 @@
-"""`latentcodec decode`: latents to pictures."""
+"""`latentcodec decode`: latents to pictures.
+
+Shapes: B batch, C channels, H W pixels, c latent channels, h w latent cells.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, count
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, Json, counting, number_of, say_json
+from latentcodec.cli.names import Names
+from latentcodec.cli.output import DONE, Device, Json, counting, number_of, say_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from latentcodec.codec import LatentCodec
-    from latentcodec.store import LatentStore
-
-LONGEST_NAME = 240  # bytes of UTF-8; file systems take 255, with the suffix
+    Decoded = tuple[int, Iterator[tuple[Path, Tensor]]]
+    """How many pictures there are, and (name within the folder, [1, C, H, W]) of each, decoded when it is asked for."""
 
 
 def decode(
@@ -28,7 +31,7 @@ def decode(
     codec: Annotated[str | None, typer.Option(help="By default the copy in the store.")] = None,
     form: Annotated[str, typer.Option("--format", help="png, jpg or webp.")] = "png",
     first: Annotated[int | None, typer.Option(min=0, help="Decode so many pictures, and no more.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> int:
     """Decode a store, or one file of latents, into picture files.
@@ -37,26 +40,19 @@ def decode(
 
     latentcodec decode latent.safetensors --codec photo-f8c16 --out pictures
     """
+    from latentcodec.machine import usable_device
     from latentcodec.pixels import WRITERS, save_image
-    from latentcodec.store import LatentStore
 
     suffix = f".{form.lower().lstrip('.')}"
     if suffix not in WRITERS:
         raise ValueError(f"--format {form}: {', '.join(name[1:] for name in WRITERS)}")
     if not latents.exists():
         raise ValueError(f"{latents}: there is no such store, and no such file of latents")
-    if latents.is_dir():
-        store = LatentStore(latents)
-        total = len(store) if first is None else min(first, len(store))
-        pictures = _of_store(store, _codec(codec, store, device), total, suffix)
-    else:
-        if codec is None:
-            raise ValueError(f"{latents}: a file of latents does not say which codec made it; give --codec")
-        found = _of_file(latents, codec, device, suffix)
-        total = len(found) if first is None else min(first, len(found))
-        pictures = iter(found[:total])
-    with counting(total, "pictures") as advance:
-        for name, picture in pictures:
+    decoded = _of_store if latents.is_dir() else _of_file
+    count, pictures = decoded(latents, codec, usable_device(device), suffix)
+    total = count if first is None else min(first, count)
+    with counting(total, "picture") as advance:
+        for name, picture in islice(pictures, total):
             save_image(picture, out / name)
             advance(1, 0)
     print(f"{number_of(total, 'picture')}: {out}")
@@ -64,68 +60,37 @@ def decode(
     return DONE
 
 
-def _codec(given: str | None, store: LatentStore, device: str | None) -> LatentCodec:
+def _of_store(folder: Path, given: str | None, device: torch.device, suffix: str) -> Decoded:
+    """The pictures of a store, decoded by the codec given or by the copy in the store."""
     from latentcodec.codec import LatentCodec
-    from latentcodec.store.read import LatentStore
+    from latentcodec.store import LatentStore
 
+    store = LatentStore(folder)
     if given is None:
-        return store.codec(device)
-    codec = LatentCodec.from_pretrained(given, device=device)
-    LatentStore(store.folder, codec)  # refuses another codec than the one that made the latents
-    return codec
-
-
-def _of_store(
-    store: LatentStore, codec: LatentCodec, total: int, suffix: str
-) -> Iterator[tuple[Path, Tensor]]:
-    """(name within the folder, [1, C, H, W]) of each picture."""
+        codec = store.codec(device)
+    else:
+        codec = LatentCodec.from_pretrained(given, device=device)
+        LatentStore(folder, codec)  # refuses another codec than the one that made the latents
     shards = (store.shard(number) for number, entry in enumerate(store.index.shards) if entry.items)
     names = Names(
         (source for shard in shards for source in shard.batch.column("source").unique().to_pylist()), suffix
     )
-    for index in range(total):
-        item = store[index]
-        yield names.of(item.source, item.id), codec.decode(item.latent[None].float(), size=item.size)
+    return len(store), (
+        (names.of(item.source, item.id), codec.decode(item.latent[None].float(), size=item.size))
+        for item in store
+    )
 
 
-class Names:
-    """A file name for each picture, no two the same: its id, in a folder of its source where there are several."""
-
-    def __init__(self, sources: Iterable[str], suffix: str) -> None:
-        """`sources`: of all pictures."""
-        self.suffix, self._taken = suffix, set[Path]()
-        self._folders: dict[str, Path] = {}
-        for source in dict.fromkeys(sources):
-            name = _inside(source).name or "root"
-            taken = sum(folder.name.startswith(name) for folder in self._folders.values())
-            self._folders[source] = Path(f"{name}-{taken + 1}" if taken else name)
-
-    def of(self, source: str, picture: str) -> Path:
-        """The path within the folder: `a.jpg` becomes a.png, and where that is taken a.jpg.png."""
-        path = _inside(picture)
-        folder = self._folders[source] if len(self._folders) > 1 else Path()
-        endings = (f"{path.name}{f'-{number}' if number else ''}{self.suffix}" for number in count())
-        names = chain([f"{path.stem}{self.suffix}"], endings)
-        found = next(place for name in names if (place := folder / path.parent / name) not in self._taken)
-        self._taken.add(found)
-        return found
-
-
-def _inside(name: str) -> Path:
-    """A path or id without what leads out of a folder, each part as long as file systems allow."""
-    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
-    return Path(*(part if len(part.encode()) <= LONGEST_NAME else part[:40] + part[-20:] for part in parts))
-
-
-def _of_file(path: Path, codec: str, device: str | None, suffix: str) -> list[tuple[Path, Tensor]]:
+def _of_file(path: Path, given: str | None, device: torch.device, suffix: str) -> Decoded:
     """The pictures of one file of latents, [c, h, w] or [B, c, h, w]."""
     from latentcodec.codec import LatentCodec
     from latentcodec.store.caches import read_latents
 
+    if given is None:
+        raise ValueError(f"{path}: a file of latents does not say which codec made it; give --codec")
     z = read_latents(path)
-    if z.ndim == 3:
-        z = z[None]
-    model = LatentCodec.from_pretrained(codec, device=device)
+    z = z[None] if z.ndim == 3 else z
+    codec = LatentCodec.from_pretrained(given, device=device)
     numbers = [""] if len(z) == 1 else [f"-{number:04}" for number in range(len(z))]
-    names = [f"{path.stem}{number}{suffix}" for number in numbers]
-    return [(Path(name), model.decode(one[None])) for name, one in zip(names, z, strict=True)]
+    names = [Path(f"{path.stem}{number}{suffix}") for number in numbers]
+    return len(z), ((name, codec.decode(one[None])) for name, one in zip(names, z, strict=True))

@@ -64,13 +64,10 @@ def encode(
     from latentcodec.codec import LatentCodec
     from latentcodec.store.items import Columns
     from latentcodec.store.job import encode as encode_shards
-    from latentcodec.store.job import missing_shards, prepare
-    from latentcodec.store.ranks import rank_and_world
+    from latentcodec.store.job import prepare
 
-    if engine not in ("local", "ray"):
-        raise ValueError(f"--engine {engine}: local or ray")
     begun = time.monotonic()
-    rank, world = rank_and_world(rank=rank, world=world)
+    rank, world = _share(engine, rank, world)
     model = LatentCodec.from_pretrained(codec)
     plan = prepare(
         sources, out, model, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
@@ -80,16 +77,40 @@ def encode(
     )  # fmt: skip
     _say_left_out(plan)
     if dry_run:
-        return _estimate(plan, model, out, as_json)
-    pictures = sum(plan.rows(shard) for shard in missing_shards(out, plan)[rank::world])
-    with counting(pictures, "pictures") as advance:
+        return _estimate(plan, model, out, device, as_json)
+    with counting(_pictures(plan, out, rank, world), "picture") as advance:
         if engine == "ray":
             from latentcodec.store.ray import encode_with_ray
 
-            job = encode_with_ray(out, codec if no_codec else None, progress=advance)
+            job = encode_with_ray(
+                out, codec if no_codec else None, device=device, workers=workers or 0, progress=advance
+            )
         else:
             job = encode_shards(out, model, rank, world, device, workers, advance)
     return report(job, out, time.monotonic() - begun, world, as_json)
+
+
+def _share(engine: str, rank: int | None, world: int | None) -> tuple[int, int]:
+    """This process and their number. Raises ValueError for an engine that is none, or that takes no such option."""
+    from latentcodec.store.ranks import rank_and_world
+
+    if engine == "local":
+        return rank_and_world(rank=rank, world=world)
+    if engine != "ray":
+        raise ValueError(f"--engine {engine}: local or ray")
+    for name, value in (("--rank", rank), ("--world", world)):
+        if value is not None:
+            raise ValueError(
+                f"{name} {value}: leave it out with --engine ray, Ray chooses who encodes which shard"
+            )
+    return 0, 1
+
+
+def _pictures(plan: Plan, out: Path, rank: int, world: int) -> int:
+    """How many pictures this process has still to encode."""
+    from latentcodec.store.job import missing_shards
+
+    return sum(plan.rows(shard) for shard in missing_shards(out, plan) if shard % world == rank)
 
 
 def _say_left_out(plan: Plan) -> None:
@@ -138,11 +159,11 @@ def report(job: Job, out: Path, seconds: float, world: int, as_json: bool) -> in
     return LOOK if index.rejected and world == 1 else DONE
 
 
-def _estimate(plan: Plan, codec: LatentCodec, out: Path, as_json: bool) -> int:
+def _estimate(plan: Plan, codec: LatentCodec, out: Path, device: str | None, as_json: bool) -> int:
     """Says what encoding would do: pictures, buckets, bytes, and the time by one batch that is encoded now."""
     from latentcodec.store.estimate import estimate
 
-    found = estimate(plan, codec, out)
+    found = estimate(plan, codec, out, device)
     pictures, shards = number_of(found.pictures, "picture"), number_of(found.shards, "shard")
     print(f"{pictures} in {shards}, {found.rejected:,} left out")
     for shape, count in found.shapes.items():

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from latentcodec.cli.output import DEVICE
+
 SIZE, STORED, SOURCE, RUN = (
     "Size of the pictures",
     "What is stored",
@@ -51,7 +53,7 @@ CaptionColumn = Annotated[str | None, option("Column with the captions.", panel=
 LabelColumn = Annotated[str | None, option("Column with whole numbers.", panel=SOURCE)]
 Subset = Annotated[str | None, option("Subset of the data set.", panel=SOURCE)]
 Split = Annotated[str, option("Split of the data set.", panel=SOURCE)]
-Device = Annotated[str | None, option("cpu or cuda; by default a GPU where there is one.", panel=RUN)]
+Device = Annotated[str | None, option(DEVICE, panel=RUN)]
 Batch = Annotated[int, option("Pictures encoded at once; 0: by their size.", panel=RUN)]
 Precision = Annotated[
     str | None, option("float32 or bfloat16; by default what the machine is fast in.", panel=RUN)

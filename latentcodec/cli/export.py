@@ -26,7 +26,7 @@ def export(
     from latentcodec.store.export import export as export_store
 
     opened = LatentStore(store)
-    with counting(len(opened.index.shards), "shards") as advance:
+    with counting(len(opened.index.shards), "shard") as advance:
         files = export_store(opened, to, out, lambda done, total: advance(1, 0))
     print(f"{number_of(len(opened), 'picture')} in {number_of(len(files), f'{to} file')}: {out}")
     say_json(as_json, {"items": len(opened), "files": len(files)})

@@ -31,7 +31,7 @@ def finish(
     from latentcodec.store import finish as finish_store
     from latentcodec.store.plan import Plan
 
-    with counting(len(Plan.load(store).shards), "shards") as advance:
+    with counting(len(Plan.load(store).shards), "shard") as advance:
         index = finish_store(store, drop or (), lambda done, total: advance(1, 0))
     pictures, shards = number_of(index.items, "picture"), number_of(len(index.shards), "shard")
     print(f"{store}: {pictures} in {shards}, {index.rejected:,} left out")

@@ -41,6 +41,6 @@ def import_caches(
     begun = time.monotonic()
     model = LatentCodec.from_pretrained(codec)
     plan = prepare(folders, out, model, dtype=dtype, shard_size=shard_size, sampled=0, imported=latents)
-    with counting(sum(plan.rows(shard) for shard in missing_shards(out, plan)), "files") as advance:
+    with counting(sum(plan.rows(shard) for shard in missing_shards(out, plan)), "file") as advance:
         job = encode(out, model, 0, 1, progress=advance)
     return report(job, out, time.monotonic() - begun, 1, as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentcodec.cli.output import DONE, LOOK, Json, counting, say_json, warn
+from latentcodec.cli.output import DONE, LOOK, Device, Json, counting, say_json, warn
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
@@ -31,7 +31,7 @@ def inspect(
     beside: Annotated[
         str | None, typer.Option(help="Another codec, whose pictures the page compares with this one's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> int:
     """Say what a codec is, or what a store holds; with --images, what the codec's latents are fit for.
@@ -44,9 +44,9 @@ def inspect(
 
     if images is not None:
         return look(subject, images, out, count, beside, device, as_json)
-    for option, value in (("--out", out), ("--beside", beside)):
+    for option, value in (("--out", out), ("--count", count), ("--beside", beside), ("--device", device)):
         if value is not None:
-            raise ValueError(f"{option} {value}: a page needs --images, the folder to judge the codec on")
+            raise ValueError(f"{option} {value}: needs --images, the folder to judge the codec on")
     if Path(subject, INDEX).is_file() or Path(subject, "plan").is_dir():
         from latentcodec.store import LatentStore
 
@@ -71,16 +71,17 @@ def look(
 ) -> int:
     """Measure the codec's latents on `images`, print the verdicts, and write page and result where `out` is given."""
     from latentcodec.codec import LatentCodec
-    from latentcodec.machine import use_cores
+    from latentcodec.machine import usable_device, use_cores
     from latentcodec.report import inspection
     from latentcodec.report.build import write_result
-    from latentcodec.report.results import finite, print_threads, require_folder, stem
+    from latentcodec.report.results import print_threads, require_folder, stem
 
     print_threads(use_cores())
-    codec = LatentCodec.from_pretrained(source, device=device)
+    place = usable_device(device)
+    codec = LatentCodec.from_pretrained(source, device=place)
     if out is not None:
         require_folder(out)
-    other = None if beside is None else (beside, LatentCodec.from_pretrained(beside, device=device))
+    other = None if beside is None else (beside, LatentCodec.from_pretrained(beside, device=place))
     if other is not None and other[1].image_channels != codec.image_channels:
         raise ValueError(
             f"--beside {beside}: takes images of {other[1].image_channels} channels, {source} of {codec.image_channels}"
@@ -88,13 +89,13 @@ def look(
     looked = inspection.open_images(images, codec.image_channels, codec.downsampling_factor, count)
     for reason in looked.left_out:
         warn(f"left out: {reason}")
-    with counting(inspection.total_passes(looked, codec), "image passes") as advance:
+    with counting(inspection.total_passes(looked, codec), "image pass") as advance:
         data = inspection.inspect_codec(codec, source, images, looked, lambda done: advance(done, 0), other)
     print("\n".join(verdict_lines(data)))
     if out is not None:
         files = write_result(data, out, stem([source], data["hardware"], "inspect"))
         print(f"page: {files['html']}\nresult: {files['json']}")
-    say_json(as_json, finite({key: data[key] for key in ("verdicts", "measures", "channels")}))
+    say_json(as_json, {key: data[key] for key in ("verdicts", "measures", "channels")})
     return LOOK if looked.left_out else DONE
 
 

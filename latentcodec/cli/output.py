@@ -1,4 +1,7 @@
-"""What all verbs print: progress on stderr, results on stdout, and with --json one last line for programs."""
+"""What the verbs share: options, and what they print.
+
+Progress goes to stderr, results to stdout, and with --json one last line for programs.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,30 @@ Codec = Annotated[
         "--codec", help="Bundled name, folder, .safetensors file or name on the hub.", show_default=False
     ),
 ]
+DEVICE = "cpu or cuda; by default a GPU where there is one."  # as `machine.usable_device` chooses
+Device = Annotated[str | None, typer.Option(help=DEVICE)]
 
 
 def say_json(asked: bool, content: dict[str, Any]) -> None:
     """The last line of stdout, where it was asked for; numbers that are not finite become null."""
     if asked:
-        print(json.dumps({key: _finite(value) for key, value in content.items()}))
+        from latentcodec.finite import finite
 
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+        print(json.dumps(finite(content), allow_nan=False))
 
 
 def number_of(count: int, unit: str) -> str:
-    """Such as "1 picture" or "1,200 pictures"."""
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
+    """Such as "1 picture", "1,200 pictures" or "3 passes"."""
+    return f"{count:,} {unit if count == 1 else _plural(unit)}"
+
+
+def _plural(unit: str) -> str:
+    return f"{unit}es" if unit.endswith("s") else f"{unit}s"
+
+
+def _left_out(count: int, unit: str) -> str:
+    """What a line of progress ends with: ", 3 pictures left out", or nothing."""
+    return f", {number_of(count, unit)} left out" if count else ""
 
 
 def warn(text: str) -> None:
@@ -45,9 +57,10 @@ def warn(text: str) -> None:
 
 @contextmanager
 def counting(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows progress; gives a function that takes how many more were done and how many of these were left out.
+    """Shows progress; gives a function that takes how many more were done, and how many more were left out.
 
-    On a terminal a bar with rate, time left and what was left out; else a line every half minute.
+    `unit`: what is counted, in the singular. On a terminal a bar with rate, time to go and what was left out; else a
+    line every half minute.
     """
     if sys.stderr.isatty():
         with _bar(total, unit) as advance:
@@ -62,8 +75,8 @@ def _bar(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}  {{task.fields[rate]}}"), TimeRemainingColumn(),
-        TextColumn("left  {task.fields[rejected]}"),
+        BarColumn(), MofNCompleteColumn(), TextColumn(f"{_plural(unit)}  {{task.fields[rate]}}"),
+        TimeRemainingColumn(), TextColumn("to go{task.fields[rejected]}"),
     )  # fmt: skip
     begun, left_out = time.monotonic(), 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -74,7 +87,7 @@ def _bar(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
             left_out += rejected
             finished = progress.tasks[0].completed + done + rejected
             rate = finished / max(time.monotonic() - begun, 1e-9)
-            note = f"{left_out} left out" if left_out else ""
+            note = _left_out(left_out, unit)
             progress.update(task, advance=done + rejected, rate=f"{rate:.1f}/s", rejected=note)
 
         yield advance
@@ -95,10 +108,10 @@ class _Lines:
         if now - self.last >= LINE_SECONDS:
             self.last = now
             rate = self.done / (now - self.begun)
-            left = (self.total - self.done) / rate / 60 if rate else float("inf")
+            minutes = (self.total - self.done) / rate / 60 if rate else float("inf")
             print(
-                f"{self.done} of {self.total} {self.unit}, {rate:.1f}/s, {left:.0f} minutes left, "
-                f"{self.rejected} left out",
+                f"{self.done:,} of {number_of(self.total, self.unit)}, {rate:.1f}/s, {minutes:.0f} minutes to go"
+                f"{_left_out(self.rejected, self.unit)}",
                 file=sys.stderr,
                 flush=True,
             )

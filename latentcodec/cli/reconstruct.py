@@ -1,25 +1,35 @@
-"""`latentcodec reconstruct`: what a codec keeps of a picture, and what it loses."""
+"""`latentcodec reconstruct`: what a codec keeps of a picture, and what it loses.
+
+Shapes: C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentcodec.cli.output import DONE, LOOK, Codec, Json, say_json, warn
+from latentcodec.cli.names import Names
+from latentcodec.cli.output import DONE, LOOK, Codec, Device, Json, say_json, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentcodec.codec import LatentCodec
+    from latentcodec.store.items import Entry
 
 AMPLIFIED = 4  # times, of the difference that is shown
 
 
 def reconstruct(
-    pictures: Annotated[list[str], typer.Argument(help="Image files, or folders of them.")],
+    pictures: Annotated[list[str], typer.Argument(help="Image files, folders or .tar files of them.")],
     codec: Codec,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
     ],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> int:
     """Encode and decode pictures; write input, output and amplified difference side by side.
@@ -29,35 +39,29 @@ def reconstruct(
         latentcodec reconstruct photo.jpg --codec photo-f8c16 --out comparison.png
     """
     from latentcodec.codec import LatentCodec
-    from latentcodec.pixels import WRITERS, UnreadableImage, image_grid, load_image, save_image
-    from latentcodec.printable import existing
-    from latentcodec.quality.metrics import psnr, ssim
-    from latentcodec.quality.metrics import reconstruct as through
+    from latentcodec.machine import usable_device
+    from latentcodec.pixels import UnreadableImage, decode_image
+    from latentcodec.store.items import Columns, EntryReader
     from latentcodec.store.listing import list_entries
 
     listed = list_entries(pictures)
-    paths = [existing(entry.path) for entry, reason in listed if entry.kind == "file" and reason is None]
+    entries = [entry for entry, reason in listed if reason is None]
     refused = [f"{entry.path}: {reason}" for entry, reason in listed if reason is not None]
     for line in refused:
         warn(f"left out: {line}")
-    if not paths:
-        raise ValueError(f"{', '.join(pictures)}: no image file among them")
-    names = _names(paths, out, tuple(WRITERS))
-    model = LatentCodec.from_pretrained(codec, device=device)
+    targets = _targets(entries, out)
+    reader = EntryReader(Columns(), with_captions=False)
+    model = LatentCodec.from_pretrained(codec, device=usable_device(device))
     scores, left_out = [], len(refused)
-    for path, target in zip(paths, names, strict=True):
+    for entry, target in zip(entries, targets, strict=True):
         try:
-            x = load_image(path, model.image_channels)
+            x = decode_image(reader.picture(entry), model.image_channels, name=entry.path)[None]
         except UnreadableImage as error:
             warn(f"left out: {error}")
             left_out += 1
             continue
-        y = through(model, x)
-        difference = ((y - x) * AMPLIFIED).clamp(-1, 1)
-        save_image(image_grid([x[0], y[0], difference[0]], columns=3), target)
-        similarity = ssim(x, y).item() if min(x.shape[-2:]) >= 11 else float("nan")
-        scores.append((psnr(x, y).item(), similarity))
-        print(f"{path}: {scores[-1][0]:.2f} dB PSNR, {similarity:.4f} SSIM -> {target}")
+        scores.append(_compare(model, x, target))
+        print(f"{entry.path}: {scores[-1][0]:.2f} dB PSNR, {scores[-1][1]:.4f} SSIM -> {target}")
     if not scores:
         raise ValueError("none of the pictures can be read")
     means = [fmean(column) for column in zip(*scores, strict=True)]
@@ -67,22 +71,32 @@ def reconstruct(
     return LOOK if left_out else DONE
 
 
-def _names(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Where each comparison goes.
+def _compare(model: LatentCodec, x: Tensor, target: Path) -> tuple[float, float]:
+    """Writes x [1, C, H, W], what comes back of it and the difference; gives PSNR in dB, and SSIM or NaN."""
+    from latentcodec.pixels import image_grid, save_image
+    from latentcodec.quality.metrics import SSIM_WINDOW, psnr, reconstruct, ssim
+
+    y = reconstruct(model, x)
+    difference = ((y - x) * AMPLIFIED).clamp(-1, 1)
+    save_image(image_grid([x[0], y[0], difference[0]], columns=3), target)
+    similarity = ssim(x, y).item() if min(x.shape[-2:]) >= SSIM_WINDOW else float("nan")
+    return psnr(x, y).item(), similarity
+
+
+def _targets(entries: list[Entry], out: Path) -> list[Path]:
+    """Where each comparison goes: named as `latentcodec decode` names pictures, where `out` is a folder.
 
     Raises ValueError where several would go into one file, or one into a file of a kind that is not written.
     """
+    from latentcodec.pixels import WRITERS
     from latentcodec.pixels.containers import PLUGINS
     from latentcodec.pixels.folders import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
-    if out.suffix.lower() in suffixes:
-        if len(paths) > 1:
-            raise ValueError(f"--out {out}: {len(paths)} pictures need a folder")
+    if out.suffix.lower() in WRITERS:
+        if len(entries) > 1:
+            raise ValueError(f"--out {out}: {len(entries)} pictures need a folder")
         return [out]
     if out.suffix.lower() in {*IMAGE_SUFFIXES, *OTHER_SUFFIXES, *PLUGINS} and not out.is_dir():
-        raise ValueError(f"--out {out}: a comparison is written as {', '.join(suffixes)}, or into a folder")
-    names = [path.stem for path in paths]
-    return [
-        out / (f"{path.stem}.png" if names.count(path.stem) == 1 else f"{path.stem}-{number}.png")
-        for number, path in enumerate(paths)
-    ]
+        raise ValueError(f"--out {out}: a comparison is written as {', '.join(WRITERS)}, or into a folder")
+    names = Names((entry.source for entry in entries), ".png")
+    return [out / names.of(entry.source, entry.id) for entry in entries]

@@ -25,7 +25,7 @@ def verify(
     from latentcodec.store.format import Index
 
     shards = len(Index.load(store).shards)
-    with counting(shards, "shards") as advance:
+    with counting(shards, "shard") as advance:
         result = verify_store(store, lambda done, total: advance(1, 0))
     for problems in result.bad_shards.values():
         for problem in problems:

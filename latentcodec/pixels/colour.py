@@ -18,6 +18,7 @@ GREY_MODES = frozenset({"1", "L", "LA", "La"})
 COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
 GREY16_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # ICC colour space -> mode of its pictures
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of Pillow's own mode "L"
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # every 8-bit grey once
 
 
@@ -68,6 +69,25 @@ class Colours:
             elif transform is not None:
                 image = transform.apply(image.convert(mode))
         return image.convert("RGB") if image.mode == "CMYK" else image
+
+
+def with_channels(colour: Tensor, alpha: Tensor | None, channels: int) -> Tensor:
+    """Colour [1 or 3, H, W] and alpha [1, H, W] in [-1, 1] as the [C, H, W] asked for, contiguous.
+
+    C 1 (luma) and 3: on white where alpha is below 1. C 4: colours as they are, and alpha, 1 where there is none.
+    """
+    if channels == 4:
+        opaque = torch.ones_like(colour[:1])
+        return torch.cat([colour.expand(3, -1, -1), opaque if alpha is None else alpha])
+    if alpha is not None:
+        colour = torch.lerp(torch.ones_like(colour), colour, (alpha + 1) / 2)  # 1 is white
+    if channels == 3:
+        return colour.expand(3, -1, -1).contiguous()
+    if len(colour) == 1:
+        return colour.contiguous()
+    # Not a matrix product, whose roundings depend on the machine and on how many pixels there are.
+    red, green, blue = (weight * part for weight, part in zip(LUMA, colour, strict=True))
+    return (red + green + blue)[None]
 
 
 def _from_pil(image: Image.Image) -> Tensor:

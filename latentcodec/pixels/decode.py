@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
-from latentcodec.pixels.colour import Colours
+from latentcodec.pixels.colour import Colours, with_channels
 from latentcodec.pixels.containers import open_image, refuse_bomb
 from latentcodec.pixels.notes import UnreadableImage, note, pillow_warnings_named, reason
 
@@ -23,7 +23,6 @@ TURNS = {  # EXIF orientation, as stored -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # height and width change places
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of Pillow's own mode "L"
 BAND_PIXELS = 2_000_000  # converted at a time: what lies between a file and its floats is small beside them
 
 
@@ -101,28 +100,12 @@ def _read(image: Image.Image, channels: int, name: str) -> Tensor:
     width, height = upright.size
     rows = max(1, BAND_PIXELS // max(1, width))
     if rows >= height:
-        return _channels(*colours.of(upright), channels)
+        return with_channels(*colours.of(upright), channels)
     pixels = torch.empty(channels, height, width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        pixels[:, top:bottom] = _channels(*colours.of(upright.crop((0, top, width, bottom))), channels)
+        pixels[:, top:bottom] = with_channels(*colours.of(upright.crop((0, top, width, bottom))), channels)
     return pixels
-
-
-def _channels(colour: Tensor, alpha: Tensor | None, channels: int) -> Tensor:
-    """Colour [1 or 3, H, W] and alpha [1, H, W] as the [C, H, W] asked for, contiguous."""
-    if channels == 4:
-        opaque = torch.ones_like(colour[:1])
-        return torch.cat([colour.expand(3, -1, -1), opaque if alpha is None else alpha])
-    if alpha is not None:
-        colour = torch.lerp(torch.ones_like(colour), colour, (alpha + 1) / 2)  # 1 is white
-    if channels == 3:
-        return colour.expand(3, -1, -1).contiguous()
-    if len(colour) == 1:
-        return colour
-    # Not a matrix product, whose roundings depend on the machine and on how many pixels there are.
-    red, green, blue = (weight * part for weight, part in zip(LUMA, colour, strict=True))
-    return (red + green + blue)[None]
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:

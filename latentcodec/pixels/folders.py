@@ -1,6 +1,8 @@
 """Which image files a folder holds, and which files in it look like pictures and are not read.
 
-Shapes: none; only files are opened whose suffix says nothing, to see whether they begin as a picture does.
+A file is opened only where its suffix does not say what it is, to see whether it begins as a picture does.
+
+Shapes: none.
 """
 
 import os

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from latentcodec.pixels.tensors import image_grid
+from latentcodec.pixels.tensors import from_uint8, image_grid
 
 LINE = 15  # pixels: the height of a line of text
 MARGIN = 2
@@ -49,7 +49,7 @@ def _line(width: int, texts: Sequence[tuple[int, int, str]]) -> Tensor:
             (1, 1), text.encode("latin-1", "replace").decode("latin-1"), fill=0, font=font
         )
         sheet.paste(part, (left, 0))
-    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 127.5 - 1)[None]
+    return from_uint8(torch.from_numpy(np.array(sheet)))[None]
 
 
 def _widened(grid: Tensor, width: int) -> Tensor:

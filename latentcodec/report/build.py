@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from latentcodec.files import write_whole
+from latentcodec.finite import finite
 from latentcodec.report.page import Page
 from latentcodec.report.pages import (
     classic,
@@ -17,7 +18,7 @@ from latentcodec.report.pages import (
     throughput,
     training,
 )
-from latentcodec.report.results import finite, free_stem, write_json
+from latentcodec.report.results import free_stem, write_json
 
 PAGES: Mapping[str, Callable[[Mapping[str, Any]], Page]] = {
     "classic_vae": classic.build,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from latentcodec.files import write_whole
+from latentcodec.finite import finite
 from latentcodec.machine import cpu_name, instruction_sets, physical_cores
 from latentcodec.pixels import LeftOut
 from latentcodec.printable import printable
@@ -179,15 +180,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def number(value: float | None, digits: int) -> str:
     """A value for a table: `digits` after the point, "-" where it was not measured."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def finite(value: Any) -> Any:
-    """`value` with every inf and nan in it replaced by None, which JSON can hold."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def numeric_columns(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:

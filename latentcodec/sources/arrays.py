@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentcodec.pixels import LeftOut
+from latentcodec.pixels import LeftOut, from_uint8
+from latentcodec.pixels.colour import with_channels
 from latentcodec.sources.labels import Labels
 
 UNSIGNED_BYTES = 8  # the type of an idx file's values
@@ -31,7 +32,6 @@ NPZ_ERRORS: tuple[
     *(OSError, EOFError, ValueError, MemoryError, OverflowError, RuntimeError, AttributeError),
     *(zlib.error, zipfile.BadZipFile),
 )
-GREY = (0.299, 0.587, 0.114)  # as PIL, and so every other source, makes colours grey
 
 
 class ArraySource:
@@ -49,10 +49,10 @@ class ArraySource:
         return f"{self.label} image {index}"
 
     def read(self, index: int) -> Tensor:
-        """[C, H, W] float32 in [-1, 1], with the channels that were asked for."""
-        pixels = torch.from_numpy(self.images[index].astype(np.float32)) / 127.5 - 1
+        """[C, H, W] float32 in [-1, 1], with the channels that were asked for, as `decode_image` makes them."""
+        pixels = from_uint8(torch.from_numpy(self.images[index].copy()))
         image = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        return _with_channels(image, self.channels).contiguous()
+        return with_channels(image[:3], image[3:] if len(image) == 4 else None, self.channels)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.images.shape[1], self.images.shape[2]
@@ -64,21 +64,6 @@ class ArraySource:
     def content(self, index: int) -> bytes:
         """The bytes of an image: equal for equal images."""
         return self.images[index].tobytes()
-
-
-def _with_channels(image: Tensor, channels: int) -> Tensor:
-    """[C, H, W] with C 1, 3 or 4 -> the channels wanted; alpha is 1 where there was none."""
-    colours = image[:3]
-    if channels == 1:
-        return (
-            image[:1]
-            if len(image) == 1
-            else (colours * torch.tensor(GREY)[:, None, None]).sum(0, keepdim=True)
-        )
-    colours = colours.expand(3, -1, -1) if len(image) == 1 else colours
-    if channels == 3:
-        return colours
-    return torch.cat([colours, image[3:] if len(image) == 4 else torch.ones_like(image[:1])])
 
 
 # ---- idx

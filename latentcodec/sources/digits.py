@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latentcodec.pixels import LeftOut
+from latentcodec.pixels import LeftOut, from_uint8
 from latentcodec.sources.labels import Labels
 
 SIDE = 28
@@ -78,7 +78,7 @@ class DigitSource:
 
     def read(self, index: int) -> Tensor:
         """[C, 28, 28] float32 in [-1, 1]: white on black."""
-        picture = torch.from_numpy(draw_digit(self.seed, index).astype(np.float32)) / 127.5 - 1
+        picture = from_uint8(torch.from_numpy(draw_digit(self.seed, index).copy()))
         return picture[None].repeat(self.channels, 1, 1)
 
     @cached_property

@@ -9,14 +9,20 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from latentcodec.pixels import LeftOut, UnreadableImage
+from latentcodec.pixels import LeftOut, UnreadableImage, search_folder
 from latentcodec.sources.encoded import EncodedSource, file_length
+from latentcodec.sources.kinds import TABLES, files_by_kind
 from latentcodec.sources.labels import Labels
 
 if TYPE_CHECKING:
     import datasets
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix of a file -> who reads it in `datasets`
+SPLIT_WORDS = {  # split -> what its files or folders are called
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 class DatasetSource(EncodedSource):
@@ -179,12 +185,41 @@ def load_dataset(place: Place, streaming: bool = False) -> Any:
             return datasets.load_dataset(
                 BUILDERS[path.suffix], data_files=files, split=place.split, streaming=streaming
             )
+        if (
+            path.is_dir()
+            and place.subset is None
+            and not streaming
+            and (tables := _tables_among_others(path))
+        ):
+            return datasets.load_dataset("parquet", data_files=tables, split=place.split)
         where = str(path) if path.exists() else str(place.path)
         return datasets.load_dataset(where, place.subset, split=place.split, streaming=streaming)
     except Exception as error:  # the library raises dozens of types, the network's and arrow's among them
         tried = "" if path.exists() else ": it is no file or folder here, and on the hub"
         root = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(f"{place}{tried}: {one_line(root or error)}") from error
+
+
+def _tables_among_others(folder: Path) -> dict[str, list[str]]:
+    """Split -> parquet files, of a folder that holds images of other kinds too; nothing for other folders.
+
+    `datasets` would take such a folder for a set of whatever most of its files are, captions included. Files that name
+    no split are all of `train`; a README.md that says which files belong to the set is left to `datasets`.
+    """
+    files = files_by_kind(search_folder(folder))
+    card = folder / "README.md"
+    if (
+        TABLES not in files
+        or len(files) == 1
+        or (card.is_file() and "configs:" in card.read_text(errors="replace"))
+    ):
+        return {}
+    named: dict[str, list[str]] = {}
+    for table in files[TABLES]:
+        words = {*re.split(r"[-._ 0-9/]+", table.relative_to(folder).as_posix())}
+        for split in (split for split, its_words in SPLIT_WORDS.items() if words & its_words):
+            named.setdefault(split, []).append(str(table))
+    return named or {"train": [str(table) for table in files[TABLES]]}
 
 
 def is_saved_to_disk(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latentcodec.pixels import LeftOut, search_folder
-from latentcodec.pixels.folders import IMAGE_SUFFIXES, Found, left_out_clause
 from latentcodec.sources.arrays import ArraySource, idx_files, is_idx, open_idx, open_npz
 from latentcodec.sources.digits import DigitSource
 from latentcodec.sources.encoded import EncodedSource, ImageSource, file_length
@@ -22,6 +21,7 @@ from latentcodec.sources.hub import (
     load_dataset,
     one_line,
 )
+from latentcodec.sources.kinds import TABLES, TARS, files_by_kind, fullest, nothing_to_read
 from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.sources.tars import TarSource
 
@@ -111,45 +111,30 @@ def _open_folder(
 ) -> EncodedSource:
     """Of what a folder holds, the kind with the most images; a folder of one kind is refused with that kind's words."""
     found = search_folder(path)
-    tars = [shard for shard in found.shards if shard.suffix.lower() == ".tar"]
-    tables = [shard for shard in found.shards if shard not in set(tars)]
-    sources: list[EncodedSource] = []
+    files = files_by_kind(found)
+    opened: dict[str, EncodedSource] = {}
     refused: list[LeftOut] = []
-    kinds = bool(tars) + bool(tables) + bool(found.images)
-    for files, kind in ((tables, "parquet"), (tars, "tar"), (found.images, "image")):
-        if not files:
-            continue
+    for kind, paths in files.items():
         try:
-            if kind == "parquet":
-                sources.append(DatasetSource(load_dataset(place), str(place), column, channels, label_column))
-            elif kind == "tar":
-                sources.append(TarSource(files, column, channels))
+            if kind == TABLES:
+                opened[kind] = DatasetSource(load_dataset(place), str(place), column, channels, label_column)
+            elif kind == TARS:
+                opened[kind] = TarSource(paths, column, channels)
             else:
-                sources.append(FolderSource(files, channels, []))
+                opened[kind] = FolderSource(paths, channels, [])
         except ValueError as error:
-            if kinds == 1:
+            if len(files) == 1:
                 raise
-            refused += [LeftOut(str(file), one_line(error)) for file in files]
-    if not sources:
-        raise ValueError(_nothing(path, found, refused))
-    chosen = max(sources, key=len)  # the first of those that have as many
-    if not isinstance(chosen, DatasetSource):
+            refused += [LeftOut(str(file), one_line(error)) for file in paths]
+    if not opened:
+        raise ValueError(nothing_to_read(path, found, refused))
+    kind = fullest(opened)
+    chosen = opened.pop(kind)
+    if kind != TABLES:
         _refuse_column("image or tar files", label_column)
-    chosen.left_out = [*chosen.left_out, *refused, *found.left_out, *_others(sources, chosen)]
-    return chosen
-
-
-def _others(sources: list[EncodedSource], chosen: EncodedSource) -> list[LeftOut]:
-    """The images of the kinds that were not chosen."""
-    kind = {FolderSource: "image files", TarSource: "tar files"}.get(type(chosen), "parquet files")
     reason = (
         f"beside {len(chosen):,} images in {kind}, which are read; put it into a folder of its own to read it"
     )
-    others = [source for source in sources if source is not chosen]
-    return [LeftOut(source.name(index), reason) for source in others for index in range(len(source))]
-
-
-def _nothing(path: Path, found: Found, refused: list[LeftOut]) -> str:
-    if refused:
-        return f"{path}: nothing in it can be read; {refused[0].path}: {refused[0].reason}"
-    return f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){left_out_clause(found.left_out)}"
+    others = [LeftOut(other.name(i), reason) for other in opened.values() for i in range(len(other))]
+    chosen.left_out = [*chosen.left_out, *refused, *found.left_out, *others]
+    return chosen

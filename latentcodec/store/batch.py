@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from latentcodec.machine import usable_device
 from latentcodec.pixels import UnreadableImage
 from latentcodec.store.format import Settings
-from latentcodec.store.picture import Pixels, read_pixels
+from latentcodec.store.picture import Pixels, checked_sizes, read_pixels
 
 if TYPE_CHECKING:
     from latentcodec.codec import LatentCodec
@@ -40,22 +41,22 @@ class EncodeBatch:
         multiple: int | None = None,
         device: str | None = None,
     ) -> None:
-        """`size`, `area` and `multiple` as `latentcodec encode` has them. The codec is loaded at the first call."""
+        """`size`, `area` and `multiple` as `latentcodec encode` has them. The codec is loaded at the first call.
+
+        Raises ValueError for sizes that contradict each other: here, or at the first call where the codec decides it.
+        """
+        checked_sizes(1, size, area, multiple)
         self.source, self.device = codec, device
         self.size, self.area, self.multiple = size, area, multiple
-        self._codec: LatentCodec | None = None
+        self._loaded: tuple[LatentCodec, Settings] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_codec": None}
+        return {**self.__dict__, "_loaded": None}
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Encodes a batch; pictures of one size are encoded together."""
-        codec = self._loaded()
-        settings = Settings(
-            codec="", latent_channels=codec.latent_channels, downsampling_factor=codec.downsampling_factor,
-            image_channels=codec.image_channels, size=self.size, area=self.area,
-            multiple=self.multiple or 8 * codec.downsampling_factor,
-        )  # fmt: skip
+        self._loaded = self._loaded or self._load()
+        codec, settings = self._loaded
         column = "image" if "image" in batch else "bytes"
         if column not in batch:
             raise ValueError(f"a batch needs a column 'image' or 'bytes'; it has {', '.join(batch)}")
@@ -79,15 +80,17 @@ class EncodeBatch:
                     errors[number] = f"{paths[number] or f'picture {number}'}: its latent is not finite"
         return {"path": paths, "latent": latents, "error": errors}
 
-    def _loaded(self) -> LatentCodec:
+    def _load(self) -> tuple[LatentCodec, Settings]:
+        """The codec, on its device, and the sizes of its pictures."""
         from latentcodec.codec import LatentCodec
 
-        if self._codec is None:
-            given = self.source
-            self._codec = given if isinstance(given, LatentCodec) else LatentCodec.from_pretrained(given)
-            if self.device is not None:
-                self._codec.vae.to(self.device)
-        return self._codec
+        given = self.source
+        codec = given if isinstance(given, LatentCodec) else LatentCodec.from_pretrained(given)
+        if self.device is not None:
+            codec.vae.to(usable_device(self.device))
+        f = codec.downsampling_factor
+        size, area, multiple = checked_sizes(f, self.size, self.area, self.multiple)
+        return codec, Settings("", codec.latent_channels, f, codec.image_channels, size, area, multiple)
 
 
 def _content(cell: Any, path: str) -> Any:

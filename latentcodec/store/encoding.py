@@ -11,7 +11,7 @@ Shapes: B batch, C image channels, c latent channels, h w latent cells, H W pixe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,8 +74,11 @@ class ShardEncoder:
     ) -> None:
         """The codec is loaded at the first call; by default the copy in the store.
 
-        `workers`: processes that decode pictures; 0 decodes in this one.
+        `workers`: processes that decode pictures; 0 decodes in this one. Raises ValueError for a number below that, and
+        StoreError for a store without a plan.
         """
+        if workers < 0:
+            raise ValueError(f"--workers {workers}: at least 0")
         self.store, self.device, self.workers = Path(store), device, workers
         self.plan = Plan.load(self.store)
         self._given = codec
@@ -103,7 +106,7 @@ class ShardEncoder:
             for batch in decoded_batches(self.plan, todo, self.workers):
                 content = _Content() if batch.is_first else content
                 codec = self._codec_of(batch.shard)
-                with _threads(self.plan.part(batch.shard).machine["threads"]):
+                with threads(self.plan.part(batch.shard).machine["threads"]):
                     left_out = add(content, codec, batch.pictures, self.plan.settings)
                 if progress is not None:
                     progress(len(batch.pictures) - left_out, left_out)
@@ -119,10 +122,11 @@ class ShardEncoder:
         machine = self.plan.part(shard).machine
         kind = self.device or machine["device"], machine["precision"]
         if kind not in self._codecs:
-            self._codecs[kind] = self._load(*kind)
+            self._codecs[kind] = placed(self._planned_codec(), machine, self.device, self.store)
         return self._codecs[kind]
 
-    def _load(self, place: str, precision: str) -> LatentCodec:
+    def _planned_codec(self) -> LatentCodec:
+        """The codec that was given, or the copy in the store. Raises StoreError where it is not the plan's."""
         source = self._given
         if source is None:
             if not (self.store / CODEC).is_dir():
@@ -133,18 +137,7 @@ class ShardEncoder:
             raise StoreError(
                 f"{self.store}: planned for the codec {self.plan.settings.codec}, the codec given is {given}"
             )
-        try:
-            device, dtype = usable_device(place), getattr(torch, precision)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.store}: {error} (--device), or go on with it where it was begun"
-            ) from None
-        if device.type == "cpu":
-            library()  # from the first shard on, since torch's functions differ in the last bits
-        if (codec.device.type, codec.dtype) == (device.type, dtype):
-            return codec
-        vae = copy.deepcopy(codec.vae)  # the caller's own stays as it is
-        return LatentCodec.from_pretrained(vae, device=device, dtype=dtype)
+        return codec
 
     def _write(self, shard: int, content: _Content) -> Receipt:
         settings, shape = self.plan.settings, self.plan.shape(shard)
@@ -163,6 +156,22 @@ class ShardEncoder:
         batch = shard_batch(settings, shape, content.rows, latents)
         write_whole(self.store / self.plan.file(shard), shard_bytes(batch, about))
         return Receipt(shard, True, len(content.rows), len(content.rejects))
+
+
+def placed(codec: LatentCodec, machine: Mapping[str, Any], device: str | None, store: Path) -> LatentCodec:
+    """The codec as a part of a plan encodes with it: in the precision of its `machine`, on its device or on `device`.
+
+    The codec given stays as it is. Raises StoreError naming the store for a device that is not here.
+    """
+    try:
+        place, dtype = usable_device(device or machine["device"]), getattr(torch, machine["precision"])
+    except ValueError as error:
+        raise StoreError(f"{store}: {error} (--device), or go on with it where it was begun") from None
+    if place.type == "cpu":
+        library()  # from the first shard on, since torch's functions differ in the last bits
+    if (codec.device.type, codec.dtype) == (place.type, dtype):
+        return codec
+    return LatentCodec.from_pretrained(copy.deepcopy(codec.vae), device=place, dtype=dtype)
 
 
 def add(content: _Content, codec: LatentCodec, pictures: list[Decoded], settings: Settings) -> int:
@@ -257,7 +266,7 @@ def _measured(codec: LatentCodec, picture: Decoded, exact: Tensor, stored: Tenso
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """torch with so many threads on the CPU: sums in another order would change the last bits of a latent."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from latentcodec.codec import LatentCodec
 from latentcodec.store.decoding import decode_pictures
-from latentcodec.store.encoding import encode_batch
+from latentcodec.store.encoding import encode_batch, placed, threads
 from latentcodec.store.format import ITEM_BYTES, Shape
 from latentcodec.store.plan import Plan
 
@@ -32,8 +32,12 @@ class Estimate:
     """In one process, from the second of two trial batches; without the time of decoding, which runs beside it."""
 
 
-def estimate(plan: Plan, codec: LatentCodec, out: Path) -> Estimate:
-    """Encodes one batch of the commonest shape, whose readable pictures stand for all, and adds up."""
+def estimate(plan: Plan, codec: LatentCodec, out: Path, device: str | None = None) -> Estimate:
+    """Encodes one batch of the commonest shape, whose readable pictures stand for all, and adds up.
+
+    On the plan's device (or `device`), in its precision and with its threads, as `encode` will. Raises StoreError for a
+    device that is not here.
+    """
     settings = plan.settings
     shapes: dict[Shape, int] = {}
     for shard in plan.shards:
@@ -48,18 +52,22 @@ def estimate(plan: Plan, codec: LatentCodec, out: Path) -> Estimate:
         shapes=shapes,
         bytes=values * ITEM_BYTES[settings.dtype] + ROW_BYTES * plan.items,
         free_bytes=shutil.disk_usage(folder).free,
-        seconds=values * _seconds_per_value(plan, codec) if plan.items else 0.0,
+        seconds=values * _seconds_per_value(plan, codec, out, device) if plan.items else 0.0,
     )
 
 
-def _seconds_per_value(plan: Plan, codec: LatentCodec) -> float:
+def _seconds_per_value(plan: Plan, codec: LatentCodec, out: Path, device: str | None) -> float:
     """Seconds that encoding takes for each number of a latent: pictures of other shapes take in proportion."""
     shard = max(plan.shards, key=plan.rows)
     pictures = decode_pictures(plan, shard, 0, min(plan.batch(shard), plan.rows(shard)))
     ready = [picture for picture in pictures if picture.reason is None]
     if not ready:
         return 0.0
-    encode_batch(codec, ready, plan.settings)  # the first one prepares
-    begun = time.perf_counter()
-    latents = encode_batch(codec, ready, plan.settings)
-    return (time.perf_counter() - begun) / sum(z.numel() for z in latents.values())
+    machine = plan.part(shard).machine
+    model = placed(codec, machine, device, out)
+    with threads(machine["threads"]):
+        encode_batch(model, ready, plan.settings)  # the first one prepares
+        begun = time.perf_counter()
+        latents = encode_batch(model, ready, plan.settings)
+        seconds = time.perf_counter() - begun
+    return seconds / sum(z.numel() for z in latents.values())

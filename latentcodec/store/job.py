@@ -32,6 +32,7 @@ from latentcodec.store.format import CODEC, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
 from latentcodec.store.locks import rank_lock
 from latentcodec.store.normalisation import normalisation_of
+from latentcodec.store.picture import checked_sizes
 from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.planning import make_plan
 from latentcodec.store.quantize import TORCH
@@ -78,40 +79,29 @@ def prepare(
 
     A store that is there is gone on with: an unfinished one with the shards that are missing, a finished one with the
     pictures that it does not have. `imported`: `raw` or `normalised`, where `sources` are folders of another program's
-    files of latents. Raises StoreError where it was begun with other settings, and ValueError for
-    settings or sources that do not fit.
+    files of latents. Raises StoreError where it was begun with other settings, and ValueError for settings or sources
+    that do not fit.
     """
     out = Path(out).expanduser()
     model = codec if isinstance(codec, LatentCodec) else LatentCodec.from_pretrained(codec)
+    f = model.downsampling_factor
+    size, area, multiple = checked_sizes(f, size, area, multiple)
     settings = Settings(
-        codec=model.fingerprint, latent_channels=model.latent_channels,
-        downsampling_factor=model.downsampling_factor, image_channels=model.image_channels,
-        size=size, area=area, multiple=multiple if multiple or area is None else 8 * model.downsampling_factor,
-        min_side=min_side, dtype=dtype, posterior=posterior, mirrored=mirrored,
-        captions=columns.caption or captions, label=columns.label, imported=imported,
+        codec=model.fingerprint, latent_channels=model.latent_channels, downsampling_factor=f,
+        image_channels=model.image_channels, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
+        posterior=posterior, mirrored=mirrored, captions=columns.caption or captions, label=columns.label,
+        imported=imported,
     )  # fmt: skip
-    _check(settings, shard_size)
-    for name, value, least in (("batch", batch, 0), ("threads", threads, 1), ("check", sampled, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: at least {least}")
+    _check_choices(settings, precision)
+    _check_numbers(min_side=min_side, shard_size=shard_size, check=sampled, batch=batch, threads=threads)
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; a store is a folder")
-    if precision not in (None, *DTYPES):
-        raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
     before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
-    told = [
-        os.path.abspath(os.path.expanduser(s)) if os.path.exists(os.path.expanduser(s)) else s
-        for s in sources
-    ]
-    if before is not None:
-        if differences := before.settings.differences(settings):
-            raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
-        if missing_shards(out, before):
-            _require_sources(out, before, told)
-            _say_what_differs(out, before)
-            if save and keep_codec:
-                _keep_codec(model, out)
-            return before
+    told = [_told(source) for source in sources]
+    if before is not None and _is_gone_on_with(out, before, settings, told):
+        if save and keep_codec:
+            _keep_codec(model, out)
+        return before
     machine = _machine(device, batch, threads, precision)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
     if save:
@@ -139,10 +129,6 @@ def encode(
     """
     out = Path(out).expanduser()
     rank, world = rank_and_world(rank=rank, world=world)
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"--workers {workers}: at least 0")
     encoder = ShardEncoder(
         out, codec, device, min(DECODERS, physical_cores()) if workers is None else workers
     )
@@ -160,40 +146,48 @@ def missing_shards(out: Path, plan: Plan) -> list[int]:
     return [shard for shard in plan.shards if not (out / plan.file(shard)).is_file()]
 
 
-def _check(settings: Settings, shard_size: int) -> None:
-    """Raises ValueError for settings that contradict each other."""
-    if settings.size is not None and settings.area is not None:
-        raise ValueError("--size and --area: give one of the two, squares of one size or buckets of one area")
-    for name in ("size", "area", "multiple"):
-        value = getattr(settings, name)
-        if value is not None and value < settings.downsampling_factor:
-            raise ValueError(f"--{name} {value}: at least {settings.downsampling_factor}, one latent cell")
-    if settings.multiple and settings.multiple % settings.downsampling_factor:
-        raise ValueError(
-            f"--multiple {settings.multiple}: a multiple of {settings.downsampling_factor} pixels"
-        )
-    if settings.multiple and settings.area is None:
-        raise ValueError("--multiple belongs to --area, the pixels of a bucket")
+def _check_choices(settings: Settings, precision: str | None) -> None:
+    """Raises ValueError for a word that is none of those to choose from."""
     if settings.dtype not in TORCH:
         raise ValueError(f"--dtype {settings.dtype}: latents are stored as {', '.join(TORCH)}")
     if settings.imported not in (None, "raw", "normalised"):
         raise ValueError(f"--latents {settings.imported}: raw or normalised")
     if settings.posterior not in ("mode", "mean and std"):
         raise ValueError(f"posterior {settings.posterior!r}: 'mode' or 'mean and std'")
-    if settings.min_side < 0:
-        raise ValueError(f"--min-side {settings.min_side}: at least 0")
-    if shard_size < 1:
-        raise ValueError(f"--shard-size {shard_size}: at least one picture")
+    if precision not in (None, *DTYPES):
+        raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
 
 
-def _require_sources(out: Path, plan: Plan, sources: list[str]) -> None:
-    """Raises StoreError where an unfinished store was begun with other sources."""
-    begun = plan.parts[-1].about["sources"]
-    if begun != sources:
+def _check_numbers(**numbers: int | None) -> None:
+    """Raises ValueError for a number that is too small; None is the default and stands."""
+    for name, value in numbers.items():
+        least = 1 if name in ("shard_size", "threads") else 0
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}")
+
+
+def _told(source: str) -> str:
+    """How the plan names a source: its whole path, where it is a file or folder."""
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.exists(path) else source
+
+
+def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[str]) -> bool:
+    """Whether a store that was begun has shards to do, before pictures are added to it.
+
+    Raises StoreError where it was begun with other settings, or is not finished and was begun with other sources.
+    """
+    if differences := begun.settings.differences(settings):
+        raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
+    if not missing_shards(out, begun):
+        return False
+    if (planned := begun.parts[-1].about["sources"]) != sources:
         raise StoreError(
-            f"{out}: this store is not finished. Finish it first, with the sources {', '.join(begun)}; then other "
+            f"{out}: this store is not finished. Finish it first, with the sources {', '.join(planned)}; then other "
             "pictures can be added"
         )
+    _say_what_differs(out, begun)
+    return True
 
 
 def _say_what_differs(out: Path, plan: Plan) -> None:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from latentcodec.pixels import LeftOut, search_folder
 from latentcodec.pixels.folders import IMAGE_SUFFIXES, is_read, left_out_clause
 from latentcodec.printable import printable
+from latentcodec.sources.hub import is_saved_to_disk, one_line
+from latentcodec.sources.kinds import FILES, TABLES, files_by_kind, fullest, nothing_to_read
 from latentcodec.sources.tars import read_members, why_not
 from latentcodec.store.caches import find_caches
 from latentcodec.store.items import CACHE, CAPTION_SUFFIX, Columns, Entry, dataset_of
@@ -60,8 +62,8 @@ def _listed_in(source: str, columns: Columns) -> Iterator[Listed]:
             raise ValueError(f"{source}: no file matches this pattern")
         for name in found:
             yield from _listed_in(name, columns)
-    elif path.is_dir() and not _is_dataset(path):
-        yield from _folder(path.resolve())
+    elif path.is_dir() and not is_saved_to_disk(path):
+        yield from _folder(path.resolve(), columns)
     elif suffix == ".tar" and path.is_file():
         yield from _tar(path.resolve())
     elif path.is_file() and (suffix in IMAGE_SUFFIXES or is_read(suffix)):
@@ -71,44 +73,59 @@ def _listed_in(source: str, columns: Columns) -> Iterator[Listed]:
     elif not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(f"{source}: no such file or folder")
     else:
-        name = str(path.resolve()) if path.exists() else source
-        rows = len(dataset_of(name, columns))
-        width = len(str(rows))
-        yield from (Listed(Entry(f"row {row:0{width}}", name, "row", offset=row)) for row in range(rows))
+        yield from _rows(str(path.resolve()) if path.exists() else source, columns)
 
 
-def _is_dataset(folder: Path) -> bool:
-    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    return saved or next(folder.rglob("*.parquet"), None) is not None
+def _rows(name: str, columns: Columns) -> list[Listed]:
+    """The rows of a data set. Raises ValueError naming it where it cannot be read, or has no column of images."""
+    rows = len(dataset_of(name, columns))
+    width = len(str(rows))
+    return [Listed(Entry(f"row {row:0{width}}", name, "row", offset=row)) for row in range(rows)]
 
 
 def _file_entry(file: Path, folder: Path, kind: str = "file") -> Entry:
     return Entry(printable(file.relative_to(folder).as_posix()), printable(str(folder)), kind)
 
 
-def _folder(folder: Path) -> list[Listed]:
-    """The pictures of a folder: image files, or those in tars where they are more; the others are left out."""
+def _folder(folder: Path, columns: Columns) -> list[Listed]:
+    """The pictures of a folder, of the kind that has the most of them; the others are left out.
+
+    Raises ValueError naming the folder where nothing in it can be read.
+    """
     found = search_folder(folder)
-    files = [Listed(_file_entry(file, folder)) for file in found.images]
-    tars: list[Listed] = []
-    for shard in found.shards:
-        try:
-            tars += _tar(shard) if shard.suffix.lower() == ".tar" else []
-        except ValueError as error:
-            if not files:
-                raise
-            tars.append(Listed(_file_entry(shard, folder), str(error)))
-    if not files and not tars:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: holds no image ({kinds}){left_out_clause(found.left_out)}")
-    in_tars = [item for item in tars if item.reason is None]
-    kept, others, kind = (
-        (files, in_tars, "image files") if len(files) > len(in_tars) else (in_tars, files, "tars")
+    files = files_by_kind(found)
+    listed = {kind: _of_kind(kind, files, folder, columns) for kind in files}
+    read = {kind: [item for item in items if item.reason is None] for kind, items in listed.items()}
+    left_out = [item for items in listed.values() for item in items if item.reason is not None]
+    if not any(read.values()):
+        refused = [LeftOut(item.entry.path, str(item.reason)) for item in left_out]
+        raise ValueError(nothing_to_read(folder, found, refused))
+    chosen = fullest(read)
+    reason = (
+        f"beside {len(read[chosen]):,} pictures in {chosen}, which are read; encode it by a name of its own"
     )
-    reason = f"beside {len(kept):,} pictures in {kind}, which are read; encode it by a name of its own"
-    left_out = [Listed(_file_entry(Path(item.path), folder), item.reason) for item in found.left_out]
-    left_out += [item for item in tars if item.reason is not None]
-    return [*kept, *(Listed(other.entry, reason) for other in others), *left_out]
+    others = [Listed(item.entry, reason) for kind in read if kind != chosen for item in read[kind]]
+    unread = [Listed(_file_entry(Path(item.path), folder), item.reason) for item in found.left_out]
+    return [*read[chosen], *others, *unread, *left_out]
+
+
+def _of_kind(kind: str, files: dict[str, list[Path]], folder: Path, columns: Columns) -> list[Listed]:
+    """What the files of one kind hold, those that cannot be opened with the reason.
+
+    Raises ValueError naming the first of these where the folder holds no other kind.
+    """
+    if kind == FILES:
+        return [Listed(_file_entry(file, folder)) for file in files[kind]]
+    listed: list[Listed] = []
+    for path in [folder] if kind == TABLES else files[kind]:
+        try:
+            listed += _rows(str(folder), columns) if kind == TABLES else _tar(path)
+        except ValueError as error:
+            if len(files) == 1:
+                raise
+            lost = files[kind] if kind == TABLES else [path]
+            listed += [Listed(_file_entry(file, folder), one_line(error)) for file in lost]
+    return listed
 
 
 def _tar(tar: Path) -> list[Listed]:

@@ -38,6 +38,25 @@ class Pixels(NamedTuple):
     """Top and left of the cut, in pixels of the resized picture."""
 
 
+def checked_sizes(
+    f: int, size: int | None, area: int | None, multiple: int | None
+) -> tuple[int | None, int | None, int | None]:
+    """`size`, `area` and `multiple` for `Settings`, in pixels: sides of buckets are multiples of 8 f by default.
+
+    Raises ValueError where they contradict each other, or are less than a latent cell.
+    """
+    if size is not None and area is not None:
+        raise ValueError("--size and --area: give one of the two, squares of one size or buckets of one area")
+    for name, value in (("size", size), ("area", area), ("multiple", multiple)):
+        if value is not None and value < f:
+            raise ValueError(f"--{name} {value}: at least {f}, one latent cell")
+    if multiple and multiple % f:
+        raise ValueError(f"--multiple {multiple}: a multiple of {f} pixels")
+    if multiple and area is None:
+        raise ValueError("--multiple belongs to --area, the pixels of a bucket")
+    return size, area, multiple if multiple or area is None else 8 * f
+
+
 def target_size(original: tuple[int, int], settings: Settings) -> tuple[int, int]:
     """H, W in pixels that a picture of H, W = `original` is brought to."""
     if settings.size is not None:

@@ -22,12 +22,14 @@ def rank_and_world(
     What the caller knows, `rank` or `world`, comes first; with both the environment is not asked.
 
     Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks. Raises
-    ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told, and naming
-    the variable that holds no number, or whose counterpart is missing.
+    ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told, naming the
+    variable that holds no number, or whose counterpart is missing, and for a rank that so many processes do not have.
     """
     if rank is None or world is None:
         told_rank, told_world = _told(environment)
-        return told_rank if rank is None else rank, told_world if world is None else world
+        rank, world = told_rank if rank is None else rank, told_world if world is None else world
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
     return rank, world
 
 

@@ -24,7 +24,6 @@ from latentcodec.extras import require
 from latentcodec.store.encoding import ShardEncoder
 from latentcodec.store.finishing import finish
 from latentcodec.store.job import Job, missing_shards
-from latentcodec.store.plan import Plan
 
 TRIES = 3  # of one shard, when its worker dies
 
@@ -49,28 +48,32 @@ def encode_with_ray(
     codec: str | None = None,
     actors: int | None = None,
     gpus_per_actor: float | None = None,
+    device: str | None = None,
+    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Job:
     """Encodes the missing shards of a planned store with Ray actors, then writes the index.
 
     `actors`: by default one for each GPU of the cluster, or one for each CPU where there is none. `gpus_per_actor`: by
-    default 1 where the cluster has GPUs. A shard whose actor dies is tried three times. Raises ModuleNotFoundError
-    without Ray.
+    default 1 where the cluster has GPUs. `device`, `workers`: of each actor, as `ShardEncoder` has them. A shard whose
+    actor dies is tried three times. Raises ModuleNotFoundError without Ray.
     """
     require("ray", "ray")
     import ray
 
+    plan = ShardEncoder(store, codec, device, workers).plan  # what no actor can do is refused here
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     try:
-        plan = Plan.load(Path(store))
         todo = missing_shards(Path(store), plan)
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         share = gpus_per_actor if gpus_per_actor is not None else float(bool(gpus))
         count = min(len(todo), actors or gpus or int(resources.get("CPU", 1)))
-        receipts = _run(ray, str(Path(store).resolve()), codec, todo, count, share, progress) if todo else []
+        actor = ray.remote(num_cpus=0, num_gpus=share)(ShardEncoder)
+        arguments = (str(Path(store).resolve()), codec, device, workers)
+        receipts = _run(ray, lambda: actor.remote(*arguments), todo, count, progress)
     finally:
         if started_here:
             ray.shutdown()
@@ -78,15 +81,10 @@ def encode_with_ray(
 
 
 def _run(
-    ray: Any, store: str, codec: str | None, todo: list[int], count: int, gpus: float,
+    ray: Any, start: Callable[[], Any], todo: list[int], count: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:  # fmt: skip
-    """A pool of actors, each with one shard at a time; a dead one is replaced and its shard given out again."""
-    actor = ray.remote(num_cpus=0, num_gpus=gpus)(ShardEncoder)
-
-    def start() -> Any:
-        return actor.remote(store, codec, None, 0)
-
+    """A pool of `count` actors, each with one shard at a time; a dead one is replaced and its shard given out again."""
     idle = [start() for _ in range(count)]
     waiting, tries, receipts = list(todo), dict.fromkeys(todo, 0), []
     running: dict[Any, tuple[int, Any]] = {}

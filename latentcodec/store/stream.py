@@ -64,11 +64,13 @@ class LatentBatches(IterableDataset):
         """`batch_size`: pictures of one rank's batch; all of one latent shape.
 
         `draw`: draws latents from mean and std, by default where the store holds std. `mirror`: takes the mirrored
-        picture's latents half of the time, by default where the store holds them. `drop_last`: leaves out what does
-        not fill a global batch; else the last batches are smaller, and ranks without a picture get none, so that is for
-        one rank only. `rank`, `world`: from torchrun's or SLURM's environment by default. Raises ValueError for what
-        the store does not hold.
+        picture's latents half of the time, by default where the store holds them. `drop_last`: leaves
+        out the pictures of each latent shape that are too few for one more batch of every rank. With False they make a
+        smaller batch; this is for one rank only, since another could get none of them. `rank`, `world`: by default from
+        the environment of torchrun or SLURM. Raises ValueError for what the store does not hold.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: at least 1")
         self.rank, self.world = rank_and_world(rank=rank, world=world)
         self.store, self.batch_size, self.shuffle, self.seed = store, batch_size, shuffle, seed
         self.drop_last, self.epoch, self.first = drop_last, 0, 0
@@ -76,9 +78,7 @@ class LatentBatches(IterableDataset):
         self.draw = settings.posterior != "mode" if draw is None else draw
         self.mirror = settings.mirrored if mirror is None else mirror
         if self.draw and settings.posterior == "mode":
-            raise ValueError(
-                f"{store.folder}: holds no std to draw with; encode with --posterior 'mean and std'"
-            )
+            raise ValueError(f"{store.folder}: holds no std to draw with; encode with --std")
         if self.mirror and not settings.mirrored:
             raise ValueError(f"{store.folder}: holds no mirrored latents; encode with --mirrored")
         if len(store) and not len(self):
@@ -86,8 +86,6 @@ class LatentBatches(IterableDataset):
                 f"{store.folder}: no {self.global_batch} pictures of one shape, for a batch of each rank; take a "
                 "smaller batch_size, or drop_last=False"
             )
-        if batch_size < 1 or not 0 <= self.rank < self.world:
-            raise ValueError(f"batch_size {batch_size}, rank {self.rank} of {self.world}")
         if not drop_last and self.world > 1:
             raise ValueError("drop_last=False is for one rank: other ranks would get fewer batches")
 

@@ -7,7 +7,6 @@ of the run's folder: it keeps another run out even if somebody has removed `.loc
 
 from __future__ import annotations
 
-import getpass
 import os
 import platform
 import tempfile
@@ -51,7 +50,9 @@ def hold(folder: Path) -> None:
 def _beside(folder: Path) -> Path:
     """The second lock: a name for this folder that depends on the folder itself and not on what is in it."""
     status = folder.stat()
-    name = f"latentcodec-{getpass.getuser()}-{status.st_dev:x}-{status.st_ino:x}.lock"
+    # A container may run as a user of whom the system knows only the number; Windows has a temporary folder for each.
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    name = f"latentcodec-{user}-{status.st_dev:x}-{status.st_ino:x}.lock"
     return Path(tempfile.gettempdir(), name)
 
 

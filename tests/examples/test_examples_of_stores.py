@@ -1,14 +1,17 @@
 """The examples that encode and train, in small: they run, learn, and leave what diffusers alone can load."""
 
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL
+from PIL import Image
 
-from latentcodec.store import encode, prepare
+from latentcodec.store import LatentStore, encode, prepare
 
 sys.path.append(str(Path(__file__).parents[1] / "store"))
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -46,6 +49,31 @@ def test_encode_a_folder(place, capsys, monkeypatch):
     assert "12 pictures" in out
     assert "torch.Size([8, 4, 8, 8])" in out
     assert load_image(place / "decoded/000.png").shape == (1, 3, 32, 32)
+
+
+def test_no_more_pictures_are_read_than_are_decoded_and_none_is_overwritten(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentcodec.store.job.physical_cores", lambda: 1)
+    for name in ("a.png", "a.jpg", "b.png", "c.png", "d.png", "e.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (name.encode()[0],) * 3).save(tmp_path / "photos" / name)
+    asked, get = [], LatentStore.__getitem__
+    monkeypatch.setattr(LatentStore, "__getitem__", lambda store, i: asked.append(i) or get(store, i))
+    arguments = [tmp_path / "photos", "--codec", place / "codec", "--out", tmp_path / "latents", "--size", 32]
+    with suppress(ValueError):  # 6 pictures fill no batch of 8
+        encode_a_folder.main(list(map(str, arguments)))
+    assert asked == [0, 1, 2, 3]
+    assert len(list((tmp_path / "decoded").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere", "--out", "latents"], ["--out", "latents", "--photo", "nowhere"]]
+)
+def test_a_mistake_of_the_user_is_one_line(place, tmp_path, monkeypatch, arguments):
+    example = "plug_into_a_pipeline" if "--photo" in arguments else "encode_a_folder"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [example, "--codec", str(place / "codec"), *arguments])
+    with pytest.raises(SystemExit, match=r"^error: nowhere: "):
+        runpy.run_path(str(Path(__file__).parents[2] / f"examples/{example}.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")

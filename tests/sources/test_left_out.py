@@ -41,6 +41,19 @@ def test_a_parquet_file_takes_over_no_larger_folder(tmp_path, loose, rows):
     assert len(source.left_out) == min(loose, rows)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_parquet_files_beside_images_keep_their_splits_and_nothing_else_is_read_as_rows(tmp_path, named):
+    folder = write_folder(tmp_path / "set", 2)
+    for number in range(20):  # most files of the folder, which `datasets` would read in place of the rows
+        (folder / f"{number}.txt").write_text("a caption")
+    table(range(100, 103)).to_parquet(folder / ("train-0.parquet" if named else "a.parquet"))
+    table(range(200, 204)).to_parquet(folder / ("val-0.parquet" if named else "b.parquet"))
+    assert len(source_of(folder)) == (3 if named else 7)
+    if named:
+        assert len(open_source(Place(str(folder), split="validation"))) == 4
+        assert len(open_source(Place(str(folder), split="train[:2]+validation[:1]"))) == 3
+
+
 def test_what_is_beside_images_and_no_set_of_images_is_listed_with_its_error(tmp_path):
     folder = write_folder(tmp_path / "set", 3)
     (folder / "backup.tar").write_bytes(b"x" * 3000)

@@ -1,17 +1,21 @@
 """The command: every verb, from photographs to latents and back; exit codes, JSON lines, errors of one line."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import typer
 from image_sets import write_bad_files
 from safetensors.torch import save_file
 from stores import tiny_codec, write_pictures
 
-from latentcodec.cli import run
+from latentcodec.cli import app, run
+from latentcodec.cli.output import DEVICE, counting, number_of
+from latentcodec.codec import LatentCodec
 from latentcodec.pixels import load_image
 from latentcodec.store import encode, prepare
 from latentcodec.store.plan import plan_digest
@@ -126,6 +130,22 @@ def test_a_dry_run_writes_nothing(place, tmp_path, call):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_dry_run_measures_as_the_plan_will_encode(place, tmp_path, call, monkeypatch):
+    """In its precision, on its device and with its threads; not with the codec as it was loaded."""
+    tried = []
+
+    def encode_batch(codec, pictures, settings):
+        tried.append((codec.device.type, codec.dtype, torch.get_num_threads()))
+        return {"latent": torch.ones(len(pictures), 4, 8, 8)}
+
+    monkeypatch.setattr("latentcodec.store.estimate.encode_batch", encode_batch)
+    arguments = ("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "s", "--dry-run")
+    machine = ("--device", "meta", "--precision", "bfloat16", "--threads", 2)
+    assert call(*arguments, *machine)[0] == 0
+    assert tried == [("meta", torch.bfloat16, 2)] * 2
+    assert torch.get_num_threads() == 1
+
+
 def test_damage_ends_with_3_and_names_the_picture(place, tmp_path, call):
     call("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
     shard = next((tmp_path / "store").glob("shards/*/000001.arrow"))
@@ -162,6 +182,22 @@ def test_decode_a_file_of_latents(place, tmp_path, call):
         assert len(list((tmp_path / name[0]).glob("*.webp"))) == count
     code, _, err = call("decode", tmp_path / "one.npy", "--out", tmp_path)
     assert (code, "give --codec" in err) == (2, True)
+
+
+def test_no_more_latents_are_decoded_than_were_asked_for(place, tmp_path, call, monkeypatch):
+    np.save(tmp_path / "z.npy", np.zeros((3, 4, 8, 8), np.float32))
+    decoded, written = [], tmp_path / "out"
+    decode = LatentCodec.decode
+
+    def watched(codec, z, size=None):
+        decoded.append(len(list(written.glob("*"))))  # the pictures that are on the disk by now
+        return decode(codec, z, size)
+
+    monkeypatch.setattr(LatentCodec, "decode", watched)
+    arguments = ("decode", tmp_path / "z.npy", "--codec", place / "codec", "--out", written, "--first", 2)
+    code, out, _ = call(*arguments, "--json")
+    assert (code, last(out), decoded) == (0, {"items": 2}, [0, 1])
+    assert {path.name for path in written.iterdir()} == {"z-0000.png", "z-0001.png"}
 
 
 def test_one_is_not_said_in_the_plural(place, tmp_path, call):
@@ -209,6 +245,21 @@ def test_inspect_a_codec(place, call):
     assert len(facts["fingerprint"]) == 64
 
 
+def test_the_line_for_programs_is_json_where_a_number_has_no_value(place, tmp_path, call):
+    picture = write_pictures(
+        tmp_path / "one", 1, sizes=((4, 4),)
+    )  # one latent cell: a channel has no deviation
+    arguments = ("encode", picture, "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
+    assert call(*arguments, "--check", 0)[0] == 0
+    code, out, _ = call("inspect", tmp_path / "store", "--json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    facts = json.loads(out.splitlines()[-1], parse_constant=refuse)
+    assert (code, facts["channel_std"]) == (0, [None] * 4)
+
+
 def test_export_and_import(place, store, tmp_path, call):
     code, out, _ = call("export", store, "--to", "parquet", "--out", tmp_path / "parquet", "--json")
     assert (code, last(out)) == (0, {"items": 5, "files": 3})
@@ -248,6 +299,16 @@ def test_export_and_import(place, store, tmp_path, call):
         (("encode", "{photos}", "--codec", "{codec}", "--out", "{photos}/000.png"), "000.png: is a file"),
         (("decode", "{store}", "--out", "{new}", "--device", "cuda:99"), "device cuda:99: PyTorch finds"),
         (
+            ("encode", "{photos}", "--codec", "{codec}", "--out", "{new}", "--engine", "ray", "--rank", "0"),
+            "--rank 0: leave it out with --engine ray",
+        ),
+        (
+            ("encode", "{photos}", "--codec", "{codec}", "--out", "{new}", "--engine", "ray", "--world", "2"),
+            "--world 2: leave it out with --engine ray",
+        ),
+        (("inspect", "{codec}", "--count", "3"), "--count 3: needs --images"),
+        (("inspect", "{store}", "--device", "cpu"), "--device cpu: needs --images"),
+        (
             ("reconstruct", "{photos}", "--codec", "{codec}", "--out", "{new}", "--device", "gpu"),
             "device 'gpu'",
         ),
@@ -277,11 +338,12 @@ def test_a_mistake_is_one_line_and_code_2(place, store, tmp_path, call, argument
         ("--device", "cuda:99", "device cuda:99: PyTorch finds"),
         ("--device", "foo", "device 'foo': there is no such device"),
         ("--rank", 5, "rank 5 of 2: ranks are 0 to 1"),
+        ("--world", 0, "rank 0 of 0: ranks are 0 to -1"),
     ],
 )
 def test_a_wrong_value_spoils_no_store(place, tmp_path, call, option, value, words):
     arguments = ("encode", place / "photos", "--codec", place / "codec", "--out", tmp_path / "store", *ENCODE)
-    others = ("--world", 2) if option == "--rank" else ()
+    others = ("--world", 2) if option == "--rank" else ("--rank", 0) if option == "--world" else ()
     code, _, err = call(*arguments, *others, option, value)
     assert code == 2
     assert words in err
@@ -311,6 +373,56 @@ def codec_of_plan(place):
         return store
 
     return planned
+
+
+VERBS_ON_A_DEVICE = {
+    "encode": ("encode", "{photos}", "--codec", "{codec}", "--out", "{new}"),
+    "decode a store": ("decode", "{store}", "--out", "{new}"),
+    "decode a file": ("decode", "{file}", "--codec", "{codec}", "--out", "{new}"),
+    "reconstruct": ("reconstruct", "{photos}", "--codec", "{codec}", "--out", "{new}"),
+    "inspect": ("inspect", "{codec}", "--images", "{photos}"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS_ON_A_DEVICE)
+def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call, monkeypatch, verb):
+    np.save(tmp_path / "z.npy", np.zeros((4, 8, 8), np.float32))
+    places = {
+        "photos": place / "photos",
+        "codec": place / "codec",
+        "store": store,
+        "file": tmp_path / "z.npy",
+    }
+    devices = []
+
+    def to(vae, device):
+        devices.append(str(device))
+        raise ValueError("as far as this machine can go")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
+    monkeypatch.setattr("diffusers.AutoencoderKL.to", to)
+    monkeypatch.setattr("latentcodec.machine.use_cores", lambda: 1)
+    arguments = [argument.format(**places, new=tmp_path / "new") for argument in VERBS_ON_A_DEVICE[verb]]
+    assert call(*arguments)[0] == 2
+    assert devices == ["cuda"]
+    options = typer.main.get_command(app).commands[arguments[0]].params
+    assert [option.help for option in options if option.name == "device"] == [DEVICE]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_says_what_is_to_do_and_what_was_left_out(monkeypatch, capsys, is_terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # or rich draws no bar where no terminal is
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    monkeypatch.setattr("latentcodec.cli.output.LINE_SECONDS", 0)
+    with counting(1200, "picture") as advance:
+        advance(9, 1)
+        advance(8, 2)
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert re.search(r"20 ?(/|of) ?1,?200 pictures", said)
+    assert re.search(r"to go, 3 pictures left out", said)
+    assert number_of(2, "image pass") == "2 image passes"
 
 
 def test_a_store_of_nothing_is_said(place, tmp_path, call):

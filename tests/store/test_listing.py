@@ -5,11 +5,15 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from image_sets import table
 from PIL import Image
 from stores import SMALL, tiny_codec
 
 from latentcodec.pixels import decode_image
+from latentcodec.sources.images import Place, open_source
 from latentcodec.sources.tars import TarSource
 from latentcodec.store.items import Columns, EntryReader
 from latentcodec.store.job import encode, prepare
@@ -99,6 +103,52 @@ def test_a_tar_beside_pictures_does_not_take_over_the_folder(tmp_path):
     assert greys(listed) == [10, 20, 30]
     assert left_out(listed).keys() == {"t.png", "none.tar", "photo.jp2"}
     assert "beside 3 pictures" in left_out(listed)["t.png"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes pictures of the greys given, each with a caption, as files or as the rows of a parquet file."""
+
+    def written(files, rows=()):
+        folder = tmp_path / "set"
+        (folder / "00000").mkdir(parents=True)
+        for grey in files:
+            (folder / f"00000/{grey}.png").write_bytes(picture(grey))
+            (folder / f"00000/{grey}.txt").write_text(f"grey {grey}")
+            (folder / f"00000/{grey}.json").write_text("{}")
+        if rows:
+            cells = [{"bytes": picture(grey), "path": None} for grey in rows]
+            table(rows, cells).to_parquet(folder / "00000.parquet")
+        else:
+            columns = {name: [name] * len(files) for name in ("url", "key")}
+            pq.write_table(pa.table(columns), folder / "00000.parquet")
+        return folder
+
+    return written
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_the_metadata_that_img2dataset_leaves_is_no_data_set(write, captions):
+    folder = write([10, 20, 30])
+    if not captions:  # `datasets` by itself would take the files for a set of images then
+        for file in [*folder.rglob("*.txt"), *folder.rglob("*.json")]:
+            file.unlink()
+    listed = list_entries([str(folder)])
+    assert greys(listed) == [10, 20, 30]
+    assert left_out(listed).keys() == {"00000.parquet"}
+    assert "no column declared as images" in left_out(listed)["00000.parquet"]
+    reader = EntryReader(Columns(), with_captions=True)
+    assert reader.caption_and_label(listed[0].entry)[0] == ("grey 10" if captions else None)
+
+
+@pytest.mark.parametrize(("files", "rows"), [((10, 20, 30), (90,)), ((10,), (90, 91)), ((10,), (90,))])
+def test_training_and_encoding_read_the_same_kind_of_a_folder(write, files, rows):
+    folder = write(files, rows)
+    source, listed = open_source(Place(str(folder)), channels=1), list_entries([str(folder)])
+    trained = [round(float(source.read(i)[0, 0, 0] + 1) * 127.5) for i in range(len(source))]
+    assert greys(listed) == trained == [*(files if len(files) > len(rows) else rows)]
+    assert len(left_out(listed)) == len(source.left_out) == min(len(files), len(rows))
+    assert all("beside" in reason for reason in left_out(listed).values())
 
 
 def test_what_a_folder_leaves_out_is_in_the_rejects_of_the_store(tmp_path):

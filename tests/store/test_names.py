@@ -1,5 +1,6 @@
 """The files of decoded pictures: each has its own, inside the folder."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 from stores import SMALL, tiny_codec
 
 from latentcodec.cli import run
-from latentcodec.cli.decode import Names
+from latentcodec.cli.names import Names
 from latentcodec.store.job import encode, prepare
 
 
@@ -33,6 +34,14 @@ def test_sources_of_one_name_have_their_own_folders():
     ]
 
 
+def test_a_source_whose_name_is_a_numbered_one_keeps_a_folder_of_its_own():
+    assert names(("/a/photos-2", "a.png"), ("/b/photos", "a.png"), ("/c/photos", "a.png")) == [
+        "photos-2/a.png",
+        "photos/a.png",
+        "photos-3/a.png",
+    ]
+
+
 @pytest.mark.parametrize("picture", ["/etc/a.png", "../../a.png", "./a.png", "//a.png", "b/../../a.png"])
 def test_no_id_leads_out_of_the_folder(picture):
     (name,) = names(("/x", picture))
@@ -54,3 +63,25 @@ def test_a_store_of_pictures_with_one_stem_is_decoded_in_full(tmp_path):
     encode(tmp_path / "store", workers=0)
     assert run(["decode", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_comparisons_do_not_overwrite_one_another_and_none_is_passed_over(tmp_path, capsys):
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    photos = tmp_path / "photos"
+    for number, name in enumerate(("a-1.jpg", "a.jpg", "a.png", "sub/a.jpg")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number * 60,) * 3).save(photos / name)
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        tar.add(photos / "a.jpg", "a.jpg")
+    others = ("--codec", tmp_path / "codec", "--out", tmp_path / "out")
+    for sources, expected in (
+        ([photos], {"a-1.png", "a.png", "a.png.png", "sub/a.png"}),
+        (
+            [photos / "a.png", photos / "sub/a.jpg", tmp_path / "more.tar"],
+            {"photos/a.png", "sub/a.png", "more.tar/a.png"},
+        ),
+    ):
+        assert run([str(argument) for argument in ("reconstruct", *sources, *others)]) == 0
+        written = [Path(line.rpartition("-> ")[2]) for line in capsys.readouterr().out.splitlines()[:-1]]
+        assert {path.relative_to(tmp_path / "out").as_posix() for path in written} == expected
+        assert all(path.is_file() for path in written)

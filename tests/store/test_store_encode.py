@@ -4,7 +4,9 @@ import json
 import os
 import resource
 import signal
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +378,12 @@ def test_a_plan_of_another_version_or_damaged(tmp_path, codec):
     path.write_bytes(content.replace(b"003.png", b"033.png"))
     with pytest.raises(StoreError, match="digest"):
         encode(out, codec, workers=0)
+
+
+def test_the_page_of_the_format_names_every_setting():
+    page = (Path(__file__).parents[2] / "docs/store.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| `settings` |"))
+    assert row.split(":")[1].strip(" |").split(", ") == [field.name for field in fields(Settings)]
 
 
 def test_settings_say_what_differs():

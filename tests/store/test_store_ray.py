@@ -2,15 +2,63 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from stores import SMALL, digest, tiny_codec, write_pictures
 
-from latentcodec.store import encode, prepare, verify
+from latentcodec.cli import run
+from latentcodec.store import ShardEncoder, encode, prepare, verify
 
-ray = pytest.importorskip("ray")
+
+class RayHere:
+    """What `encode_with_ray` asks of Ray, done at once and in this process."""
+
+    exceptions = SimpleNamespace(RayActorError=ChildProcessError)
+    is_initialized = staticmethod(lambda: True)
+    cluster_resources = staticmethod(lambda: {"CPU": 2.0})
+    wait = staticmethod(lambda running, num_returns: (running[:1], running[1:]))
+    get = staticmethod(lambda call: call())
+
+    @staticmethod
+    def remote(**options):
+        def actor(encoder):
+            return SimpleNamespace(__call__=SimpleNamespace(remote=lambda shard: partial(encoder, shard)))
+
+        return lambda kind: SimpleNamespace(remote=lambda *arguments: actor(kind(*arguments)))
+
+
+def test_the_actors_get_device_and_workers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", RayHere)
+    monkeypatch.setattr("latentcodec.store.ray.require", lambda *packages: None)
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    photos, made = write_pictures(tmp_path / "photos", 6), []
+
+    class Watched(ShardEncoder):
+        def __init__(self, *arguments):
+            made.append(arguments[2:])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("latentcodec.store.ray.ShardEncoder", Watched)
+    arguments = (
+        "encode",
+        photos,
+        "--codec",
+        tmp_path / "codec",
+        "--out",
+        tmp_path / "store",
+        "--shard-size",
+        2,
+    )
+    others = ("--engine", "ray", "--threads", 1, "--device", "cpu", "--workers", 0)
+    assert run([str(argument) for argument in (*arguments, *others)]) == 0
+    assert verify(tmp_path / "store").items == 6
+    assert made == [("cpu", 0)] * 3  # one that reads the plan, and two actors
+    assert run([str(argument) for argument in (*arguments, *others[:-1], -1)]) == 2
 
 
 @pytest.mark.slow
@@ -18,6 +66,7 @@ ray = pytest.importorskip("ray")
 def test_ray_with_a_killed_worker_makes_the_same_store(tmp_path):
     import psutil
 
+    ray = pytest.importorskip("ray")
     from latentcodec.store.ray import EncodeShards, encode_with_ray
 
     photos, codec = write_pictures(tmp_path / "photos", 40), tiny_codec()

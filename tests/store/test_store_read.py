@@ -240,6 +240,10 @@ def test_a_batch_that_nothing_fills_is_refused(store):
     with pytest.raises(ValueError, match="no 2000 pictures of one shape"):
         store.dataset(1000, rank=0, world=2)
     assert len(store.dataset(1000, drop_last=False)) == len(store.shapes)
+    with pytest.raises(ValueError, match="batch_size 0: at least 1"):
+        store.dataset(0)
+    with pytest.raises(ValueError, match="rank 2 of 2: ranks are 0 to 1"):
+        store.dataset(1, rank=2, world=2)
 
 
 def test_batches_have_one_shape_in_a_store_of_buckets(tmp_path, codec):
@@ -253,7 +257,7 @@ def test_batches_have_one_shape_in_a_store_of_buckets(tmp_path, codec):
 
 
 def test_what_a_store_does_not_hold(store):
-    with pytest.raises(ValueError, match="no std"):
+    with pytest.raises(ValueError, match=r"holds no std to draw with; encode with --std$"):
         store.dataset(2, draw=True)
     with pytest.raises(ValueError, match="no mirrored"):
         store.dataset(2, mirror=True)
@@ -380,6 +384,15 @@ def test_encode_batch_in_datasets_map(photos, codec):
     latent = codec.encode(load_image(photos / "001.png"))[0]
     assert np.allclose(np.array(rows["latent"][2]), latent.numpy(), atol=1e-5)
     assert rows["latent"][1] is None
+
+
+def test_encode_batch_refuses_sizes_as_an_encoding_does(photos, codec):
+    with pytest.raises(ValueError, match="--size and --area"):
+        EncodeBatch(codec, size=16, area=256)
+    with pytest.raises(ValueError, match="--multiple belongs to --area"):
+        EncodeBatch(codec, multiple=8)
+    with pytest.raises(ValueError, match="--size 2: at least 4, one latent cell"):
+        EncodeBatch(codec, size=2)({"bytes": [(photos / "000.png").read_bytes()]})
 
 
 def test_encode_batch_in_a_plain_loop(photos, codec):

@@ -30,6 +30,7 @@ from latentcodec.training import checkpoint
 from latentcodec.training.console import end_at_interrupt
 from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
+from latentcodec.training.lock import hold
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "train/train.py"
@@ -510,6 +511,19 @@ def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(
     assert f"{output} is that of another run, process {'unknown' if removed else holder.pid}" in error
     assert list(output.glob("[!.]*")) == [output / "checkpoints"]
     assert run_train("--config", config)[0] == 0
+
+
+def test_a_run_needs_no_name_of_its_user(tmp_path, monkeypatch):
+    """As under `docker run --user 12345`, where nothing but the number is known."""
+
+    def unknown(*arguments):
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    hold(tmp_path)
+    assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_what_a_compiled_codec_cannot_do_is_refused(tmp_path, images, run_train, monkeypatch):

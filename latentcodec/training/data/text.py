@@ -21,6 +21,8 @@ from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
+from latentcodec.pixels import from_uint8, to_uint8
+from latentcodec.pixels.colour import LUMA
 from latentcodec.training.data.line_art import line_art
 
 FONT_FOLDERS = {
@@ -142,7 +144,7 @@ def _colour(random: Generator) -> tuple[int, int, int]:
 
 
 def _brightness(colour: tuple[int, int, int]) -> float:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return sum(weight * level for weight, level in zip(LUMA, colour, strict=True))
 
 
 @cache
@@ -161,13 +163,13 @@ def _letters_of(path: str) -> list[str]:
 def _levels(crop: Tensor) -> np.ndarray:
     """[C, H, W] -> [H, W, 3] uint8."""
     rgb = crop[:3] if crop.shape[0] >= 3 else crop[:1].expand(3, -1, -1)
-    return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return to_uint8(rgb).permute(1, 2, 0).numpy()
 
 
 def _pixels(page: Image.Image, channels: int) -> Tensor:
     """The page as [C, H, W]: grey for one channel, further channels opaque."""
     mode = "L" if channels == 1 else "RGB"
-    levels = torch.from_numpy(np.array(page.convert(mode), dtype=np.float32)) / 127.5 - 1
-    pixels = levels[None] if mode == "L" else levels.permute(2, 0, 1)
+    pixels = from_uint8(torch.from_numpy(np.array(page.convert(mode))))
+    pixels = pixels[None] if mode == "L" else pixels.permute(2, 0, 1)
     opaque = torch.ones(max(0, channels - 3), *pixels.shape[1:])
     return torch.cat([pixels, opaque])[:channels].contiguous()
