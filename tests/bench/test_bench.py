@@ -210,6 +210,19 @@ def test_reconstruction_measures_what_the_evaluator_measures(
     assert write_page(written, tmp_path / "out", Path(printed["files"]["html"]).stem).read_text() == page
 
 
+def test_pictures_of_one_name_in_two_folders_are_told_apart(reconstruction, codec_folder, tmp_path, capsys):
+    for folder in "ab":
+        save_image(torch.rand(3, 20, 20) * 2 - 1, tmp_path / "images" / folder / "1.png")
+    arguments = ["--codec", str(codec_folder), "--images", str(tmp_path / "images"), "--out", str(tmp_path)]
+    reconstruction.main([*arguments, "--lpips_net", "none", "--rivals"])
+    files = last_line(capsys.readouterr().out)["files"]
+    (rows,) = json.loads(Path(files["json"]).read_text())["images"].values()
+    assert [row["file"] for row in rows] == ["a/1.png", "b/1.png"]
+    page = Path(files["html"]).read_text()
+    assert "a/1.png" in page
+    assert "b/1.png" in page
+
+
 @pytest.mark.slow
 def test_damaged_and_tiny_images_are_skipped_and_listed(
     reconstruction, codec_folder, image_folder, tmp_path, capsys

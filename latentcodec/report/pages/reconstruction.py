@@ -242,9 +242,7 @@ def _round_trips(page: Page, codecs: Sequence[Entry]) -> None:
 def _image_tables(page: Page, data: Mapping[str, Any]) -> None:
     columns = {"psnr": 2, "ssim": 4, "lpips": 4, "klt_psnr": 2}  # digits
     for name, entries in data.get("images", {}).items():
-        rows = [
-            [e["file"].split("/")[-1], *(number(e[key], n) for key, n in columns.items())] for e in entries
-        ]
+        rows = [[e["file"], *(number(e[key], n) for key, n in columns.items())] for e in entries]
         header = ["image", "PSNR dB", "SSIM", "LPIPS", "KLT dB"]
         caption = "Every evaluated image, in the order of the file names."
         page.table(header, rows, caption, fold=f"All {len(entries)} images of {name}")
