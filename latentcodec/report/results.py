@@ -181,6 +181,20 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def decibels(value: float | None, digits: int = 2) -> str:
+    """A PSNR for a table or a sentence, without its unit.
+
+    "infinite" where a picture came back unchanged, or where one did among those of a mean: infinity itself, or None,
+    which is what JSON has for it.
+    """
+    return "infinite" if value is None or math.isinf(value) else number(value, digits)
+
+
+def signed(value: float | None, digits: int) -> str:
+    """A difference for a table, with its sign; "-" where one of the two sides is infinite, so that there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:+.{digits}f}"
+
+
 def finite(value: Any) -> Any:
     """`value` with every inf and nan in it replaced by None, which JSON can hold."""
     if isinstance(value, Mapping):

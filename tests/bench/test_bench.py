@@ -73,6 +73,18 @@ def codec_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def save_white(place: Path, side: int = 32) -> tuple[str, str]:
+    """A codec whose every picture is white, and a folder of white pictures, which come back unchanged."""
+    vae = build(CONFIG)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.zero_()
+        vae.decoder.conv_out.bias.fill_(2)
+    LatentCodec(vae).save_pretrained(place / "white")
+    for i in range(2):
+        save_image(torch.ones(3, side, side + i), place / "images" / f"{i}.png")
+    return str(place / "white"), str(place / "images")
+
+
 @pytest.fixture
 def image_folder(tmp_path) -> Path:
     """Five pictures of different sizes, one damaged and one too small."""
@@ -223,6 +235,26 @@ def test_pictures_of_one_name_in_two_folders_are_told_apart(reconstruction, code
     assert "b/1.png" in page
 
 
+def test_pictures_that_come_back_unchanged_have_a_page(
+    reconstruction, codec_folder, tmp_path, capsys, monkeypatch
+):
+    """Their PSNR is infinite, which JSON cannot hold."""
+    monkeypatch.setattr(reconstruction, "use_cores", lambda: 1)
+    codec, images = save_white(tmp_path)
+    arguments = ["--images", images, "--out", str(tmp_path), "--lpips_net", "none"]
+    reconstruction.main(["--codec", codec, *arguments])
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[2:7] == ["infinite", "-", "infinite", "-", "1.0000"]
+    assert last_line(out)["codecs"][0]["psnr"]["mean"] is None
+    page = Path(last_line(out)["files"]["html"]).read_text()
+    assert "infinite dB</b>" in page
+    assert "from infinite to infinite dB" in page
+    assert re.search(r"best: \d.png, infinite dB", page)
+    reconstruction.main(["--codec", str(codec_folder), codec, *arguments, "--rivals"])
+    page = Path(last_line(capsys.readouterr().out)["files"]["html"]).read_text()
+    assert "f2c3: - against the KLT" in page
+
+
 @pytest.mark.slow
 def test_damaged_and_tiny_images_are_skipped_and_listed(
     reconstruction, codec_folder, image_folder, tmp_path, capsys
@@ -340,6 +372,15 @@ def test_pictures_that_a_pipeline_cannot_take_are_left_out_and_none_is_an_error(
     assert [image.shape for image in pipeline._images(str(tmp_path), channels=3)] == [(1, 3, 256, 256)]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(pipeline._images("~", channels=3)) == 1
+
+
+def test_the_line_of_a_pipeline_that_changes_nothing_is_json(tmp_path, capsys, monkeypatch):
+    codec, images = save_white(tmp_path, 32)
+    pipeline = script("pipeline")
+    monkeypatch.setattr(pipeline, "use_cores", lambda: 1)
+    monkeypatch.setattr(pipeline, "SIDE", 32)
+    pipeline.main(["--codec", codec, "--images", images, "--out", str(tmp_path / "out")])
+    assert last_line(capsys.readouterr().out)["psnr"] is None
 
 
 # --- throughput

@@ -117,6 +117,21 @@ def test_speed_and_shares_follow_from_the_steps(training, tmp_path):
     assert run["psnr"] is None  # it validated nothing
 
 
+def test_a_validation_that_loses_nothing_is_no_missing_one(training, tmp_path, monkeypatch, capsys):
+    """Held-out pictures that come back unchanged have infinite PSNR, which metrics.jsonl writes as null."""
+    monkeypatch.setattr(training, "peak_rate", lambda *_: 1e12)
+    run = write_run(tmp_path / "run", [(2.0, 0.5, 0.05), (1.0, 0.0, 0.1)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "minutes": 0.05, "psnr": 40.0, "ssim": 0.99, "images": 3}\n')
+        file.write('{"step": 2, "minutes": 0.1, "psnr": null, "ssim": 1.0, "images": 3}\n')
+    training.main(["--runs", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    *said, last = capsys.readouterr().out.strip().splitlines()
+    assert said[2].split()[1] == "infinite"
+    page = Path(json.loads(last)["files"]["html"]).read_text()
+    assert "infinite dB</b>" in page
+    assert "from 40 to 40" in page  # the point that can be drawn
+
+
 def test_the_precision_of_the_config_counts_before_that_of_the_command_line(training, tmp_path):
     steps = [(1.0, 0.0, 0.1)]
     told = write_run(tmp_path / "told", steps, mixed_precision="bf16")
