@@ -68,8 +68,9 @@ SCALES_CAPTION = (
 )
 VIEWER_CAPTION = (
     "The middle of the image with the lowest, the median and the highest PSNR. The KLT is the best linear code of "
-    "single blocks with as many numbers, fitted on these very images. JPEG has as many bits as the latent in 8 bits "
-    "a number, which an entropy coder would still shorten: no fair race, but a scale."
+    "single blocks with as many numbers, fitted on these very images. JPEG has at most as many bits as the latent in 8 "
+    "bits a number, which an entropy coder would still shorten, unless its label says that it cannot be so small: no "
+    "fair race, but a scale."
 )
 
 
