@@ -167,6 +167,14 @@ def test_a_scale_has_its_limit_its_level_and_known_codecs():
     assert "white noise" in [mark["label"] for mark in line["marks"]]
 
 
+def test_a_bundled_codec_on_a_scale_is_named_with_its_date():
+    """Its numbers are those of one version, and the name without a date becomes other weights."""
+    marks = {label for scale in SCALES.values() for label, _ in scale.marks if label.startswith("photo-")}
+    assert marks
+    bundled = {path.name for path in (Path(results.__file__).parents[1] / "weights").iterdir()}
+    assert marks <= {name for name in bundled if re.search(r"-\d{4}-\d\d-\d\d$", name)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_results_of_earlier_versions_render(path, tmp_path):
