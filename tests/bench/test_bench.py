@@ -355,6 +355,20 @@ def test_a_folder_of_damaged_images_is_refused(reconstruction, codec_folder, tmp
         reconstruction.main([*arguments, "--lpips_net", "none"])
 
 
+# --- what all have
+
+
+def test_the_document_names_the_benches_that_print_or_write_less_than_the_others():
+    paragraph = (BENCH.parent / "docs/measure.md").read_text().split("\n\n")[1]
+    sources = {path.stem: path.read_text() for path in BENCH.glob("*.py") if path.stem != "demo"}
+    less = {
+        name
+        for name, text in sources.items()
+        if "write_result(" not in text or not re.search(r"print_last_line\(|print\(json.dumps\(", text)
+    }
+    assert set(re.findall(r"`(\w+)\.py`", paragraph)) == less
+
+
 # --- pipeline
 
 
