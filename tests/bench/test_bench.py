@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
@@ -25,6 +26,11 @@ from latentcodec.report.page import Page
 from latentcodec.report.pages.throughput import headline
 from latentcodec.report.plots import INK, plot_style
 from latentcodec.speed import memory
+from latentcodec.speed.operations import fewest_operations
+from latentcodec.vae.families import family_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
+from small_vaes import SMALL, small_vae
 
 BENCH = Path(__file__).parents[2] / "bench"
 CONFIG = {
@@ -402,10 +408,65 @@ def test_the_line_of_a_pipeline_that_changes_nothing_is_json(tmp_path, capsys, m
 
 @pytest.mark.parametrize(("direction", "billions"), [("encode", 558.3), ("decode", 1064.0)])
 def test_operations_are_those_counted_by_hand_for_stable_diffusion(throughput, direction, billions):
-    operations = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 1))
+    operations = fewest_operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 1))
     assert operations / 2e9 == pytest.approx(billions, abs=0.05)
-    doubled = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 2))
+    doubled = fewest_operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 2))
     assert doubled == 2 * operations
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_operations_are_those_of_diffusers_own_class_without_the_needless_taps(throughput, name):
+    """An image meets one of three temporal taps, a doubled map four of nine."""
+    kind, config = SMALL[name]
+    with torch.device("meta"):
+        vae = kind(**config)
+    needless = []
+
+    def note(layer: str, conv: torch.nn.Module, output: torch.Tensor) -> None:
+        share = 1.0 / (conv.weight.shape[2] if conv.weight.ndim == 5 else 1)
+        share *= 4 / 9 if "upsample" in layer else 1
+        needless.append(2 * output.numel() * conv.weight[0].numel() * (1 - share))
+
+    for layer, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.register_forward_hook(lambda conv, _, output, layer=layer: note(layer, conv, output))
+    for direction in ("encode", "decode"):
+        case = throughput.Case(direction, "float32", 64, 2)
+        value = torch.empty(case.shape(family_of(vae), vae.config), device="meta")
+        needless.clear()
+        with FlopCounterMode(display=False) as counter:
+            throughput.call(vae, direction, value)
+        expected = counter.get_total_flops() - sum(needless)
+        assert fewest_operations(vae.config, case, kind.__name__) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["flux2-small-decoder", "qwen-deep", "wan22"])
+def test_every_covered_class_is_measured(throughput, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "use_cores", lambda threads: 1)
+    monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
+    LatentCodec(small_vae(name)).save_pretrained(tmp_path / "codec")
+    small = ["--sizes", "32", "--batches", "2", "--dtypes", "float32", "--repeats", "1", "--device", "cpu"]
+    arguments = ["--codec", str(tmp_path / "codec"), "--out", str(tmp_path), *small]
+    throughput.main([*arguments, "--no_memory"])
+    records = last_line(capsys.readouterr().out)["results"]
+    assert len(records) == 2 * 3
+    assert all(record["max_error"] < 1e-4 for record in records)
+    assert all(record["time_over_ours"] > 0 for record in records)
+    if name != "flux2-small-decoder":
+        with pytest.raises(SystemExit, match=r"--sides diffusers compiled: not for AutoencoderKL\w+, whose"):
+            throughput.main([*arguments, "--sides", "diffusers compiled"])
+
+
+@pytest.mark.parametrize("name", ["flux2-small-decoder", "wan22"])
+def test_a_configuration_file_may_be_of_any_covered_class(throughput, name, tmp_path):
+    kind, config = SMALL[name]
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(config | {"_class_name": kind.__name__}))
+    setup = throughput.Setup(str(file), "cpu", None)
+    assert type(setup.codec("float32").vae) is type(setup.vae("diffusers", "float32")) is kind
+    vae = setup.codec("float32").vae
+    images = memory.inputs(family_of(vae), vae.config, throughput.Case("encode", "float32", 32, 2))
+    assert images.shape == (2, 3, 32, 32)
 
 
 def test_all_sides_hold_the_same_weights_and_ours_equals_diffusers(throughput, codec_folder):
@@ -482,6 +543,7 @@ def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, code
         ({"--codec": str(BENCH / "throughput.py")}, r"throughput\.py"),
         ({"--sizes": "33"}, "--sizes 33: not a multiple of the codec's 2"),
         ({"--repeats": "0"}, "--repeats"),
+        ({"--max_memory": "0"}, "--max_memory 0"),
     ],
 )
 def test_throughput_names_what_it_cannot_use(throughput, codec_folder, tmp_path, changed, message):
@@ -489,6 +551,14 @@ def test_throughput_names_what_it_cannot_use(throughput, codec_folder, tmp_path,
     with pytest.raises(SystemExit, match=f"^throughput.py: .*{message}"):
         throughput.main([text for pair in arguments.items() for text in pair])
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_for_ours_is_one_line(throughput, codec_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "use_cores", lambda threads: 1)
+    small = ["--sizes", "32", "--batches", "1", "--dtypes", "float32", "--device", "cpu"]
+    arguments = ["--codec", str(codec_folder), "--out", str(tmp_path), *small, "--max_memory", "1000"]
+    with pytest.raises(SystemExit, match=r"^throughput.py: max_memory 1,000 bytes is too little .* needs"):
+        throughput.main(arguments)
 
 
 def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput, tmp_path):
