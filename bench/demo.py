@@ -206,7 +206,7 @@ LEFT_BEHIND = {
 def write_page(options: argparse.Namespace) -> None:
     """FOLDER/demo.html: what was trained, pictures through both codecs, and what the numbers mean."""
     from latentcodec.report.page import Page
-    from latentcodec.report.results import machine_facts
+    from latentcodec.report.results import decibels, machine_facts
 
     result = json.loads((options.out / "result.json").read_text())
     scores = last_line(options.out, "reconstruction")
@@ -221,10 +221,13 @@ def write_page(options: argparse.Namespace) -> None:
     below = "on the pictures below"
     page.headline(
         [
-            (f"{result['psnr']:.2f} dB", f"PSNR on {result['images']} pictures held out from the training"),
-            (f"{trained['psnr']['mean']:.2f} dB", below),
-            (f"{trained['klt_psnr']['mean']:.2f} dB", f"the KLT {below}, to which it was fitted"),
-            (f"{bundled['psnr']['mean']:.2f} dB", f"{BUNDLED} {below}"),
+            (
+                f"{decibels(result['psnr'])} dB",
+                f"PSNR on {result['images']} pictures held out from the training",
+            ),
+            (f"{decibels(trained['psnr']['mean'])} dB", below),
+            (f"{decibels(trained['klt_psnr']['mean'])} dB", f"the KLT {below}, to which it was fitted"),
+            (f"{decibels(bundled['psnr']['mean'])} dB", f"{BUNDLED} {below}"),
         ]
     )
     page.section("The pictures", READING)
@@ -242,6 +245,7 @@ def add_pictures(page: Page, out: Path, minutes: str) -> None:
     from latentcodec.codec import LatentCodec
     from latentcodec.pixels import find_images, load_image
     from latentcodec.quality.metrics import psnr, reconstruct
+    from latentcodec.report.results import decibels
 
     codecs = {
         minutes: LatentCodec.from_pretrained(out / "codec"),
@@ -252,7 +256,7 @@ def add_pictures(page: Page, out: Path, minutes: str) -> None:
         row = [(x[0], "original")]
         for name, codec in codecs.items():
             y = reconstruct(codec, x)
-            row.append((y[0], f"{name}: {psnr(x, y).item():.2f} dB"))
+            row.append((y[0], f"{name}: {decibels(psnr(x, y).item())} dB"))
         row.insert(2, (load_image(out / "pipeline" / "results" / path.name)[0], "through the pipeline"))
         page.pictures(row, "")
 

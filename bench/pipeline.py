@@ -12,7 +12,6 @@ Shapes: C channels, H W pixels.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -27,6 +26,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
 from latentcodec.pixels import labelled_grid, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
+from latentcodec.report.results import print_last_line
 from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import SyntheticSource
 from latentcodec.training.data.crops import centre_crop
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"diffusers alone, on the saved pipeline's VAE, differs by at most {difference:.1e} of a range of 2"
     )
-    print(json.dumps({"images": len(images), "psnr": decibel, "largest_difference_to_diffusers": difference}))
+    print_last_line({"images": len(images), "psnr": decibel, "largest_difference_to_diffusers": difference})
 
 
 def _images(folder: str | None, channels: int) -> list[Tensor]:

@@ -74,11 +74,10 @@ def run(options: argparse.Namespace) -> None:
     data: dict[str, Any] = {
         "bench": "rate_distortion",
         **report.provenance(torch.device(options.device)),
-        "fingerprints": {name: codec.fingerprint for name, codec in codecs.items()},
         "folder": report.short_path(str(options.images)),
         "images": len(images),
         "skipped": [item.reason for item in found.left_out],
-        "codecs": names,
+        "codecs": [{"codec": name, "fingerprint": codec.fingerprint} for name, codec in codecs.items()],
         "curves": curves,
     }
     report.print_table(*table(data))

@@ -125,11 +125,10 @@ def run(options: argparse.Namespace) -> None:
     results = [measure(name, codec, inputs, options.rivals) for name, codec in inputs.codecs.items()]
     data = summary(results, inputs, options)
     report.print_table(*table(data["codecs"]))
-    print(
-        f"\n{len(inputs.images)} images; {inputs.lpips_note}; {inputs.text_note}; KLT fitted on {inputs.klt_note}"
-    )
+    notes = inputs.lpips_note, inputs.text_note, f"KLT fitted on {inputs.klt_note}"
+    print(f"\n{len(inputs.images)} images", *notes, sep="; ")
     report.print_left_out(inputs.left_out)
-    single = {result.name: image_scores(result, inputs.images) for result in results}
+    single = {result.name: image_scores(result, inputs.images, options.images) for result in results}
     shown = compared_crops(
         {r.name: r.codec for r in results},
         {f"KLT {r.latent}": r.klt for r in results},
@@ -288,12 +287,13 @@ def _format_summary(entries: Sequence[dict[str, float]], sizes: Sequence[int]) -
     return {"psnr": sum(entry["psnr"] for entry in entries) / len(entries), "too_large": too_large}
 
 
-def image_scores(result: Result, paths: Sequence[Path]) -> list[dict[str, Any]]:
+def image_scores(result: Result, paths: Sequence[Path], folder: Path) -> list[dict[str, Any]]:
+    """Of each image, by its path below the folder: names alone may be those of several images."""
     pairs = zip(paths, result.scores.images, result.klt_scores.images, strict=True)
     return [
-        {"file": path.name, "group": path.parent.name, **asdict(own), "klt_psnr": klt.psnr}
+        {"file": path.relative_to(folder).as_posix(), "group": path.parent.name, **asdict(own), "klt_psnr": klt.psnr}
         for path, own, klt in pairs
-    ]
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -114,16 +114,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     report.print_threads(use_cores())
     try:
-        report.require_folder(options.out)
-        codec = LatentCodec.from_pretrained(options.codec)
-        f, c = codec.downsampling_factor, codec.latent_channels
-        folder = FolderImages(
-            options.images, codec.image_channels, 2 * max(f, 16)
-        )  # halves hold SSIM's window
-        images = [image for _, image in folder]
-        report.print_left_out(folder.left_out)
+        run(options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"robustness.py: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    report.require_folder(options.out)
+    codec = LatentCodec.from_pretrained(options.codec)
+    f, c = codec.downsampling_factor, codec.latent_channels
+    smallest = 2 * max(f, 16)  # halves hold SSIM's window
+    folder = FolderImages(options.images, codec.image_channels, smallest)
+    images = [image for _, image in folder]
+    report.print_left_out(folder.left_out)
     klt = KLT.fit(images, f, c)
     own, linear = measure(codec, images, f, options.codec), measure(klt, images, f, "its KLT")
     data: dict[str, Any] = {

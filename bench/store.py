@@ -14,7 +14,6 @@ Shapes: c latent channels, h w latent cells.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -29,10 +28,10 @@ import torch
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import write_whole
 from latentcodec.machine import cpu_name, instruction_sets
 from latentcodec.pixels import find_images, from_uint8, load_image, to_uint8
 from latentcodec.quality.metrics import psnr
+from latentcodec.report.results import print_last_line, write_json
 from latentcodec.speed.latent_files import PARQUET_SAMPLE, SHAPE, formats, row_of
 from latentcodec.store.quantize import TORCH, dequantize, quantize
 
@@ -61,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.codec and settings.images:
         result["loss_db"] = losses(LatentCodec.from_pretrained(settings.codec), settings.images)
         print("loss of PSNR in dB:", ", ".join(f"{k} {v:.4f}" for k, v in result["loss_db"].items()))
-    write_whole(settings.out / "store.json", (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result))
+    write_json(result, settings.out / "store.json")
+    print_last_line(result)
 
 
 def measure_formats(folder: Path, latents: Tensor, rounds: int) -> dict[str, dict[str, float]]:

@@ -3,10 +3,10 @@
     python bench/throughput.py --codec CODEC --out FOLDER [--sizes 256 512 --batches 1 4 --dtypes bfloat16]
         [--sides ours "diffusers channels_last" "diffusers compiled" "diffusers tiled" "ONNX Runtime" OpenVINO ncnn]
 
-CODEC is whatever `LatentCodec.from_pretrained` takes, or a JSON file with the configuration of an
-AutoencoderKL, which then gets random weights: time and memory do not depend on their values (`bench/sd.json`
-has Stable Diffusion's size). Prints a table, writes a JSON file and an HTML page with plots, and ends stdout
-with one line of JSON: the same data without single rounds.
+CODEC is whatever `LatentCodec.from_pretrained` takes, or a JSON file with the configuration of a covered class
+(`_class_name`; without it AutoencoderKL), which then gets random weights: time and memory do not depend on their
+values (`bench/sd.json` has Stable Diffusion's size). Prints a table, writes a JSON file and an HTML page with plots,
+and ends stdout with one line of JSON: the same data without single rounds.
 
 All sides hold the same weights and get the same call, `vae.encode(x).latent_dist.mode()` or
 `vae.decode(z).sample`. They are timed in turn, A B C A B C, after a warm-up of each, and a ratio is the median
@@ -15,14 +15,14 @@ the sides there are no ratios. Each begins after a pause, in which the threads o
 matrix product takes its turn too: its best rate is the machine's peak, and the fewest operations that the model
 can be computed with, at that rate, are the floor.
 
-Shapes: B batch, C channels, H W pixels, f downsampling factor, c latent channels.
+Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw latent cells.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -31,9 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
@@ -43,8 +41,20 @@ from latentcodec.report.build import write_result
 from latentcodec.report.pages.throughput import DIRECTIONS, table
 from latentcodec.speed import peers
 from latentcodec.speed.memory import measure_memory
-from latentcodec.speed.sides import NAN, SIDES, Case, Measurement, Results, Setup, call, example, fits, runner
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.speed.operations import fewest_operations
+from latentcodec.speed.sides import (
+    NAN,
+    NOT_OF_CLIPS,
+    SIDES,
+    Case,
+    Measurement,
+    Results,
+    Setup,
+    call,
+    example,
+    fits,
+    runner,
+)
 
 USUAL = ["ours", "diffusers", "diffusers channels_last"]
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product finds the peak rate
@@ -83,11 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     warn_of_emulation(options)
     report.print_threads(use_cores(threads=options.threads))
-    setup = Setup(options.codec, options.device, options.max_memory)
     try:
-        codec = check(setup, options)
+        run(options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"throughput.py: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    setup = Setup(options.codec, options.device, options.max_memory)
+    codec = check(setup, options)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every side
     deadline = math.inf if options.seconds is None else time.perf_counter() + options.seconds
     results, peaks = measure_all(setup, codec, options, deadline)
@@ -122,8 +136,14 @@ def check(setup: Setup, options: argparse.Namespace) -> LatentCodec:
     for side in options.sides:
         if packages := peers.missing(side):
             raise ValueError(f"--sides {side}: install {' '.join(packages)}, or latentcodec[bench]")
+        if codec.family.has_frames and side in NOT_OF_CLIPS:
+            raise ValueError(
+                f"--sides {side}: not for {codec.family.name}, whose networks take clips; leave it out"
+            )
     if min(options.batches) < 1 or options.repeats < 1:
         raise ValueError("--batches and --repeats: at least 1")
+    if options.max_memory is not None and options.max_memory < 1:
+        raise ValueError(f"--max_memory {options.max_memory}: at least 1 byte")
     report.require_folder(options.out)
     return codec
 
@@ -164,8 +184,8 @@ def measure_all(
 
 def measure(
     case: Case,
-    models: dict[str, AutoencoderKL],
-    reference: AutoencoderKL,
+    models: dict[str, Any],
+    reference: Any,
     value: Tensor,
     repeats: int,
     until: float = math.inf,
@@ -216,33 +236,12 @@ def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
 # --- the numbers
 
 
-def operations(config: Mapping[str, Any], case: Case) -> int:
-    """The fewest operations of the model's convolutions and matrix products: 2 for a multiplication and its addition.
-
-    Of the nine taps of a convolution after nearest-neighbour doubling four are enough (`convolutions.py`).
-    """
-    cells = case.size // downsampling_factor(config)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
-        if case.direction == "encode":
-            value = torch.empty(case.batch, config["in_channels"], case.size, case.size)
-        else:
-            value = torch.empty(case.batch, config["latent_channels"], cells, cells)
-    with FlopCounterMode(display=False) as counter:
-        call(vae, case.direction, value)
-    saved = 0
-    if case.direction == "decode":
-        for power, channels in enumerate(reversed(config["block_out_channels"][1:]), start=1):
-            saved += 2 * (9 - 4) * channels**2 * case.batch * (cells << power) ** 2
-    return counter.get_total_flops() - saved
-
-
 def summary(
     codec: LatentCodec, results: Results, peaks: dict[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
     records = []
     for case, measured in results.items():
-        floor = operations(codec.vae.config, case) / peaks[case.dtype]
+        floor = fewest_operations(codec.vae.config, case, codec.family.name) / peaks[case.dtype]
         records += [record(case, side, measured, floor) for side in measured]
     return {
         "bench": "throughput",

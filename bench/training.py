@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.inspection import training_curves
 from latentcodec.report.pages.training import table
 from latentcodec.report.pictures import data_url
+from latentcodec.speed.operations import training_operations
+from latentcodec.vae_config import class_named_in
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by train.mixed_precision
 # Of the square matrices whose fastest product is the peak; on a busy machine only small ones are left in peace.
@@ -56,10 +56,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
-        runs = [read(folder, options.dtype) for folder in options.runs]
-        report.require_folder(options.out)
+        run(options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"training.py: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    runs = [read(folder, options.dtype) for folder in options.runs]
+    report.require_folder(options.out)
     peaks = {dtype: peak_rate(dtype, options.device) for dtype in {run["dtype"] for run in runs}}
     data = summary(runs, peaks, torch.device(options.device))
     report.print_table(*table(data["runs"]))
@@ -128,7 +132,12 @@ def _read(folder: Path, dtype: str | None) -> dict[str, Any]:
         "psnr": scores[-1]["psnr"] if scores else None,
         "ssim": scores[-1]["ssim"] if scores else None,
         "held_out_images": scores[-1]["images"] if scores else 0,
-        "operations_per_image": operations(architecture, data["resolution"], config["model"]["part"]),
+        "operations_per_image": training_operations(
+            architecture,
+            data["resolution"],
+            config["model"]["part"],
+            class_named_in(architecture, str(codec)),
+        ),
         "psnr_curve": [[line["minutes"], line["psnr"]] for line in scores],
         "speed_curve": speed_curve(steps),
         "loss_curves": (training_curves(folder) or {}).get("curves", {}),
@@ -145,23 +154,6 @@ def last_samples(folder: Path) -> str | None:
         return data_url(
             image.crop((0, 0, min(image.width, LARGEST_SAMPLES), min(image.height, LARGEST_SAMPLES)))
         )
-
-
-def operations(architecture: dict[str, Any], resolution: int, part: str) -> int:
-    """Of the convolutions and matrix products of one crop, forward and backward: 2 for a multiply and its add.
-
-    `part` is what is trained: "all", "encoder" or "decoder". Nothing is computed: the tensors have shapes only.
-    """
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(architecture)
-        image = torch.empty(1, architecture["in_channels"], resolution, resolution)
-    vae.requires_grad_(part == "all")
-    if part != "all":
-        getattr(vae, part).requires_grad_(True)
-    with FlopCounterMode(display=False) as counter:
-        latent = vae.encode(image).latent_dist.parameters.chunk(2, dim=1)[0]
-        vae.decode(latent).sample.sum().backward()
-    return int(counter.get_total_flops())
 
 
 def speed_curve(steps: Sequence[dict[str, Any]]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -60,6 +61,24 @@ def test_the_demo_runs_to_its_page_in_either_number_format(clone, tmp_path, dtyp
     assert config["train"]["mixed_precision"] == precision
     speed = json.loads((tmp_path / "demo/throughput.log").read_text().splitlines()[-1])
     assert set(speed["peak_tflops"]) <= {"float32", dtype}
+
+
+def test_the_page_of_pictures_that_come_back_unchanged(tmp_path, monkeypatch):
+    """Their PSNR is infinite, which the last line of a bench writes as null."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "bench/demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "demo", demo)  # dataclasses look their module up
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(demo, "add_pictures", lambda *_: None)
+    entry = {"parameters": 1e6, "psnr": {"mean": None}, "klt_psnr": {"mean": None}}
+    machine = dict.fromkeys(("device", "cpu", "torch", "python", "system"), "x") | {"cores": 2, "threads": 2}
+    scores = {"hardware": machine | {"cpu_instructions": []}, "codecs": [entry] * 2}
+    (tmp_path / "result.json").write_text(json.dumps({"step": 9, "minutes": 2, "psnr": None, "images": 3}))
+    for name in demo.REPORTS:
+        files = {"html": str(tmp_path / name / "a.html")}
+        (tmp_path / f"{name}.log").write_text(json.dumps(scores | {"files": files}))
+    demo.main(["--page", "--out", str(tmp_path)])
+    assert (tmp_path / "demo.html").read_text().count("infinite dB</b>") == 4
 
 
 def test_a_step_that_fails_ends_the_demo_with_what_it_said(tmp_path):

@@ -164,7 +164,6 @@ def _begin(images: TrainingImages, configs: dict[str, Config], options: argparse
         "data_picture": webp(tiles(shown.x[:64], 8)),
         "data_power": radial_power(shown.x).tolist(),
         "variance": shown.x.var(0, unbiased=False).sum().item(),
-        "map_grid": 15,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the measures of a latent space mean: eleven rules, and three headlines that they add up to.
+"""What the measures of a latent space mean: rules, and three headlines that they add up to.
 
 A rule looks at measures and says what is wrong, with the number, its limit and the configuration key that cures it.
 What that means depends on what the codec is for, which `TABLE` says; a headline's level is the worst of its reasons,
@@ -247,7 +247,7 @@ def _not_normalised(measures: Measures, channels: Channels) -> Finding | None:
         f"{len(shifted)} a mean off zero; channel {worst['name']} has mean {worst['mean']:+.2f}, deviation "
         f"{worst['std']:.2f}."
     )
-    cure = "finish.normalise: whitened, and more statistics_images"
+    cure = "finish.normalise: whitened, and a larger train.statistics_images"
     return Finding("not_normalised", text, "std", worst["std"], None, cure)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from latentcodec.report.page import LEVELS
 from latentcodec.report.pages.inspection import TITLES
-from latentcodec.report.results import number
+from latentcodec.report.results import decibels, number, signed
 
 METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
@@ -49,7 +49,7 @@ def evaluation_block(data: Mapping[str, Any]) -> str:
 
 def _reconstruction(data: Mapping[str, Any]) -> str:
     rows = [
-        f"| {e['codec']} | {e['latent']} | {number(e['psnr']['mean'], 2)} | {e['psnr_over_klt']:+.2f} | "
+        f"| {e['codec']} | {e['latent']} | {decibels(e['psnr']['mean'])} | {signed(e['psnr_over_klt'], 2)} | "
         f"{number(e['ssim']['mean'], 4)} | {number(e['lpips']['mean'], 4)} |"
         for e in data["codecs"]
     ]
@@ -72,7 +72,7 @@ def _inspection(data: Mapping[str, Any]) -> str:
     lines = [
         "## Latents",
         "",
-        f"OpenedImages at on {data['measures']['images']} images of {data['folder']}.",
+        f"Judged by `latentcodec inspect` on {data['measures']['images']} images of {data['folder']}.",
         "",
     ]
     for key, verdict in data["verdicts"].items():

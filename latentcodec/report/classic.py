@@ -8,7 +8,7 @@ Shapes: N images, C channels, H W pixels, c numbers of a latent.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +55,6 @@ class Shown:
     """[N] int64."""
     train: Tensor
     """[N', C, H, W]: some that were trained on."""
-    label_names: list[str] = field(default_factory=list)
 
 
 def look(codec: RawCodec, shown: Shown, views: Views) -> dict[str, Any]:

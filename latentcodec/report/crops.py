@@ -15,6 +15,7 @@ from latentcodec.pixels import load_image
 from latentcodec.quality import image_codecs
 from latentcodec.quality.metrics import Codec, reconstruct
 from latentcodec.report.pictures import webp
+from latentcodec.report.results import decibels
 
 WINDOW, SMALL_WINDOW = (
     192,
@@ -56,7 +57,11 @@ def compared_crops(
             pictures[f"{i} {name}"] = webp(image[0, :, rows, columns])
             choices.append({"label": name, "picture": f"{i} {name}"})
         viewer.append(
-            {"label": f"{word}: {paths[i].name}, {psnrs[0][i]:.1f} dB", "image": i, "choices": choices}
+            {
+                "label": f"{word}: {paths[i].name}, {decibels(psnrs[0][i], 1)} dB",
+                "image": i,
+                "choices": choices,
+            }
         )
     return {"viewer": viewer, "pictures": pictures}
 

@@ -5,8 +5,6 @@ Shapes: N images, C channels, H W pixels, c latent channels, h w latent cells, f
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.pixels import UnreadableImage, find_images, load_image, to_uint8
+from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.quality import image_codecs
 from latentcodec.quality import latent_measures as latents
 from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, no_progress
 from latentcodec.quality.health import Health, Windows, cut_windows, measure_health, passes
@@ -154,14 +152,16 @@ def _image_rows(looked: OpenedImages, windows: Windows) -> list[dict[str, Any]]:
 def _compared(
     windows: Windows, klt: KLT, rows: Sequence[dict[str, Any]], beside: tuple[str, LatentCodec] | None
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Worst, median and best image: original, codec, another one, KLT and JPEG with as many bits as 8-bit latents."""
+    """Worst, median and best image: original, codec, another one, KLT, and JPEG of no more bits than 8-bit latents.
+
+    Where no JPEG is so small, that of the lowest quality, whose label says that it is larger.
+    """
     order = sorted(range(len(rows)), key=lambda i: rows[i]["psnr_db"])
     picked = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
     pictures, samples = {}, []
     for word, i in picked.items():
         x = windows.x[i]
         linear = klt.decode(klt.encode(x[None]), (x.shape[-2], x.shape[-1]))[0]
-        bits = windows.mean[i].numel() * 8
         choices = [
             ("original", webp(x)),
             ("codec", webp(windows.y[i])),
@@ -170,8 +170,10 @@ def _compared(
         if beside is not None:
             choices.insert(2, (short_path(beside[0]), webp(reconstruct(beside[1], x[None])[0])))
         if len(x) in (1, 3) and x[0].numel() >= 64**2:
-            picture, size = jpeg(x, bits // 8)
-            choices.append((f"JPEG, {size / 1024:.1f} KiB", picture))
+            most_bytes = windows.mean[i].numel()  # 8 bits each
+            jpeg = image_codecs.code(x[None], "JPEG", most_bytes)
+            larger = "" if jpeg.size <= most_bytes else f", {jpeg.size / most_bytes:.1f} x the latent"
+            choices.append((f"JPEG, {jpeg.size / 1024:.1f} KiB{larger}", webp(jpeg.image[0])))
         for label, picture in choices:
             pictures[f"{i} {label}"] = picture
         samples.append(
@@ -182,23 +184,6 @@ def _compared(
             }
         )
     return pictures, samples
-
-
-def jpeg(x: Tensor, most_bytes: int) -> tuple[str, int]:
-    """x [C, H, W] as the data URL of the best JPEG of at most so many bytes, or the worst there is, and its bytes."""
-    image = Image.fromarray(to_uint8(x).permute(1, 2, 0).squeeze(-1).numpy())
-    low, high, best = 1, 96, b""
-    while low < high:
-        middle = (low + high) // 2
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=middle, optimize=True)
-        if len(buffer.getvalue()) <= most_bytes or not best:
-            best = buffer.getvalue()
-        if len(buffer.getvalue()) <= most_bytes:
-            low = middle + 1
-        else:
-            high = middle
-    return "data:image/jpeg;base64," + base64.b64encode(best).decode(), len(best)
 
 
 def _strips(codec: Inspectable, windows: Windows, health: Health, i: int) -> list[dict[str, Any]]:

@@ -182,6 +182,20 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def decibels(value: float | None, digits: int = 2) -> str:
+    """A PSNR for a table or a sentence, without its unit.
+
+    "infinite" where a picture came back unchanged, or where one did among those of a mean: infinity itself, or None,
+    which is what JSON has for it.
+    """
+    return "infinite" if value is None or math.isinf(value) else number(value, digits)
+
+
+def signed(value: float | None, digits: int) -> str:
+    """A difference for a table, with its sign; "-" where one of the two sides is infinite, so that there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:+.{digits}f}"
+
+
 def numeric_columns(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
     """Which columns hold only numbers, with or without a unit behind them."""
     return [all(re.match(r"[-+\u2212]?(\d|inf|$)", row[i]) for row in rows) for i in range(columns)]

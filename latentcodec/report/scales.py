@@ -2,7 +2,7 @@
 
 Published values are those of arXiv:2606.03578 (f16d32) and, for Stable Diffusion's rate, of its posterior variance of
 about 1e-8. The others were measured by `quality/health.py` on windows of 256 pixels: KLTs on 40 photographs that they
-were fitted to, bundled codecs on 100.
+were fitted to, bundled codecs on 100. A bundled codec is named with its date: the name without it changes its weights.
 
 The limits are those of `quality/verdicts.py`.
 """
@@ -53,7 +53,7 @@ SCALES: dict[str, Scale] = {
         marks=(
             ("best published f16d32", 0.04),
             ("conv f16d32", 0.42),
-            ("photo-f8c4", 0.44),
+            ("photo-f8c4-2026-11-26", 0.44),
             ("KLT f8c16", 0.68),
             ("white noise", 0.87),
         ),
@@ -62,12 +62,12 @@ SCALES: dict[str, Scale] = {
         "noise that costs 1 dB, deviations",
         "A generator's latents are never exact; what the decoder bears of that.",
         0.01, 1.0, limits.SMALLEST_NOISE_BORNE, True, 3, logarithmic=True,
-        marks=(("KLT f8c16", 0.053), ("photo-f8c4", 0.096), ("KLT f8c4", 0.105)),
+        marks=(("KLT f8c16", 0.053), ("photo-f8c4-2026-11-26", 0.096), ("KLT f8c4", 0.105)),
     ),
     "rate_bits": Scale(
         "rate, bits an element",
         "Free of scale. Above the limit nothing lies between the codes, which only sampling from N(0, I) minds.",
-        0.0, 20.0, limits.LARGEST_RATE, False, 1, marks=(("photo-f8c4", 10.0), ("Stable Diffusion 1", 15.0)),
+        0.0, 20.0, limits.LARGEST_RATE, False, 1, marks=(("photo-f8c4-2026-11-26", 10.0), ("Stable Diffusion 1", 15.0)),
     ),
     "signal_share": Scale(
         "signal in the most informed channel",
@@ -88,13 +88,13 @@ SCALES: dict[str, Scale] = {
         "draws within three deviations",
         "Heavy tails hurt the noise schedule and 8 bits.",
         0.96, 1.0, limits.SMALLEST_WITHIN_3, True, 1, True,
-        marks=(("KLT f8c16", 0.977), ("photo-f8c4", 0.989), ("normal", 0.9973)),
+        marks=(("KLT f8c16", 0.977), ("photo-f8c4-2026-11-26", 0.989), ("normal", 0.9973)),
     ),
     "int8_loss_db": Scale(
         "cost of 8 bits, dB",
         "Latents rounded to 256 levels, a scale for each channel of an image.",
         0.0, 0.1, limits.LARGEST_INT8_LOSS, False, 3,
-        marks=(("photo-f8c4", 0.003), ("KLT f8c16", 0.007)),
+        marks=(("photo-f8c4-2026-11-26", 0.003), ("KLT f8c16", 0.007)),
     ),
     "dead_share": Scale(
         "dead channels",

@@ -5,13 +5,12 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from latentcodec.speed import peers
 from latentcodec.speed.sides import NAN, Case, Results, Setup, call, fits
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.families import Config, Family, family_of
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # where Linux resets the peak of a process; others do not
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -51,7 +50,8 @@ def in_a_fresh_process(setup: Setup, side: str, cases: Sequence[Case]) -> list[t
             vae = setup.vae(side, cases[0].dtype)
             if not fits(side, vae, cases[0]):
                 return []
-            peers.export(side, vae, cases[0].direction, inputs(vae.config, cases[0]), Path(folder))
+            example = inputs(family_of(vae), vae.config, cases[0])
+            peers.export(side, vae, cases[0].direction, example, Path(folder))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             arguments = setup, side, cases, torch.get_num_threads(), folder
             try:
@@ -76,7 +76,9 @@ def peak_bytes(
             return [(NAN, NAN)] * len(cases)
         # glibc keeps much of what is freed, which would be counted; so it returns it to the system at once.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    config = setup.codec(cases[0].dtype).vae.config
+    vae = setup.codec(cases[0].dtype).vae
+    family, config = family_of(vae), vae.config
+    del vae  # before memory is looked at
     forget_peak(device)
     before = memory_in_use(device)
     if side in peers.SIDES:
@@ -87,13 +89,13 @@ def peak_bytes(
         runs = {case: partial(call, vae, case.direction) for case in cases if fits(side, vae, case)}
     dtype = getattr(torch, cases[0].dtype)
     for case, run in runs.items():
-        small = case if side in peers.SIDES else replace(case, size=32 * downsampling_factor(config), batch=1)
-        run(inputs(config, small).to(device, dtype))
+        small = case if side in peers.SIDES else replace(case, size=32 * family.raw_factor(config), batch=1)
+        run(inputs(family, config, small).to(device, dtype))
     forget_peak(device)
     start = memory_in_use(device)
     peaks = []
     for case in cases:
-        value = inputs(config, case).to(device, dtype)
+        value = inputs(family, config, case).to(device, dtype)
         forget_peak(device)
         if case in runs:
             runs[case](value)
@@ -102,12 +104,9 @@ def peak_bytes(
     return peaks
 
 
-def inputs(config: Mapping[str, Any], case: Case) -> Tensor:
-    """Random images, or latents, of a case."""
-    f = downsampling_factor(config)
-    if case.direction == "encode":
-        return torch.rand(case.batch, config["in_channels"], case.size, case.size)
-    return torch.rand(case.batch, config["latent_channels"], case.size // f, case.size // f)
+def inputs(family: Family, config: Config, case: Case) -> Tensor:
+    """Random images, or raw latents, of a case."""
+    return torch.rand(case.shape(family, config))
 
 
 def forget_peak(device: torch.device) -> None:

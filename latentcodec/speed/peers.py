@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 Runner = Callable[[Tensor], Tensor]
@@ -43,7 +42,7 @@ def missing(side: str) -> list[str]:
 class Direction(nn.Module):
     """One direction of a VAE as a network of its own."""
 
-    def __init__(self, vae: AutoencoderKL, direction: str) -> None:
+    def __init__(self, vae: Any, direction: str) -> None:
         super().__init__()
         self.vae, self.direction = vae, direction
 
@@ -56,7 +55,7 @@ class Direction(nn.Module):
         return result
 
 
-def runner(side: str, vae: AutoencoderKL, direction: str, example: Tensor) -> Runner:
+def runner(side: str, vae: Any, direction: str, example: Tensor) -> Runner:
     """`vae` (diffusers' own class, float32, on a CPU) in `direction`, for inputs of the example's shape."""
     with tempfile.TemporaryDirectory() as folder:
         export(side, vae, direction, example, Path(folder))
@@ -64,7 +63,7 @@ def runner(side: str, vae: AutoencoderKL, direction: str, example: Tensor) -> Ru
 
 
 @torch.no_grad()
-def export(side: str, vae: AutoencoderKL, direction: str, example: Tensor, folder: Path) -> None:
+def export(side: str, vae: Any, direction: str, example: Tensor, folder: Path) -> None:
     """Write what `load` reads."""
     network = Direction(vae, direction).eval()
     with warnings.catch_warnings(

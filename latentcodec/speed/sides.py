@@ -1,8 +1,8 @@
 """What `bench/throughput.py` compares: ours, diffusers' own class in several settings, and other runtimes, by one call.
 
-Every side starts from the same float32 weights.
+Every side starts from the same float32 weights, of any covered class.
 
-Shapes: B batch, C channels, H W pixels, f downsampling factor, c latent channels.
+Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw latent cells.
 """
 
 import json
@@ -10,17 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentcodec.adopt import build, optimize_vae
+from latentcodec.adopt import build, optimize_vae, stock_copy
 from latentcodec.codec import LatentCodec
 from latentcodec.speed import peers
-from latentcodec.vae.networks import downsampling_factor
+from latentcodec.vae.families import SAME_UNLESS_GIVEN, Config, Family, family_of
+from latentcodec.vae_config import check_config, class_named_in
 
 SIDES = {
     "ours": "optimize_vae(codec.vae); on GPUs with channels_last weights",
@@ -32,6 +33,9 @@ SIDES = {
 }
 NAN = float("nan")
 MAPS_AT_ONCE = 3  # of the widest layer, that diffusers holds: input, norm and activation
+MAPS_OF_CLIPS = 14  # measured: 8 to 13, with zero frames before an image and what is kept for a next one
+NOT_OF_CLIPS = {"diffusers compiled", *peers.SIDES}
+"""Sides that Qwen-Image's and Wan's classes do not have: what they keep between frames is no part of a fixed graph."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class Case:
     @property
     def megapixels(self) -> float:
         return self.batch * self.size**2 / 1e6
+
+    def shape(self, family: Family, config: Config) -> tuple[int, int, int, int]:
+        """[B, C, H, W] of the images that are encoded, or [B, s, h, w] of the raw latents that are decoded."""
+        if self.direction == "encode":
+            return self.batch, family.image_channels(config), self.size, self.size
+        cells = self.size // family.raw_factor(config)
+        return self.batch, family.raw_channels(config), cells, cells
 
 
 @dataclass
@@ -75,29 +86,28 @@ class Setup:
 
     def codec(self, dtype: str) -> LatentCodec:
         """Raises `ValueError` or `OSError` naming what cannot be loaded."""
-        model: str | AutoencoderKL = self.source
+        model: Any = self.source
         if self.source.endswith(".json"):
             try:
                 config = json.loads(Path(self.source).read_text())
             except ValueError as error:
                 raise ValueError(f"{self.source}: not a JSON file ({error})") from error
+            arguments = check_config(config, self.source)
             torch.manual_seed(0)  # every process draws the same weights
-            model = build(config)
+            model = build(arguments, class_named_in(config, self.source))
         return LatentCodec.from_pretrained(model, device=self.device, dtype=getattr(torch, dtype))
 
-    def vae(self, side: str, dtype: str) -> AutoencoderKL:
+    def vae(self, side: str, dtype: str) -> Any:
         """A model in evaluation, for other runtimes the one that they are exported from."""
         if side == "ours":
-            vae = optimize_vae(self.codec(dtype).vae, self.max_memory or "auto")
+            bound = "auto" if self.max_memory is None else self.max_memory
+            vae = optimize_vae(self.codec(dtype).vae, bound)
             if self.device == "cuda":  # where weights are read anew at each call, and these need no copy
-                vae.to(memory_format=torch.channels_last)
+                _order_channels_last(vae)
             return vae
-        ours = self.codec("float32").vae
-        vae = AutoencoderKL.from_config(ours.config)
-        vae.load_state_dict(ours.state_dict())
-        vae.to(self.device).type(getattr(torch, dtype)).eval()  # .to(dtype) warns of modules it does not have
+        vae = stock_copy(self.codec("float32").vae, getattr(torch, dtype))
         if side != "diffusers" and side not in peers.SIDES:
-            vae.to(memory_format=torch.channels_last)
+            _order_channels_last(vae)
         if side == "diffusers tiled":
             vae.enable_tiling()
         if side == "diffusers compiled":
@@ -108,24 +118,43 @@ class Setup:
         return vae
 
 
+def _order_channels_last(vae: nn.Module) -> None:
+    """In memory only. Of modules with two- and three-dimensional weights torch's own `to` refuses this."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for weight in vae.parameters():
+        if weight.ndim in formats:
+            weight.data = weight.data.to(memory_format=formats[weight.ndim])
+
+
 Results = dict[Case, dict[str, Measurement]]
 """By case and side."""
 
 
-def fits(side: str, vae: AutoencoderKL, case: Case) -> bool:
+def fits(side: str, vae: Any, case: Case) -> bool:
     """Whether a side's feature maps fit into the free memory; asked first, since Linux ends who asks for too much."""
     if side in ("ours", "diffusers tiled"):
         return True
     if side in peers.SIDES and (case.dtype != "float32" or vae.device.type != "cpu"):
         return False  # they compute in float32 on CPUs
-    widths = vae.config.block_out_channels
-    channels = widths[0] if case.direction == "encode" else max(widths[:2])
-    needed = MAPS_AT_ONCE * channels * case.batch * case.size**2 * vae.dtype.itemsize
+    family = family_of(vae)
+    maps = MAPS_OF_CLIPS if family.has_frames else MAPS_AT_ONCE
+    pixels = case.batch * (case.size // family.patch(vae.config)) ** 2
+    needed = maps * _widest(family, vae.config, case.direction) * pixels * vae.dtype.itemsize
     free = torch.cuda.mem_get_info()[0] if vae.device.type == "cuda" else psutil.virtual_memory().available
     return needed < free
 
 
-def runner(side: str, vae: AutoencoderKL, case: Case, value: Tensor) -> Callable[[Tensor], Tensor]:
+def _widest(family: Family, config: Config, direction: str) -> int:
+    """Channels of the widest map at the resolution that the network's first or last layers have."""
+    if direction == "encode":
+        return family.widths(config)[0]
+    own = {
+        same: config[key] for key, same in SAME_UNLESS_GIVEN.items() if config.get(key)
+    }  # decoder's widths
+    return max(family.widths({**config, **own})[:2])
+
+
+def runner(side: str, vae: Any, case: Case, value: Tensor) -> Callable[[Tensor], Tensor]:
     """The call of a side in a case, for inputs like `value`."""
     if side in peers.SIDES:
         return peers.runner(side, vae, case.direction, value)
@@ -133,21 +162,28 @@ def runner(side: str, vae: AutoencoderKL, case: Case, value: Tensor) -> Callable
 
 
 @torch.no_grad()
-def call(vae: AutoencoderKL, direction: str, value: Tensor) -> Tensor:
-    """What a pipeline does: images to the posterior's mode, or latents to images."""
-    return vae.encode(value).latent_dist.mode() if direction == "encode" else vae.decode(value).sample
+def call(vae: Any, direction: str, value: Tensor) -> Tensor:
+    """What a pipeline does: images [B, C, H, W] to the posterior's mode [B, s, h, w], or raw latents to images.
+
+    To Qwen-Image's and Wan's classes an image is a clip of one frame.
+    """
+    has_frames = family_of(vae).has_frames
+    given = value[:, :, None] if has_frames else value
+    result = vae.encode(given).latent_dist.mode() if direction == "encode" else vae.decode(given).sample
+    return result[:, :, 0] if has_frames else result
 
 
-def example(case: Case, reference: AutoencoderKL) -> Tensor:
-    """Soft blots [B, C, H, W] in [-1, 1], or their latents: nearer to photographs than noise would be.
+def example(case: Case, reference: Any) -> Tensor:
+    """Soft blots [B, C, H, W] in [-1, 1], or their raw latents [B, s, h, w]: nearer to photographs than noise would be.
 
     The latents are those of a small picture, resized, because a large one might not fit into memory.
     """
-    f = downsampling_factor(reference.config)
-    size = case.size if case.direction == "encode" else min(case.size, 16 * f)
-    shape = case.batch, reference.config.in_channels, 8, 8
+    family, config = family_of(reference), reference.config
+    small = min(case.size, 16 * family.raw_factor(config))
+    size = case.size if case.direction == "encode" else small
+    shape = case.batch, family.image_channels(config), 8, 8
     blots = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(reference.device)
     x = F.interpolate(blots, size=(size, size), mode="bilinear") * 2 - 1
     if case.direction == "encode":
         return x
-    return F.interpolate(call(reference, "encode", x), size=(case.size // f, case.size // f), mode="bilinear")
+    return F.interpolate(call(reference, "encode", x), size=case.shape(family, config)[2:], mode="bilinear")

@@ -237,7 +237,7 @@ class Journal:
             "",
             f"- {step} steps of {self._batch} crops of "
             f"{data.resolution} x {data.resolution}, {seconds / 60:.0f} minutes, on: "
-            + (data.path or "the built-in drawn pictures"),
+            + (data.path or f"the built-in drawn {data.drawn}"),
             "- all settings: `config.yaml` beside the run's `metrics.jsonl`",
         ]
         if evaluation is not None:

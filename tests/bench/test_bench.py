@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
@@ -25,6 +26,11 @@ from latentcodec.report.page import Page
 from latentcodec.report.pages.throughput import headline
 from latentcodec.report.plots import INK, plot_style
 from latentcodec.speed import memory
+from latentcodec.speed.operations import fewest_operations
+from latentcodec.vae.families import family_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
+from small_vaes import SMALL, small_vae
 
 BENCH = Path(__file__).parents[2] / "bench"
 CONFIG = {
@@ -71,6 +77,18 @@ def codec_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LatentCodec(build(CONFIG)).save_pretrained(folder)
     return folder
+
+
+def save_white(place: Path, side: int = 32) -> tuple[str, str]:
+    """A codec whose every picture is white, and a folder of white pictures, which come back unchanged."""
+    vae = build(CONFIG)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.zero_()
+        vae.decoder.conv_out.bias.fill_(2)
+    LatentCodec(vae).save_pretrained(place / "white")
+    for i in range(2):
+        save_image(torch.ones(3, side, side + i), place / "images" / f"{i}.png")
+    return str(place / "white"), str(place / "images")
 
 
 @pytest.fixture
@@ -210,6 +228,39 @@ def test_reconstruction_measures_what_the_evaluator_measures(
     assert write_page(written, tmp_path / "out", Path(printed["files"]["html"]).stem).read_text() == page
 
 
+def test_pictures_of_one_name_in_two_folders_are_told_apart(reconstruction, codec_folder, tmp_path, capsys):
+    for folder in "ab":
+        save_image(torch.rand(3, 20, 20) * 2 - 1, tmp_path / "images" / folder / "1.png")
+    arguments = ["--codec", str(codec_folder), "--images", str(tmp_path / "images"), "--out", str(tmp_path)]
+    reconstruction.main([*arguments, "--lpips_net", "none", "--rivals"])
+    files = last_line(capsys.readouterr().out)["files"]
+    (rows,) = json.loads(Path(files["json"]).read_text())["images"].values()
+    assert [row["file"] for row in rows] == ["a/1.png", "b/1.png"]
+    page = Path(files["html"]).read_text()
+    assert "a/1.png" in page
+    assert "b/1.png" in page
+
+
+def test_pictures_that_come_back_unchanged_have_a_page(
+    reconstruction, codec_folder, tmp_path, capsys, monkeypatch
+):
+    """Their PSNR is infinite, which JSON cannot hold."""
+    monkeypatch.setattr(reconstruction, "use_cores", lambda: 1)
+    codec, images = save_white(tmp_path)
+    arguments = ["--images", images, "--out", str(tmp_path), "--lpips_net", "none"]
+    reconstruction.main(["--codec", codec, *arguments])
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[2:7] == ["infinite", "-", "infinite", "-", "1.0000"]
+    assert last_line(out)["codecs"][0]["psnr"]["mean"] is None
+    page = Path(last_line(out)["files"]["html"]).read_text()
+    assert "infinite dB</b>" in page
+    assert "from infinite to infinite dB" in page
+    assert re.search(r"best: \d.png, infinite dB", page)
+    reconstruction.main(["--codec", str(codec_folder), codec, *arguments, "--rivals"])
+    page = Path(last_line(capsys.readouterr().out)["files"]["html"]).read_text()
+    assert "f2c3: - against the KLT" in page
+
+
 @pytest.mark.slow
 def test_damaged_and_tiny_images_are_skipped_and_listed(
     reconstruction, codec_folder, image_folder, tmp_path, capsys
@@ -310,6 +361,20 @@ def test_a_folder_of_damaged_images_is_refused(reconstruction, codec_folder, tmp
         reconstruction.main([*arguments, "--lpips_net", "none"])
 
 
+# --- what all have
+
+
+def test_the_document_names_the_benches_that_print_or_write_less_than_the_others():
+    paragraph = (BENCH.parent / "docs/measure.md").read_text().split("\n\n")[1]
+    sources = {path.stem: path.read_text() for path in BENCH.glob("*.py") if path.stem != "demo"}
+    less = {
+        name
+        for name, text in sources.items()
+        if "write_result(" not in text or not re.search(r"print_last_line\(|print\(json.dumps\(", text)
+    }
+    assert set(re.findall(r"`(\w+)\.py`", paragraph)) == less
+
+
 # --- pipeline
 
 
@@ -329,15 +394,79 @@ def test_pictures_that_a_pipeline_cannot_take_are_left_out_and_none_is_an_error(
     assert len(pipeline._images("~", channels=3)) == 1
 
 
+def test_the_line_of_a_pipeline_that_changes_nothing_is_json(tmp_path, capsys, monkeypatch):
+    codec, images = save_white(tmp_path, 32)
+    pipeline = script("pipeline")
+    monkeypatch.setattr(pipeline, "use_cores", lambda: 1)
+    monkeypatch.setattr(pipeline, "SIDE", 32)
+    pipeline.main(["--codec", codec, "--images", images, "--out", str(tmp_path / "out")])
+    assert last_line(capsys.readouterr().out)["psnr"] is None
+
+
 # --- throughput
 
 
 @pytest.mark.parametrize(("direction", "billions"), [("encode", 558.3), ("decode", 1064.0)])
 def test_operations_are_those_counted_by_hand_for_stable_diffusion(throughput, direction, billions):
-    operations = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 1))
+    operations = fewest_operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 1))
     assert operations / 2e9 == pytest.approx(billions, abs=0.05)
-    doubled = throughput.operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 2))
+    doubled = fewest_operations(SD_CONFIG, throughput.Case(direction, "float32", 512, 2))
     assert doubled == 2 * operations
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_operations_are_those_of_diffusers_own_class_without_the_needless_taps(throughput, name):
+    """An image meets one of three temporal taps, a doubled map four of nine."""
+    kind, config = SMALL[name]
+    with torch.device("meta"):
+        vae = kind(**config)
+    needless = []
+
+    def note(layer: str, conv: torch.nn.Module, output: torch.Tensor) -> None:
+        share = 1.0 / (conv.weight.shape[2] if conv.weight.ndim == 5 else 1)
+        share *= 4 / 9 if "upsample" in layer else 1
+        needless.append(2 * output.numel() * conv.weight[0].numel() * (1 - share))
+
+    for layer, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.register_forward_hook(lambda conv, _, output, layer=layer: note(layer, conv, output))
+    for direction in ("encode", "decode"):
+        case = throughput.Case(direction, "float32", 64, 2)
+        value = torch.empty(case.shape(family_of(vae), vae.config), device="meta")
+        needless.clear()
+        with FlopCounterMode(display=False) as counter:
+            throughput.call(vae, direction, value)
+        expected = counter.get_total_flops() - sum(needless)
+        assert fewest_operations(vae.config, case, kind.__name__) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["flux2-small-decoder", "qwen-deep", "wan22"])
+def test_every_covered_class_is_measured(throughput, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "use_cores", lambda threads: 1)
+    monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})
+    LatentCodec(small_vae(name)).save_pretrained(tmp_path / "codec")
+    small = ["--sizes", "32", "--batches", "2", "--dtypes", "float32", "--repeats", "1", "--device", "cpu"]
+    arguments = ["--codec", str(tmp_path / "codec"), "--out", str(tmp_path), *small]
+    throughput.main([*arguments, "--no_memory"])
+    records = last_line(capsys.readouterr().out)["results"]
+    assert len(records) == 2 * 3
+    assert all(record["max_error"] < 1e-4 for record in records)
+    assert all(record["time_over_ours"] > 0 for record in records)
+    if name != "flux2-small-decoder":
+        with pytest.raises(SystemExit, match=r"--sides diffusers compiled: not for AutoencoderKL\w+, whose"):
+            throughput.main([*arguments, "--sides", "diffusers compiled"])
+
+
+@pytest.mark.parametrize("name", ["flux2-small-decoder", "wan22"])
+def test_a_configuration_file_may_be_of_any_covered_class(throughput, name, tmp_path):
+    kind, config = SMALL[name]
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(config | {"_class_name": kind.__name__}))
+    setup = throughput.Setup(str(file), "cpu", None)
+    assert type(setup.codec("float32").vae) is type(setup.vae("diffusers", "float32")) is kind
+    vae = setup.codec("float32").vae
+    images = memory.inputs(family_of(vae), vae.config, throughput.Case("encode", "float32", 32, 2))
+    assert images.shape == (2, 3, 32, 32)
 
 
 def test_all_sides_hold_the_same_weights_and_ours_equals_diffusers(throughput, codec_folder):
@@ -414,6 +543,7 @@ def test_peak_memory_counts_the_activations_and_not_the_weights(throughput, code
         ({"--codec": str(BENCH / "throughput.py")}, r"throughput\.py"),
         ({"--sizes": "33"}, "--sizes 33: not a multiple of the codec's 2"),
         ({"--repeats": "0"}, "--repeats"),
+        ({"--max_memory": "0"}, "--max_memory 0"),
     ],
 )
 def test_throughput_names_what_it_cannot_use(throughput, codec_folder, tmp_path, changed, message):
@@ -421,6 +551,14 @@ def test_throughput_names_what_it_cannot_use(throughput, codec_folder, tmp_path,
     with pytest.raises(SystemExit, match=f"^throughput.py: .*{message}"):
         throughput.main([text for pair in arguments.items() for text in pair])
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_for_ours_is_one_line(throughput, codec_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "use_cores", lambda threads: 1)
+    small = ["--sizes", "32", "--batches", "1", "--dtypes", "float32", "--device", "cpu"]
+    arguments = ["--codec", str(codec_folder), "--out", str(tmp_path), *small, "--max_memory", "1000"]
+    with pytest.raises(SystemExit, match=r"^throughput.py: max_memory 1,000 bytes is too little .* needs"):
+        throughput.main(arguments)
 
 
 def test_a_configuration_file_with_an_unknown_key_is_refused_by_name(throughput, tmp_path):

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from test_bench import BENCH, CONFIG, last_line, references, script
+from test_bench import BENCH, CONFIG, last_line, references, save_white, script
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec
+from latentcodec.finite import NotFinite
 from latentcodec.pixels import save_image
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import evaluate
@@ -62,6 +63,33 @@ def test_halved_latents_of_a_linear_transform_lose_as_much_as_averaging_its_coef
     assert scores["half-size latents"] < scores["half-size image"]
     assert scores["noise 0.05"] > scores["noise 0.1"] > scores["noise 0.4"]
     assert evaluate(klt, images).mean("psnr") == scores["none"]
+
+
+def test_what_goes_wrong_after_the_images_were_read_is_one_line(robustness, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "use_cores", lambda: 1)
+    codec, images = save_white(tmp_path)
+    arguments = ["--codec", codec, "--images", images, "--out", str(tmp_path)]
+
+    def refuse(*_):
+        raise NotFinite("NaN")
+
+    monkeypatch.setattr(robustness, "evaluate", refuse)
+    with pytest.raises(SystemExit, match=r"^robustness.py: NaN"):
+        robustness.main(arguments)
+
+
+def test_pictures_that_come_back_unchanged_have_a_page(robustness, tmp_path, capsys, monkeypatch):
+    """Their PSNR is infinite: there is no change of it to speak of."""
+    monkeypatch.setattr(robustness, "use_cores", lambda: 1)
+    codec, images = save_white(tmp_path)
+    robustness.main(["--codec", codec, "--images", images, "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split() == ["none", "infinite", "-", "infinite", "-"]
+    printed = last_line(out)
+    assert printed["psnr"]["int8"] is None
+    page = (tmp_path / printed["files"]["html"].split("/")[-1]).read_text()
+    assert "from infinite dB without" in page
+    assert "no number, since a picture came back unchanged" in page
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from test_bench import script
+from test_bench import last_line as strict_last_line
+from test_bench import save_white, script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 from stores import tiny_codec, write_pictures
@@ -23,6 +24,14 @@ def test_the_store_beside_its_rivals(tmp_path, capsys):
     assert formats["store int8"]["bytes_per_item"] < formats["store float16"]["bytes_per_item"]
     assert all(figures["write_items_per_second"] > 0 for figures in formats.values())
     assert json.loads((tmp_path / "store.json").read_text())["formats"] == formats
+
+
+def test_a_loss_of_pictures_that_come_back_unchanged_is_null(tmp_path, capsys):
+    codec, images = save_white(tmp_path)
+    arguments = ["--items", "16", "--rounds", "1", "--codec", codec, "--images", images]
+    script("store").main(["--out", str(tmp_path), *arguments])
+    assert strict_last_line(capsys.readouterr().out)["loss_db"]["int8"] is None
+    strict_last_line((tmp_path / "store.json").read_text().replace("\n", ""))
 
 
 def test_decoding_and_encoding_together(tmp_path, capsys):

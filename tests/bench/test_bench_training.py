@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,14 @@ import yaml
 from diffusers import AutoencoderKL
 from small_runs import small, start, train, write_images
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentcodec.codec import LatentCodec
+from latentcodec.speed.operations import training_operations
+from latentcodec.vae.families import family_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
+from small_vaes import SMALL, small_vae
 
 SCRIPT = Path(__file__).parents[2] / "bench/training.py"
 ARCHITECTURE = {
@@ -101,7 +110,25 @@ def test_the_operations_are_those_of_every_convolution_forward_and_backward(trai
         "decoder": both + 2 * sum(decoder.values()) - 2 * decoder["0"] - decoder["1.conv_in"],
         "encoder": both + 2 * sum(encoder.values()) - first - quant + sum(decoder.values()),
     }
-    assert training.operations(ARCHITECTURE, 32, part) == expected[part]
+    assert training_operations(ARCHITECTURE, 32, part) == expected[part]
+
+
+@pytest.mark.parametrize("name", ["flux2-small-decoder", "qwen", "qwen21"])
+def test_a_run_of_every_covered_class_is_read(training, name, tmp_path):
+    """Diffusers' own class costs as much, with three temporal taps more, since only one of them meets an image."""
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+    vae = small_vae(name)
+    LatentCodec(vae).save_pretrained(run / "codec")
+    found = training.read(run, None)["operations_per_image"]
+    stock = SMALL[name][0](**SMALL[name][1]).to("meta")
+    family = family_of(stock)
+    middle = (1,) if family.has_frames else ()
+    image = torch.empty(1, family.image_channels(stock.config), *middle, 32, 32, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        mean = stock.encode(image).latent_dist.mode()
+        stock.decode(mean).sample.sum().backward()
+    theirs = counter.get_total_flops()
+    assert theirs / 3 < found < theirs if name == "qwen" else found == theirs
 
 
 def test_speed_and_shares_follow_from_the_steps(training, tmp_path):
@@ -115,6 +142,21 @@ def test_speed_and_shares_follow_from_the_steps(training, tmp_path):
     )
     assert (run["images_per_step"], run["processes"], run["steps"]) == (16, 2, 3)
     assert run["psnr"] is None  # it validated nothing
+
+
+def test_a_validation_that_loses_nothing_is_no_missing_one(training, tmp_path, monkeypatch, capsys):
+    """Held-out pictures that come back unchanged have infinite PSNR, which metrics.jsonl writes as null."""
+    monkeypatch.setattr(training, "peak_rate", lambda *_: 1e12)
+    run = write_run(tmp_path / "run", [(2.0, 0.5, 0.05), (1.0, 0.0, 0.1)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "minutes": 0.05, "psnr": 40.0, "ssim": 0.99, "images": 3}\n')
+        file.write('{"step": 2, "minutes": 0.1, "psnr": null, "ssim": 1.0, "images": 3}\n')
+    training.main(["--runs", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    *said, last = capsys.readouterr().out.strip().splitlines()
+    assert said[2].split()[1] == "infinite"
+    page = Path(json.loads(last)["files"]["html"]).read_text()
+    assert "infinite dB</b>" in page
+    assert "from 40 to 40" in page  # the point that can be drawn
 
 
 def test_the_precision_of_the_config_counts_before_that_of_the_command_line(training, tmp_path):
@@ -149,6 +191,18 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
         SystemExit, match=r"^training.py: --out .*config\.yaml/out: no results can be written"
     ):
         training.main(["--runs", str(run), "--out", str(run / "config.yaml" / "out")])
+
+
+def test_a_disk_that_refuses_the_page_is_one_line(training, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training, "peak_rate", lambda *_: 1e12)
+    monkeypatch.setattr(training, "write_result", refuse)
+    with pytest.raises(SystemExit, match=r"^training.py: disk full"):
+        training.main(["--runs", str(run), "--out", str(tmp_path / "out")])
 
 
 def test_a_run_that_has_no_codec_yet_is_told_when_it_will(training, tmp_path):

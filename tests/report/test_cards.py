@@ -25,9 +25,23 @@ RESULT |= {
 
 
 def test_a_reconstruction_becomes_a_table():
-    text = card_section(RESULT)
-    assert "| a | f8c4 | 25.50 | +1.25 | 0.7500 | - |" in text
-    assert "commit abc" in text
+    assert (
+        card_section(RESULT)
+        == """## Reconstruction
+
+24 images of kodak; 8 bits. LPIPS not measured.
+
+| codec | latent | PSNR dB | over the KLT | SSIM | LPIPS |
+| --- | --- | --- | --- | --- | --- |
+| a | f8c4 | 25.50 | +1.25 | 0.7500 | - |
+
+Measured 2026-01-01 on a machine, commit abc."""
+    )
+
+
+def test_pictures_that_came_back_unchanged_have_a_row():
+    entry = ENTRY | {"psnr": {"mean": None}, "psnr_over_klt": None}  # which JSON has for infinity
+    assert "| a | f8c4 | infinite | - | 0.7500 | - |" in card_section(RESULT | {"codecs": [entry]})
 
 
 def test_an_inspection_becomes_verdicts_with_their_reasons():
@@ -38,8 +52,17 @@ def test_an_inspection_becomes_verdicts_with_their_reasons():
         "measures": {"images": 7},
         "verdicts": {"diffusion": verdict},
     }
-    text = card_section(data | {"hardware": {"device": "a machine"}, "time": "now"})
-    assert "- For a diffusion model: **warning**\n  - Fragile: so it is." in text
+    assert (
+        card_section(data | {"hardware": {"device": "a machine"}, "time": "now"})
+        == """## Latents
+
+Judged by `latentcodec inspect` on 7 images of photos.
+
+- For a diffusion model: **warning**
+  - Fragile: so it is.
+
+Measured now on a machine, commit not recorded."""
+    )
 
 
 def test_the_evaluation_block_is_what_the_hub_reads():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from latentcodec.report.build import build_page
+from latentcodec.report import comparison
+from latentcodec.report.build import PAGES, build_page
 from latentcodec.report.comparison import compare
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -59,6 +60,145 @@ def scores(shift=0.0, noise=0.3, seed=0):
         "psnr_over_klt": mean - 25,
     }
     return {"bench": "reconstruction", "codecs": [entry], "images": {"a": rows}}
+
+
+def denoised(distance=60.0, spread=0.5, skill=0.4):
+    entry = {"codec": "a", "distance": distance, "spread": spread, "seeds": [distance] * 2, "skill": skill}
+    entry |= {"floor": 10.0, "gaussian": 90.0, "noise": 400.0}
+    return {"bench": "diffusability", "codecs": [entry], "features": "statistics of pixels"}
+
+
+def curves(psnr=30.0, bits=2.0):
+    point = {"label": "steps of 1/4", "bits_per_pixel": bits, "psnr": psnr}
+    jpeg = {"label": "at most 1 bits", "bits_per_pixel": 1.0, "psnr": psnr}
+    codecs = [{"codec": "a", "fingerprint": "f"}]
+    return {"bench": "rate_distortion", "codecs": codecs, "curves": {"a": [point], "JPEG": [jpeg]}}
+
+
+def run_of_training(psnr=20.0, minutes=60.0):
+    run = {"psnr": psnr, "ssim": 0.8, "images_per_s": 9.0, "share_of_peak": 0.5, "minutes": minutes}
+    return {"bench": "training", "runs": [run]}
+
+
+def classic(psnr=20.0):
+    looked = {"psnr_db": psnr, "kl_nats": 9.0, "sharpness": 0.7, "draw_precision": 0.5}
+    return {"bench": "classic_vae", "runs": {"vae-2": {"looked": looked}}}
+
+
+def inspected(psnr=30.0):
+    measures = {
+        "psnr_db": psnr,
+        "sec": 0.4,
+        "noise_1db": 0.1,
+        "within_3": 0.99,
+        "signal_share": 0.9,
+        "images": 9,
+    }
+    measures |= {"decoder_spread": 0.9, "draw_cost_db": 0.1, "int8_loss_db": 0.01, "dead_share": 0.0}
+    return {"bench": "inspect", "codec": "a", "measures": measures}
+
+
+def borne(psnr=30.0):
+    return {"bench": "robustness", "codec": "a", "psnr": {"none": psnr, "noise 0.1": psnr - 2}}
+
+
+def flat_scores(psnr=30.0):
+    return scores(psnr - 30, 0)
+
+
+WORSE = {  # of each kind of result, one and a worse one
+    "throughput": (timing(), timing(1.3, seed=2)),
+    "reconstruction": (flat_scores(), flat_scores(29)),
+    "rate_distortion": (curves(), curves(psnr=29.5)),
+    "robustness": (borne(), borne(29.5)),
+    "diffusability": (denoised(), denoised(70.0)),
+    "inspect": (inspected(), inspected(29.5)),
+    "training": (run_of_training(), run_of_training(19.5)),
+    "classic_vae": (classic(), classic(19.5)),
+}
+
+
+@pytest.mark.parametrize("kind", sorted({*PAGES} - {"compare"}))
+def test_every_kind_of_result_tells_a_worse_one(kind):
+    before, after = WORSE[kind]
+    assert compare(before, after)["regressions"] >= 1
+    assert compare(after, before)["regressions"] == 0
+    assert compare(before, before)["changes"]
+
+
+def test_every_word_that_is_judged_is_one_that_a_result_has():
+    words = {name.rsplit(" ", 1)[-1] for before, _ in WORSE.values() for name in comparison.numbers(before)}
+    words |= {"lpips"}  # which `scores` leaves out, as a bench without the network's weights does
+    assert {*comparison.BETTER_LARGE, *comparison.BETTER_SMALL} <= words
+
+
+def test_a_kind_without_numbers_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"results of kind 'compare' cannot be compared; those of throughput, "
+    ):
+        compare(compare(timing(), timing()), compare(timing(), timing()))
+
+
+def test_a_result_that_lacks_what_its_bench_writes_today_is_refused_in_one_line():
+    old = curves() | {"codecs": ["a"]}
+    with pytest.raises(ValueError, match="a result of rate_distortion is of another version") as caught:
+        compare(old, old)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_denoisers_distance_is_judged_by_the_spread_of_its_seeds():
+    """Two means of two seeds: twice the standard error of their difference is twice the spread."""
+    name = "codec distance"
+    assert verdict_of(compare(denoised(60, 3), denoised(65, 3)), name)["verdict"] == ""
+    change = verdict_of(compare(denoised(60, 3), denoised(67, 3)), name)
+    assert (change["verdict"], change["noise"]) == ("worse", pytest.approx(6))
+    assert verdict_of(compare(denoised(60, 0), denoised(61, 0)), name)["verdict"] == ""  # by chance equal
+    skills = denoised(60, 3, 0.5), denoised(60, 3, 0.42)  # a spread of 3 of 90 - 10 is 0.0375
+    assert verdict_of(compare(*skills), "codec skill")["noise"] == pytest.approx(6 / 80)
+    assert verdict_of(compare(*skills), "codec skill")["verdict"] == "worse"
+    assert verdict_of(compare(denoised(60, None), denoised(67, None)), name)["verdict"] == "worse"
+
+
+def test_more_bits_are_worse_and_image_formats_are_no_change_of_the_codec():
+    result = compare(curves(), curves(bits=2.5))
+    assert verdict_of(result, "codec steps of 1/4 bits_per_pixel")["verdict"] == "worse"
+    assert not any("JPEG" in change["name"] for change in result["changes"])
+
+
+def test_a_longer_training_is_not_a_worse_one():
+    change = verdict_of(compare(run_of_training(), run_of_training(minutes=90.0)), "run 1 minutes")
+    assert (change["difference"], change["verdict"]) == (30, "")
+
+
+def test_a_loss_of_decibels_that_anybody_sees_is_no_noise():
+    """Two per cent of 30 dB would hide more than half a decibel."""
+    assert verdict_of(compare(borne(), borne(29.8)), "none psnr")["verdict"] == "worse"
+    assert verdict_of(compare(borne(), borne(29.95)), "none psnr")["verdict"] == ""
+
+
+def test_pictures_of_one_name_in_two_folders_are_two():
+    """By their names alone half of them would be compared with the other folder's."""
+    before, after = scores(noise=0), scores(-0.1, 0)
+    for data in (before, after):
+        for number, row in enumerate(data["images"]["a"]):
+            row["file"] = f"{'ab'[number % 2]}/{number // 2}.png"
+    after["images"]["a"].reverse()
+    change = verdict_of(compare(before, after), "codec psnr")
+    assert (change["verdict"], change["noise"]) == ("worse", pytest.approx(0.005))
+
+
+def test_codecs_are_paired_by_name_in_whatever_order():
+    """b has gained two decibels on some images and lost them on others; a has not changed."""
+    data = [scores(noise=0), scores(noise=0)]
+    for place, result in enumerate(data):
+        (first,), rows = result["codecs"], result["images"]["a"]
+        changed = [row | {"psnr": row["psnr"] + 2 * place * (-1) ** n} for n, row in enumerate(rows)]
+        result["codecs"].append(first | {"codec": "b"})
+        result["images"]["b"] = changed
+    data[1]["codecs"].reverse()
+    result = compare(*data)
+    assert verdict_of(result, "a psnr")["noise"] == pytest.approx(0.005)
+    assert verdict_of(result, "b psnr")["noise"] > 0.3
 
 
 def verdict_of(result, name):

@@ -13,6 +13,7 @@ from latentcodec.codec import LatentCodec
 from latentcodec.pixels import save_image
 from latentcodec.quality.features import frechet_distance, gaussian_like, pixel_statistics
 from latentcodec.report.build import write_page
+from latentcodec.report.results import write_json
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -61,13 +62,28 @@ def run(name, place, out, capsys, *more):
 def test_rate_distortion(place, tmp_path, capsys):
     last, page = run("rate_distortion", place, tmp_path, capsys, "--formats", "JPEG")
     curves = last["curves"]
-    codec = {point["label"]: point for point in curves[last["codecs"][0]]}
+    codec = {point["label"]: point for point in curves[last["codecs"][0]["codec"]]}
     assert codec["float32"]["bits_per_pixel"] == pytest.approx(32 * 3 / 16)
     assert codec["int8"]["bits_per_pixel"] == pytest.approx(8 * 3 / 16)
     assert codec["float16"]["psnr"] == pytest.approx(codec["float32"]["psnr"], abs=0.01)
     rates = [point["bits_per_pixel"] for point in curves["JPEG"]]
     assert rates == sorted(rates)
     assert "PSNR by bits a pixel" in page
+
+
+def test_two_results_of_rate_distortion_are_compared(place, tmp_path, capsys):
+    last, page = run("rate_distortion", place, tmp_path, capsys, "--formats")  # no image format
+    (entry,) = last["codecs"]
+    assert entry["fingerprint"] == LatentCodec.from_pretrained(place / "codec").fingerprint
+    assert entry["fingerprint"] in page
+    written = last["files"]["json"]
+    assert load("compare").main([written, written]) == 0
+    for points in last["curves"].values():
+        for point in points:
+            point["psnr"] -= 1
+    write_json(last, tmp_path / "worse.json")
+    assert load("compare").main([written, str(tmp_path / "worse.json")]) == 3
+    assert f"{len(points)} worse" in capsys.readouterr().out
 
 
 def test_diffusability_in_its_smoke_setting_says_that_it_proves_nothing(place, tmp_path, capsys):

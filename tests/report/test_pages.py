@@ -4,6 +4,7 @@ import json
 import re
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from diffusers import AutoencoderKL
 
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import save_image
+from latentcodec.quality import image_codecs
+from latentcodec.quality.klt import KLT
 from latentcodec.report import __main__ as command
 from latentcodec.report import inspection, results
 from latentcodec.report.build import build_page, write_result
 from latentcodec.report.pages import throughput
+from latentcodec.report.pictures import webp
 from latentcodec.report.plots import inline_svg, panel, plot_style, series
-from latentcodec.report.scales import lines
+from latentcodec.report.scales import SCALES, lines
 
 RESULTS = sorted((Path(__file__).parents[2] / "bench/results").glob("*.json"))
 
@@ -78,6 +82,17 @@ def test_another_codec_can_be_looked_at_beside_it(inspected):
     pictures = [data["pictures"][choice["picture"]] for choice in data["viewer"][0]["choices"][:3]]
     assert len({*pictures}) == 3
     assert data["beside"]["fingerprint"] == other.fingerprint
+
+
+def test_where_no_jpeg_is_as_small_as_the_latent_the_smallest_is_shown_and_named():
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    windows = SimpleNamespace(x=x, y=x, mean=torch.zeros(1, 2, 4, 4))  # 32 numbers, 32 bytes
+    pictures, samples = inspection._compared(windows, KLT.fit([x[0]], 16, 2), [{"psnr_db": 9.0}], None)
+    smallest = image_codecs.code(x, "JPEG", 0)
+    assert smallest.quality == 1
+    label = samples[0]["choices"][-1]["label"]
+    assert label == f"JPEG, {smallest.size / 1024:.1f} KiB, {smallest.size / 32:.1f} x the latent"
+    assert pictures[f"0 {label}"] == webp(smallest.image[0])
 
 
 @pytest.mark.parametrize("name", ["point", "map"])
@@ -150,6 +165,14 @@ def test_a_scale_has_its_limit_its_level_and_known_codecs():
     assert line["position"] == pytest.approx(70)
     assert line["zones"][0] == {"start": pytest.approx(45), "width": pytest.approx(55), "level": "warning"}
     assert "white noise" in [mark["label"] for mark in line["marks"]]
+
+
+def test_a_bundled_codec_on_a_scale_is_named_with_its_date():
+    """Its numbers are those of one version, and the name without a date becomes other weights."""
+    marks = {label for scale in SCALES.values() for label, _ in scale.marks if label.startswith("photo-")}
+    assert marks
+    bundled = {path.name for path in (Path(results.__file__).parents[1] / "weights").iterdir()}
+    assert marks <= {name for name in bundled if re.search(r"-\d{4}-\d\d-\d\d$", name)}
 
 
 @pytest.mark.slow

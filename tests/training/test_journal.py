@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_a_full_disk_is_an_error_that_names_file_and_bytes_and_harms_no_checkpoi
         (output / "other.bin").unlink()
         train(start(config))
         assert [line["step"] for line in metrics(output) if "total" in line] == [*range(1, 21)]
+
+
+@pytest.mark.parametrize("drawn", ["pictures", "digits"])
+def test_a_card_says_which_built_in_set_was_trained_on(tmp_path, drawn):
+    config = small(tmp_path, tmp_path)
+    config = replace(config, data=replace(config.data, path=None, drawn=drawn))
+    card = Journal(tmp_path, Accelerator(), config).card(9, 60.0, None)
+    assert f"1 minutes, on: the built-in drawn {drawn}\n" in card
 
 
 def test_a_start_clears_what_a_kill_left_half_written(tmp_path, images):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentcodec.report.page import Page
-from latentcodec.report.pages.classic_claims import SWEEP, claims
+from latentcodec.report.pages.classic_claims import SWEEP, claims, looked_at
 from latentcodec.report.pages.classic_regimes import add_map, add_more_numbers, add_regimes
-from latentcodec.report.pages.classic_training import REGIMES, looked_at, nats
+from latentcodec.report.pages.classic_training import REGIMES, nats
 from latentcodec.report.plots import NEUTRAL, OURS, SECOND, SERIES, THIRD, panel, plot_style, series
 from latentcodec.report.results import number, origin_facts
 
@@ -30,6 +30,7 @@ def build(data: Mapping[str, Any]) -> Page:
     )
     _two_forces(page, data)
     _before(page, data)
+    _told(page, data)
     add_regimes(page, data)
     add_map(page, data)
     add_more_numbers(page, data)
@@ -80,15 +81,18 @@ def _before(page: Page, data: Mapping[str, Any]) -> None:
         ),
     ]
     page.table(["what", "result"], rows, "The gradient of the mean of z^2 at mean 0.5, which is 1.")
+
+
+def _told(page: Page, data: Mapping[str, Any]) -> None:
     page.section(
         "Told before training",
         "A linear VAE has a solution in closed form. Along each principal direction of the images, with variance "
         "l, it lives if l > v = beta s^2, tells (1/2) ln(l / v) nats, and has sigma = sqrt(v / l). Deep VAEs "
         "begin to collapse at the same v. These numbers were printed before the first step.",
     )
+    variances = data["theory"]["variances"][:60]
     with plot_style():
         figure, axes = panel(xlabel="principal direction", ylabel="variance", yscale="log")
-        variances = data["theory"]["variances"][:60]
         axes.plot(range(1, len(variances) + 1), variances, color=OURS, marker="o", markersize=3)
         for index, v in enumerate((1, 10, 100)):
             axes.axhline(v, color=SERIES[index + 1], linestyle="--", linewidth=1, label=f"v = {v}")

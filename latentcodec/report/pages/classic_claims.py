@@ -32,7 +32,8 @@ def claims(data: Mapping[str, Any]) -> list[Claim]:
     return [*_basics(data), *_regimes(data), *_shape(data), *_likelihoods(data), *_balance(data)]
 
 
-def _looked(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+def looked_at(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What `report/classic.py` found of one run."""
     looked: dict[str, Any] = data["runs"][name]["looked"]
     return looked
 
@@ -55,8 +56,8 @@ def _basics(data: Mapping[str, Any]) -> list[Claim]:
 
 
 def _regimes(data: Mapping[str, Any]) -> list[Claim]:
-    ae, vae, collapsed = (_looked(data, f"{name}-2") for name in ("ae", "vae", "collapsed"))
-    wide, sixteen = _looked(data, "ae-16"), _looked(data, "vae-16")
+    ae, vae, collapsed = (looked_at(data, f"{name}-2") for name in ("ae", "vae", "collapsed"))
+    wide, sixteen = looked_at(data, "ae-16"), looked_at(data, "vae-16")
     kls = ae["kl_nats"], vae["kl_nats"], collapsed["kl_nats"]
     return [
         Claim("001.int.1", "healthy: a centred cloud within about 3, classes apart and touching",
@@ -89,8 +90,8 @@ def _regimes(data: Mapping[str, Any]) -> list[Claim]:
 
 
 def _shape(data: Mapping[str, Any]) -> list[Claim]:
-    vae, two, ae = _looked(data, "vae-16"), _looked(data, "vae-2"), _looked(data, "ae-16")
-    plain = _looked(data, "ae-2")
+    vae, two, ae = looked_at(data, "vae-16"), looked_at(data, "vae-2"), looked_at(data, "ae-16")
+    plain = looked_at(data, "ae-2")
     stds = vae["draws_std"]
     inside = [walk["distance"][6] for walk in vae["walks"]]
     outside = [max(walk["distance"][0], walk["distance"][-1]) for walk in vae["walks"]]
@@ -137,11 +138,11 @@ def _shape(data: Mapping[str, Any]) -> list[Claim]:
 def _likelihoods(data: Mapping[str, Any]) -> list[Claim]:
     sigma, fixed, learned = (
         data["runs"]["pixel-scale"]["sigma"],
-        _looked(data, "vae-16"),
-        _looked(data, "pixel-scale"),
+        looked_at(data, "vae-16"),
+        looked_at(data, "pixel-scale"),
     )
-    gauss, laplace, bernoulli = (_looked(data, name) for name in ("vae-16", "laplace", "bernoulli"))
-    ae, small, ghost = (_looked(data, name) for name in ("few-ae", "few-vae", "collapsed-16"))
+    gauss, laplace, bernoulli = (looked_at(data, name) for name in ("vae-16", "laplace", "bernoulli"))
+    ae, small, ghost = (looked_at(data, name) for name in ("few-ae", "few-vae", "collapsed-16"))
     gaps = [run["train_psnr_db"] - run["psnr_db"] for run in (ae, small)]
     return [
         Claim("001.B", "a learned variance for each pixel cheats: what is hard becomes noise",
@@ -166,14 +167,14 @@ def _likelihoods(data: Mapping[str, Any]) -> list[Claim]:
 
 
 def _balance(data: Mapping[str, Any]) -> list[Claim]:
-    sweep = {data["runs"][name]["kl_weight"]: _looked(data, name) for name in SWEEP}
+    sweep = {data["runs"][name]["kl_weight"]: looked_at(data, name) for name in SWEEP}
     by = {key: {beta: looked[key] for beta, looked in sweep.items()}
           for key in ("mean_sigma", "mean_square_mu", "psnr_db", "kl_nats")}  # fmt: skip
     ends = min(sweep), max(sweep)
     theory = data["theory"]["runs"]
     told = {name: theory[name] for name in theory if theory[name]["noise"] > 0}
-    right = sum(bool(told[name]["alive"]) == bool(_looked(data, name)["active"]) for name in told)
-    many, sixteen = _looked(data, "vae-128"), _looked(data, "vae-16")
+    right = sum(bool(told[name]["alive"]) == bool(looked_at(data, name)["active"]) for name in told)
+    many, sixteen = looked_at(data, "vae-128"), looked_at(data, "vae-16")
     found = [
         Claim("000.3", "the KL pulls sigma to 1 and mu to 0; much of it costs the picture",
               f"from beta {ends[0]:g} to {ends[1]:g}: sigma {_ends(by['mean_sigma'], 2)}, mean mu^2 "

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Ellipse
 
 from latentcodec.report.page import Page
-from latentcodec.report.pages.classic_training import REGIMES, SQUARE, add_training, looked_at, nats
+from latentcodec.report.pages.classic_claims import looked_at
+from latentcodec.report.pages.classic_training import REGIMES, SQUARE, add_training, nats
 from latentcodec.report.plots import INK, NEUTRAL, panel, plot_style, series
 
 ATLAS, SPAN = 31, 3.0

@@ -12,11 +12,6 @@ REGIMES = {"ae-2": "autoencoder, beta 0", "vae-2": "VAE, beta 1", "collapsed-2":
 SQUARE = (4.8, 4.4)
 
 
-def looked_at(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    looked: dict[str, Any] = data["runs"][name]["looked"]
-    return looked
-
-
 def nats(value: float) -> str:
     """A KL, as short as it is clear."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}"

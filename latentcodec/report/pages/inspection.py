@@ -1,7 +1,7 @@
 """The page of `latentcodec inspect`: what a codec is fit for, why, and the pictures to see it by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -68,8 +68,9 @@ SCALES_CAPTION = (
 )
 VIEWER_CAPTION = (
     "The middle of the image with the lowest, the median and the highest PSNR. The KLT is the best linear code of "
-    "single blocks with as many numbers, fitted on these very images. JPEG has as many bits as the latent in 8 bits "
-    "a number, which an entropy coder would still shorten: no fair race, but a scale."
+    "single blocks with as many numbers, fitted on these very images. JPEG has at most as many bits as the latent in 8 "
+    "bits a number, which an entropy coder would still shorten, unless its label says that it cannot be so small: no "
+    "fair race, but a scale."
 )
 
 
@@ -81,19 +82,24 @@ CHANNELS_CAPTION = (
 
 def _channels(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any]) -> None:
     page.section("Channels", "What each says of the image, and what the decoder makes of it.")
-    channels, c = data["channels"], len(data["channels"])
+    channels = data["channels"]
     if "channels" in strips:
-        zoom = 4 if c <= 16 else 2
         labelled = []
         for (picture, _), channel in zip(strips["channels"], channels, strict=False):
             dead = f", dead: {channel['dead']}" if channel["dead"] else ""
             drop = "" if channel.get("drop_db") is None else f", {channel['drop_db']:.2f} dB"
             labelled.append((picture, f"{channel['name']}: {channel['rate_bits']:.1f} bits{drop}{dead}"))
-        page.pictures(labelled, CHANNELS_CAPTION, zoom)
+        page.pictures(labelled, CHANNELS_CAPTION, 4 if len(channels) <= 16 else 2)
         page.pictures(
             [tuple(p) for p in strips["colours"]], "Its three principal components as red, green and blue.", 4
         )
-    names = [channel["name"] for channel in channels]
+    page.plots(_worth(channels), "Below the dashed line, 0.01 dB, the decoder ignores a channel.")
+    _channel_table(page, channels)
+
+
+def _worth(channels: Sequence[Mapping[str, Any]]) -> list[tuple[Figure, str]]:
+    """A bar for each channel: dB lost without it, and its bits."""
+    names, count = [channel["name"] for channel in channels], len(channels)
     with plot_style():
         worth, axes = panel(xlabel="channel", ylabel="dB lost without it")
         axes.bar(names, [max(channel.get("drop_db") or 0, 1e-3) for channel in channels], color=OURS)
@@ -102,37 +108,25 @@ def _channels(page: Page, data: Mapping[str, Any], strips: Mapping[str, Any]) ->
         rates, other = panel(xlabel="channel", ylabel="bits an element")
         other.bar(names, [channel["rate_bits"] for channel in channels], color=THIRD)
     for figure in (worth, rates):
-        figure.axes[0].tick_params(axis="x", labelsize=7 if c > 16 else 9)
-        if c > 40:
+        figure.axes[0].tick_params(axis="x", labelsize=7 if count > 16 else 9)
+        if count > 40:
             figure.axes[0].set_xticks([])
-    page.plots(
-        [
-            (worth, f"dB lost without each of {c} channels"),
-            (rates, f"bits an element of each of {c} channels"),
-        ],
-        "Below the dashed line, 0.01 dB, the decoder ignores a channel.",
-    )
-    header = [
-        "channel",
-        "signal",
-        "bits",
-        "KL nats",
-        "mean",
-        "std",
-        "SEC",
-        "dB",
-        "in 3 std",
-        "kurtosis",
-        "largest",
-        "dead",
+    return [
+        (worth, f"dB lost without each of {count} channels"),
+        (rates, f"bits an element of each of {count} channels"),
     ]
+
+
+def _channel_table(page: Page, channels: Sequence[Mapping[str, Any]]) -> None:
+    header = ["channel", "signal", "bits", "KL nats", "mean", "std", "SEC", "dB", "in 3 std", "kurtosis", "largest",
+              "dead"]  # fmt: skip
     rows = [
         [
             c["name"], f"{c['signal_share']:.1%}", number(c["rate_bits"], 2), number(c["kl_nats"], 2),
             f"{c['mean']:+.3f}", number(c["std"], 3), number(c["sec"], 2), number(c.get("drop_db"), 2),
             f"{c['within_3']:.1%}", number(c["kurtosis"], 1), number(c["largest"], 1), c["dead"] or "",
         ]
-        for c in data["channels"]
+        for c in channels
     ]  # fmt: skip
     page.table(header, rows, "signal: the share of a channel's variance that depends on the image. bits: its rate. "
                "SEC: its energy in high frequencies. dB: lost without it. largest: the largest draw, in deviations.",

@@ -11,10 +11,11 @@ from latentcodec.report.results import number, origin_facts
 
 def build(data: Mapping[str, Any]) -> Page:
     """The page of a result of kind "rate_distortion"."""
+    names = ", ".join(entry["codec"] for entry in data["codecs"])
     page = Page(
         "Rate and distortion",
-        f"{', '.join(data['codecs'])} on {data['images']} images of {data['folder']}: what a latent costs in several "
-        "precisions, and what is left of the picture.",
+        f"{names} on {data['images']} images of {data['folder']}: what a latent costs in several precisions, and what "
+        "is left of the picture.",
     )
     with plot_style():
         figure, axes = panel((6.4, 4.2), xlabel="bits a pixel", ylabel="PSNR, dB", xscale="log")
@@ -31,7 +32,7 @@ def build(data: Mapping[str, Any]) -> Page:
     )
     page.table(*table(data), caption="change: against the first row of the same codec or format.")
     page.section("How it was measured", "The configuration of this run, for whoever repeats it.")
-    prints = {f"fingerprint of {name}": value for name, value in data["fingerprints"].items()}
+    prints = {f"fingerprint of {entry['codec']}": entry["fingerprint"] for entry in data["codecs"]}
     page.facts({**prints, **origin_facts(data), "skipped": "; ".join(data["skipped"]) or "nothing"})
     return page
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from latentcodec.quality.image_codecs import HONEST
 from latentcodec.report.page import Page
 from latentcodec.report.plots import NEUTRAL, SERIES, panel, plot_style, series
-from latentcodec.report.results import number, origin_facts
+from latentcodec.report.results import decibels, number, origin_facts, signed
 
 Entry = Mapping[str, Any]
 
@@ -62,7 +62,8 @@ TABLE_CAPTION = (
     "PSNR: signal over error in decibels, more is better, 6 dB halve the error; the interval holds the mean of another "
     "such set of images in 95 of 100 cases (bootstrap). SSIM: 1 is equal. LPIPS: distance in the features of a network "
     "trained on photographs, 0 is equal. KLT: PSNR of the linear transform of f x f blocks with the same c numbers for "
-    "each. bits/px: 8 bits for each latent value. min and max: the worst image."
+    "each. bits/px: 8 bits for each latent value. min and max: the worst image. infinite: at least one "
+    "picture came back unchanged."
 )
 SCORES_CAPTION = (
     "The images sorted by PSNR, worst first, each curve by itself, and every image against the KLT: above the diagonal "
@@ -73,17 +74,23 @@ SCORES_CAPTION = (
 def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
     """PSNR of each codec; of a single one also the other numbers."""
     if len(codecs) > 1:
-        what = "mean PSNR of {codec}, {latent}: {psnr_over_klt:+.2f} dB against the KLT"
-        return [(f"{e['psnr']['mean']:.2f} dB", what.format(**e), _gain_over_klt(e)) for e in codecs]
+        return [
+            (
+                f"{decibels(e['psnr']['mean'])} dB",
+                f"mean PSNR of {e['codec']}, {e['latent']}: {_over_klt(e)} against the KLT",
+                _gain_over_klt(e),
+            )
+            for e in codecs
+        ]
     (entry,) = codecs
     cards = [
         (
-            f"{number(entry['psnr']['mean'], 2)} dB",
-            f"mean PSNR; the worst image has {number(entry['psnr']['min'], 2)}",
+            f"{decibels(entry['psnr']['mean'])} dB",
+            f"mean PSNR; the worst image has {decibels(entry['psnr']['min'])}",
             "",
         ),
         (
-            f"{entry['psnr_over_klt']:+.2f} dB",
+            _over_klt(entry),
             f"against the linear KLT of the same size, {entry['latent']}",
             _gain_over_klt(entry),
         ),
@@ -94,9 +101,15 @@ def headline(codecs: Sequence[Entry]) -> list[tuple[str, str, str]]:
     return cards
 
 
+def _over_klt(entry: Entry) -> str:
+    gain = entry["psnr_over_klt"]
+    return "-" if gain is None else f"{signed(gain, 2)} dB"
+
+
 def _gain_over_klt(entry: Entry) -> str:
-    """A codec that does not beat a linear transform has failed."""
-    return "healthy" if entry["psnr_over_klt"] > 0 else "failure"
+    """A codec that does not beat a linear transform has failed; nothing is said where a picture came back unchanged."""
+    gain = entry["psnr_over_klt"]
+    return "" if gain is None else "healthy" if gain > 0 else "failure"
 
 
 def table(codecs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
@@ -115,25 +128,27 @@ def table(codecs: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         "bits/px",
         "M params",
     ]
-    rows = []
-    for e in codecs:
-        span = e["psnr"].get("interval")
-        rows.append([
-            e["codec"], e["latent"], number(e["psnr"]["mean"], 2),
-            f"{number(span[0], 2)} to {number(span[1], 2)}" if span else "-", number(e["psnr"]["min"], 2),
-            f"{e['psnr_over_klt']:+.2f}", number(e["ssim"]["mean"], 4), number(e["lpips"]["mean"], 4),
-            number(e["lpips"]["max"], 4), number(e["klt_psnr"]["mean"], 2), number(8 * e["floats_per_pixel"], 3),
+    return header, [
+        [
+            e["codec"], e["latent"], decibels(e["psnr"]["mean"]), _interval(e["psnr"]), decibels(e["psnr"]["min"]),
+            signed(e["psnr_over_klt"], 2), number(e["ssim"]["mean"], 4), number(e["lpips"]["mean"], 4),
+            number(e["lpips"]["max"], 4), decibels(e["klt_psnr"]["mean"]), number(8 * e["floats_per_pixel"], 3),
             number(e["parameters"] / 1e6, 2),
-        ])  # fmt: skip
-    return header, rows
+        ]
+        for e in codecs
+    ]  # fmt: skip
+
+
+def _interval(spread: Entry) -> str:
+    """Of a mean; "-" of a single image, of an old result, and where an image came back unchanged."""
+    low, high = (number(value, 2) for value in spread.get("interval") or (None, None))
+    return "-" if low == "-" else f"{low} to {high}"
 
 
 def tones(codecs: Sequence[Entry]) -> list[list[str]]:
     """For each cell of `table`: whether a codec beats its KLT."""
-    return [
-        [("better" if e["psnr_over_klt"] > 0 else "worse") if i == 5 else "" for i in range(12)]
-        for e in codecs
-    ]
+    words = {"healthy": "better", "failure": "worse", "": ""}
+    return [[words[_gain_over_klt(e)] if i == 5 else "" for i in range(12)] for e in codecs]
 
 
 def _rate(codecs: Sequence[Entry]) -> Figure:
@@ -183,7 +198,8 @@ def _scores(data: Mapping[str, Any]) -> list[tuple[Figure, str]]:
         low, high = right.get_xlim()
         right.plot([low, high], [low, high], color=NEUTRAL, linewidth=1)
         left.legend(fontsize=8)
-        right.legend(fontsize=8)
+        if right.get_legend_handles_labels()[0]:  # not where every image came back unchanged
+            right.legend(fontsize=8)
     return [(ranked, "PSNR of every image, sorted"), (against, "PSNR of every image against that of its KLT")]
 
 
@@ -230,7 +246,8 @@ def _round_trips(page: Page, codecs: Sequence[Entry]) -> None:
     shifts, ends = [], []
     for e in codecs:
         shifts.append(f"{e['codec']}: {', '.join(f'{value:+.2f}' for value in e['colour_shift_levels'])}")
-        ends.append(f"{e['codec']} from {e['round_trips_psnr'][0]:.2f} to {e['round_trips_psnr'][-1]:.2f} dB")
+        first, last = e["round_trips_psnr"][0], e["round_trips_psnr"][-1]
+        ends.append(f"{e['codec']} from {decibels(first)} to {decibels(last)} dB")
     page.plot(
         figure,
         "On the first images. Shift of the mean of each channel after one trip, in 8-bit levels: "
@@ -240,10 +257,16 @@ def _round_trips(page: Page, codecs: Sequence[Entry]) -> None:
 
 
 def _image_tables(page: Page, data: Mapping[str, Any]) -> None:
-    columns = {"psnr": 2, "ssim": 4, "lpips": 4, "klt_psnr": 2}  # digits
     for name, entries in data.get("images", {}).items():
         rows = [
-            [e["file"].split("/")[-1], *(number(e[key], n) for key, n in columns.items())] for e in entries
+            [
+                e["file"],
+                decibels(e["psnr"]),
+                number(e["ssim"], 4),
+                number(e["lpips"], 4),
+                decibels(e["klt_psnr"]),
+            ]
+            for e in entries
         ]
         header = ["image", "PSNR dB", "SSIM", "LPIPS", "KLT dB"]
         caption = "Every evaluated image, in the order of the file names."

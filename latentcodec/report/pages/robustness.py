@@ -1,5 +1,6 @@
 """The page and the table of `bench/robustness.py`: what a codec's latents bear on their way to the decoder."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from matplotlib.figure import Figure
 
 from latentcodec.report.page import Page
 from latentcodec.report.plots import panel, plot_style, series
-from latentcodec.report.results import number, origin_facts
+from latentcodec.report.results import decibels, origin_facts, signed
 
 SMALL, LARGE = 0.02, 0.5  # dB: a loss below the first is good, one above the second bad
 NOISE = "noise "  # before the deviation, in the names of the disturbances
@@ -23,16 +24,19 @@ def build(data: Mapping[str, Any]) -> Page:
     )
     page.headline(
         [
-            _card(own["int8"] - own["none"], "from rounding the latents to 8 bits", 3),
-            _card(own["noise 0.1"] - own["none"], "from noise of a tenth of their deviation", 2),
-            (f"{own['half-size latents']:.2f} dB", "of latents scaled to half, against the halved image"),
+            _card(_change(own, "int8"), "from rounding the latents to 8 bits", 3),
+            _card(_change(own, "noise 0.1"), "from noise of a tenth of their deviation", 2),
+            (
+                f"{decibels(own['half-size latents'])} dB",
+                "of latents scaled to half, against the halved image",
+            ),
         ]
     )
     page.table(*table(data), caption=CAPTION)
     page.plot(
         _noise(data),
         "The steeper the curve, the more a generator's errors are seen.",
-        f"PSNR by the deviation of the noise, from {own['none']:.2f} dB without",
+        f"PSNR by the deviation of the noise, from {decibels(own['none'])} dB without",
     )
     if data.get("strips"):
         page.section(
@@ -52,14 +56,24 @@ CAPTION = (
     "Noise is gaussian, its deviation in units of the latents' own, which is 1. int8: 256 levels from the smallest to "
     "the largest value of each channel of an image, or of each block of 16 x 16 cells of it. Half-size latents are "
     "decoded and compared with the halved image; half-size image is what the codec makes of the halved image itself. "
-    "Changes are against the first row, or against half-size image. The KLT, a linear transform of single blocks, is "
-    "the reference."
+    "Changes are against the first row, or against half-size image; there is none where either PSNR is infinite, as "
+    "that of a picture that came back unchanged. The KLT, a linear transform of single blocks, is the reference."
 )
 
 
-def _card(loss: float, meaning: str, digits: int) -> tuple[str, str, str]:
-    level = "healthy" if loss > -SMALL else "failure" if loss < -LARGE else "warning"
-    return f"{loss:+.{digits}f} dB", meaning, level
+def _change(scores: Mapping[str, float | None], name: str) -> float | None:
+    """dB against what was not disturbed; None where either is infinite: a picture came back unchanged."""
+    value, reference = scores[name], scores["half-size image" if name.startswith("half") else "none"]
+    if value is None or reference is None or math.isinf(value) or math.isinf(reference):
+        return None
+    return value - reference
+
+
+def _card(change: float | None, meaning: str, digits: int) -> tuple[str, str, str]:
+    if change is None:
+        return "-", f"{meaning}: no number, since a picture came back unchanged", ""
+    level = "healthy" if change > -SMALL else "failure" if change < -LARGE else "warning"
+    return f"{signed(change, digits)} dB", meaning, level
 
 
 def table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -67,9 +81,8 @@ def table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     own, linear = data["psnr"], data["klt_psnr"]
     rows = []
     for name in own:
-        reference = "half-size image" if name.startswith("half") else "none"
-        losses = [f"{scores[name] - scores[reference]:+.3f}" for scores in (own, linear)]
-        rows.append([name, number(own[name], 2), losses[0], number(linear[name], 2), losses[1]])
+        pairs = [(decibels(scores[name]), signed(_change(scores, name), 3)) for scores in (own, linear)]
+        rows.append([name, *pairs[0], *pairs[1]])
     return ["latents", "PSNR dB", "change", "KLT dB", "KLT change"], rows
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from latentcodec.report.page import Page
 from latentcodec.report.plots import NEUTRAL, OURS, SECOND, panel, plot_style, series
-from latentcodec.report.results import number, origin_facts
+from latentcodec.report.results import decibels, number, origin_facts
 
 SHARES = {"computing": OURS, "waiting for data": SECOND, "everything else": NEUTRAL}
 CURVES = {  # of metrics.jsonl, by what their axis says
@@ -64,7 +64,7 @@ TABLE_CAPTION = (
 
 def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The four numbers of one run."""
-    score = "-" if run["psnr"] is None else f"{run['psnr']:.2f} dB"
+    score = f"{_psnr(run)} dB" if run["held_out_images"] else "-"
     return [
         (score, f"{run['run']}, on {run['held_out_images']} held-out images"),
         (number(run["images_per_s"], 1), f"images a second, {run['dtype']}, in {run['minutes']:.0f} minutes"),
@@ -80,7 +80,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     return header, [
         [
             run["run"],
-            number(run["psnr"], 2),
+            _psnr(run),
             number(run["ssim"], 4),
             run["dtype"],
             f"{run['images_per_step']} x {run['resolution']}\u00b2",
@@ -96,6 +96,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         ]
         for run in runs
     ]
+
+
+def _psnr(run: Mapping[str, Any]) -> str:
+    """That of the last validation; "-" where there was none."""
+    return decibels(run["psnr"]) if run["held_out_images"] else "-"
 
 
 def percent(share: float) -> str:
@@ -123,9 +128,10 @@ def _curves(runs: Sequence[Mapping[str, Any]], key: str, across: str, label: str
     with plot_style():
         figure, axes = panel(xlabel=across, ylabel=label)
         for index, run in enumerate(runs):
-            if not run[key]:
+            points = [(place, value) for place, value in run[key] if value is not None]  # None: infinite
+            if not points:
                 continue
-            places, values = zip(*run[key], strict=True)
+            places, values = zip(*points, strict=True)
             style = series(index) if len(places) < 30 else series(index) | {"marker": None}
             axes.plot(places, values, label=run["run"], **style)
             said.append(f"{run['run']} from {values[0]:.4g} to {values[-1]:.4g}")
