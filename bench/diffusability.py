@@ -4,11 +4,14 @@
 
 The same denoiser, steps, batches and seeds for every codec: a rectified flow on the latents of square crops. Samples
 are decoded and compared with held-out crops in pixel space, by a Frechet distance in features that are named (no FID,
-which needs Inception). Four numbers stand beside each other: the codec's own reconstruction (the floor), the
-model, a Gaussian with the latents' own mean and covariance, and decoded noise (the ceiling). A model that does not beat
-the Gaussian has learnt nothing that a covariance does not know, and its number means nothing: the page says so.
+which needs Inception). Four numbers stand beside each other: the reconstruction of the crops that the model learnt from
+(the floor: what a perfect model draws), the model, a Gaussian with the latents' own mean and covariance, and decoded
+noise (the ceiling). A model that does not beat the Gaussian has learnt nothing that a covariance does not know, and its
+number means nothing: the page says so.
 
---smoke takes minutes on two cores and shows that everything runs; the default takes about a GPU hour for a codec.
+The default takes about a GPU hour for a codec. --small is for CPUs, MINUTES: crops of 32 pixels, and features of a
+network (--lpips_net), since those of pixels hardly tell a model from the Gaussian. --smoke only shows that everything
+runs.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +45,8 @@ from latentcodec.report.pictures import tiles, webp
 from latentcodec.sources.folders import FolderImages
 
 SAMPLER_STEPS = 40  # of Euler's method
-BATCH = 8  # crops that are encoded or decoded in one call
+BATCH = 64  # crops that are encoded, decoded or drawn in one call
+AVERAGING = 0.999  # of the denoiser's weights over the steps
 SHOWN = 16  # samples on the page
 
 
@@ -57,11 +62,17 @@ class Budget:
     batch: int
     widths: tuple[int, ...]
     """Of the denoiser's stages."""
+    lr: float
     samples: int
 
 
-SMOKE = Budget(side=64, crops=64, steps=20, batch=8, widths=(32, 64), samples=32)
-REAL = Budget(side=256, crops=20_000, steps=30_000, batch=64, widths=(128, 256, 512), samples=2_000)
+BUDGETS = {
+    "smoke": Budget(side=64, crops=64, steps=20, batch=8, widths=(32, 64), lr=3e-4, samples=32),
+    "small": Budget(side=32, crops=24_000, steps=1_500, batch=128, widths=(64, 128), lr=1e-3, samples=2_000),
+    "real": Budget(
+        side=256, crops=20_000, steps=30_000, batch=64, widths=(128, 256, 512), lr=3e-4, samples=2_000
+    ),
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +83,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--codec", nargs="+", required=True, help="folder, hub id or bundled name; several are compared")
     add("--images", type=Path, required=True, help="folder of images, at least as large as a crop")
     add("--out", type=Path, required=True, help="folder for the JSON and the HTML file")
-    add("--smoke", action="store_true", help="minutes instead of hours; proves nothing of a codec")
+    sizes = parser.add_mutually_exclusive_group()
+    for name, what in (("smoke", "a trial that proves nothing of a codec"), ("small", "for CPUs")):
+        sizes.add_argument(f"--{name}", dest="setting", action="store_const", const=name, help=what)
+    parser.set_defaults(setting="real")
     add("--steps", type=int, help="of the denoiser's training; default: those of the setting")
     add("--seeds", type=int, default=2, help="trainings of each codec, for the spread (%(default)s)")
     nets = ("none", *SMALLEST_SIDE)
@@ -95,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    budget = SMOKE if options.smoke else REAL
+    budget = BUDGETS[options.setting]
     steps = options.steps or budget.steps
     report.require_folder(options.out)
     named, features = open_features(options)
@@ -117,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     data: dict[str, Any] = {
         "bench": "diffusability",
         **report.provenance(torch.device(options.device)),
-        "setting": "smoke" if options.smoke else "real",
+        "setting": options.setting,
         "budget": {**vars(budget), "steps": steps, "seeds": options.seeds, "sampler_steps": SAMPLER_STEPS},
         "features": named,
         "folder": report.short_path(str(options.images)),
@@ -154,9 +168,11 @@ def open_crops(folder: Path, budget: Budget, channels: int) -> tuple[Tensor, Ten
         raise ValueError(
             f"{folder}: {len(crops)} images of {budget.side} pixels a side; at least 5 are needed"
         )
-    cut = max(1, len(crops) // 5)
-    parts = [[crop for image in part for crop in image] for part in (crops[cut:], crops[:cut])]
-    return torch.stack(parts[0][: budget.crops]), torch.stack(parts[1][: budget.crops // 4])
+    held_out = crops[::5]  # from all over the folder
+    others = [image for number, image in enumerate(crops) if number % 5]
+    # a crop of each image, then another of each, so that the first ones are of all images
+    train, reference = ([image[k] for k in range(each) for image in part] for part in (others, held_out))
+    return torch.stack(train[: budget.crops]), torch.stack(reference[: budget.crops // 4])
 
 
 def _crop(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -185,7 +201,7 @@ def measure(
         )
         return frechet_distance(features_of_all(features, y), reference), y
 
-    floor, _ = distance(torch.cat([codec.encode(part) for part in held_out.split(BATCH)]))
+    floor, _ = distance(z[:count])
     gaussian, _ = distance(gaussian_like(z.cpu(), count, seed=0))
     noise, _ = distance(torch.randn(count, *z.shape[1:], generator=torch.Generator().manual_seed(1)))
     found, shown = [], torch.empty(0)
@@ -225,10 +241,13 @@ def train_denoiser(z: Tensor, budget: Budget, steps: int, seed: int, what: str) 
         up_block_types=("UpBlock2D",) * deep,
         norm_num_groups=16,
     ).to(z.device)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=budget.lr, weight_decay=0.01)
+    average = EMAModel(denoiser.parameters(), decay=AVERAGING, use_ema_warmup=True)
     generator = torch.Generator().manual_seed(seed)
     for step in tqdm(range(steps), desc=what, unit="step"):
-        optimizer.param_groups[0]["lr"] = 3e-4 * min(1.0, (step + 1) / 100, (steps - step) / (0.3 * steps))
+        optimizer.param_groups[0]["lr"] = budget.lr * min(
+            1.0, (step + 1) / 100, (steps - step) / (0.3 * steps)
+        )
         picked = torch.randint(len(z), (budget.batch,), generator=generator)
         clean = z[picked.to(z.device)]
         noise = torch.randn(clean.shape, generator=generator).to(z)
@@ -239,6 +258,8 @@ def train_denoiser(z: Tensor, budget: Budget, steps: int, seed: int, what: str) 
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.step(denoiser.parameters())
+    average.copy_to(denoiser.parameters())
     return denoiser.eval()
 
 

@@ -48,7 +48,8 @@ def place(tmp_path_factory):
 def run(name, place, out, capsys, *more):
     bench = load(name)
     if name == "diffusability":
-        bench.SMOKE = replace(bench.SMOKE, crops=16, samples=8, widths=(16,))
+        tiny = {"crops": 16, "samples": 8, "widths": (16,)}
+        bench.BUDGETS = {setting: replace(budget, **tiny) for setting, budget in bench.BUDGETS.items()}
         bench.SAMPLER_STEPS = 2
     bench.main(["--codec", str(place / "codec"), "--images", str(place / "images"), "--out", str(out), *more])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -94,6 +95,39 @@ def test_diffusability_in_its_smoke_setting_says_that_it_proves_nothing(place, t
     assert "Its numbers say nothing of a codec" in page
     if entry["distance"] >= entry["gaussian"]:
         assert "no answer" in page
+
+
+def test_diffusability_in_its_small_setting_claims_what_it_measured(place, tmp_path, capsys):
+    last, page = run("diffusability", place, tmp_path, capsys, "--small", "--steps", "2", "--seeds", "1")
+    assert last["setting"] == "small"
+    assert last["budget"]["side"] == 32
+    assert "Its numbers say nothing of a codec" not in page
+
+
+def test_held_out_crops_are_of_other_images_from_all_over_the_folder(tmp_path):
+    bench = load("diffusability")
+    for number in range(11):
+        save_image(torch.full((1, 3, 72, 72), number / 10 - 0.5), tmp_path / f"{number:02}.png")
+    budget = replace(bench.BUDGETS["smoke"], crops=16)
+    train, held_out = bench.open_crops(tmp_path, budget, 3)
+
+    def images(crops):
+        return [round(10 * (value + 0.5)) for value in crops.mean((1, 2, 3)).tolist()]
+
+    assert images(train)[:8] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert set(images(held_out)) == {0, 5, 10}
+
+
+def test_the_denoiser_that_is_judged_is_an_average_over_its_steps():
+    bench = load("diffusability")
+    budget = replace(bench.BUDGETS["smoke"], widths=(16,), batch=2)
+    torch.manual_seed(0)
+    z = torch.randn(4, 3, 8, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        averaged = bench.train_denoiser(z, budget, 10, 0, "averaged").state_dict()
+        patch.setattr(bench, "AVERAGING", 0.0)
+        last = bench.train_denoiser(z, budget, 10, 0, "last").state_dict()
+    assert any((averaged[name] - last[name]).abs().max() > 1e-5 for name in last)
 
 
 def test_too_few_images_are_named(place, tmp_path):

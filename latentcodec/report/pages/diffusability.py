@@ -42,7 +42,7 @@ def build(data: Mapping[str, Any]) -> Page:
         CAPTION,
         "; ".join(f"{e['codec']}: {e['distance']:.1f}, Gaussian {e['gaussian']:.1f}" for e in codecs),
     )
-    page.table(*table(data), caption="skill: 0 is the Gaussian, 1 the codec's own reconstruction.")
+    page.table(*table(data), caption="skill: 0 is the Gaussian, 1 what a perfect model would draw.")
     if data.get("samples"):
         page.section("Samples", "Of the first seed, not chosen.")
         page.pictures([tuple(picture) for picture in data["samples"]], "")
@@ -54,13 +54,14 @@ def build(data: Mapping[str, Any]) -> Page:
 
 
 LABELS = {
-    "floor": "the codec's own reconstruction",
+    "floor": "what a perfect model would draw",
     "gaussian": "a Gaussian of the same covariance",
     "noise": "noise",
 }
 CAPTION = (
-    "Shorter is better. A model to the right of its Gaussian has learnt nothing that a covariance does not know: train "
-    "longer before comparing codecs by it. Gaps smaller than the spread of the seeds are noise."
+    "Shorter is better. A perfect model would draw what the codec makes of the crops that were learnt from. A model to "
+    "the right of its Gaussian has learnt nothing that a covariance does not know: train longer before comparing "
+    "codecs by it. Gaps smaller than the spread of the seeds are noise."
 )
 
 

@@ -19,9 +19,9 @@ from latentcodec.training.losses.regularizers import (
     downscale_pair,
     draw_downscale,
     draw_noise_levels,
-    mask_spectrum,
 )
 from latentcodec.training.losses.sample import ForwardPass
+from latentcodec.training.losses.spectra import mask_spectrum
 from latentcodec.training.losses.terms import LossConfig, kl_per_channel
 from latentcodec.training.preflight import smallest_crop
 from latentcodec.training.start.model import TrainedCodec, new_vae
