@@ -177,7 +177,7 @@ def open_crops(folder: Path, budget: Budget, channels: int) -> tuple[Tensor, Ten
 
 def _crop(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in x.shape[-2:])
-    return x[:, top : top + side, left : left + side]
+    return x[:, top : top + side, left : left + side].clone()  # so that the image itself can go
 
 
 def measure(
