@@ -1,6 +1,6 @@
 """How well a small denoiser of fixed size and compute learns each codec's latents.
 
-    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--smoke]
+    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--small | --smoke]
 
 The same denoiser, steps, batches and seeds for every codec: a rectified flow on the latents of square crops. Samples
 are decoded and compared with held-out crops in pixel space, by a Frechet distance in features that are named (no FID,
@@ -9,9 +9,9 @@ which needs Inception). Four numbers stand beside each other: the reconstruction
 noise (the ceiling). A model that does not beat the Gaussian has learnt nothing that a covariance does not know, and its
 number means nothing: the page says so.
 
-The default takes about a GPU hour for a codec. --small is for CPUs, MINUTES: crops of 32 pixels, and features of a
-network (--lpips_net), since those of pixels hardly tell a model from the Gaussian. --smoke only shows that everything
-runs.
+The default takes about a GPU hour for a codec. --small is for CPUs, some ten minutes a seed: crops of 32 pixels, and
+features of a network (--lpips_net), since those of pixels hardly tell a model from the Gaussian. --smoke only shows that
+everything runs.
 """
 
 import argparse
