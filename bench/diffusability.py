@@ -1,6 +1,6 @@
 """How well a small denoiser of fixed size and compute learns each codec's latents.
 
-    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--small | --smoke]
+    python bench/diffusability.py --codec CODEC [CODEC ...] --images FOLDER --out FOLDER [--small]
 
 The same denoiser, steps, batches and seeds for every codec: a rectified flow on the latents of square crops. Samples
 are decoded and compared with held-out crops in pixel space, by a Frechet distance in features that are named (no FID,
@@ -10,8 +10,8 @@ noise (the ceiling). A model that does not beat the Gaussian has learnt nothing 
 number means nothing: the page says so.
 
 The default takes about a GPU hour for a codec. --small is for CPUs, some ten minutes a seed: crops of 32 pixels, and
-features of a network (--lpips_net), since those of pixels hardly tell a model from the Gaussian. --smoke only shows that
-everything runs.
+features of a network (--lpips_net), since those of pixels hardly tell a model from the Gaussian. --smoke only shows
+that everything runs.
 """
 
 import argparse
