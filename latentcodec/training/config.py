@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig
 from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.optim.schedule import TrainConfig
+from latentcodec.training.refusals import refusal, require_known
 from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.model import ModelConfig
 from latentcodec.training.yaml_file import read_settings
@@ -104,6 +104,15 @@ def _require_values(section: type, settings: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name} cannot be null; leave it out for its default")
 
 
+def _types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The type of every setting with its key, such as ("train.lr", PositiveFloat)."""
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from _types(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with its key, such as "train.lr"; those of a list one by one."""
     for entry in fields(section):
@@ -132,9 +141,12 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, settings: Any, path: Any, option: Any = None) -> None:
         try:
             settings_file = read_settings(Path(path).expanduser())
+            require_known(settings_file, dict(_types(Config)))
             super().__call__(parser, settings, json.dumps(settings_file), option)
         except OSError as error:
             raise ValueError(f"--config {path}: {error.strerror}") from error
+        except ArgumentError as error:  # of a key or a value
+            raise ValueError(f"--config {path}: {refusal(str(error), dict(_types(Config)))}") from error
         except (TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"--config {path}: {error}") from error
 
@@ -161,7 +173,7 @@ def parse(arguments: Sequence[str] | None = None, program: str = "train/train.py
         config: Config = _plain(Config(**parser.instantiate(settings)))
         return config
     except (ArgumentError, ValueError) as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        print(f"error: {refusal(str(error), dict(_types(Config)))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -173,17 +185,6 @@ def _plain(value: Any) -> Any:
         return type(value)(map(_plain, value))
     kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
     return kinds[0](value) if kinds else value
-
-
-def _one_line(error: str) -> str:
-    """The library's account of an error; of a number out of its range "train.lr must be > 0, not -1"."""
-    key = re.search(r'key "([^"]+)"', error)
-    limits = re.search(r"does not conform to restriction (v.*)", error)
-    value = re.search(r": (.*) does not conform", error) or re.search(r"Given value: (.*)", error)
-    if not (key and limits and value):
-        return " ".join(error.split())
-    allowed = re.sub(r"v([<>]=?)", r"\1 ", limits[1])
-    return f"{key[1]} must be {allowed}, not {value[1]}"
 
 
 def _require_sections(settings: Namespace, defaults: Namespace) -> None:

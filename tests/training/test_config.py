@@ -75,6 +75,49 @@ def test_unknown_key_or_wrong_type_in_the_file_is_named(capsys, tmp_path, text, 
 
 
 @pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "finish.normalise=none",
+            "finish.normalise must be whitened, per_channel, one_scale or null, not none",
+        ),
+        ("model.part=decodr", "model.part must be all, decoder or encoder, not decodr"),
+        ("train.lr=fast", "train.lr must be a number > 0, not fast"),
+        ("train.lr=[1]", "train.lr must be a number > 0"),
+        ("data.workers=1.5", "data.workers must be a whole number >= 0, not 1.5"),
+        ("train.warmup=x", "train.warmup must be a number >= 0 and < 1, not x"),
+        ("loss.scale=x", "loss.scale must be a number > 0 or per_pixel, not x"),
+        ("train.max_minutes=x", "train.max_minutes must be a number > 0 or null, not x"),
+        ("data.flip=maybe", "data.flip must be true or false, not maybe"),
+        (
+            "model.block_out_channels=3",
+            "model.block_out_channels must be a list, each value a whole number > 0, not 3",
+        ),
+        (
+            "train.betas=[0.5]",
+            "train.betas must be a list of 2 values, each a number >= 0 and < 1, not [0.5]",
+        ),
+        ("trian.lr=1", "there is no setting trian.lr; did you mean train.lr?"),
+        ("train.lpips_weight=1", "there is no setting train.lpips_weight; did you mean loss.lpips_weight?"),
+        ("colour=1", "there is no setting colour; --help lists them"),
+    ],
+)
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_a_refused_setting_is_told_what_it_may_be_in_plain_words(setting, said, place, capsys, tmp_path):
+    key, value = setting.split("=")
+    if place == "command line":
+        assert refusal(capsys, f"--{setting}") == f"error: {said}\n"
+        return
+    *sections, last = key.split(".")
+    head = "".join(f"{'  ' * depth}{section}:\n" for depth, section in enumerate(sections))
+    (tmp_path / "a.yaml").write_text(f"{head}{'  ' * len(sections)}{last}: {value}\n")
+    assert (
+        refusal(capsys, "--config", str(tmp_path / "a.yaml"))
+        == f"error: --config {tmp_path / 'a.yaml'}: {said}\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"train:\n  lr: [1\n", "line 2"),
