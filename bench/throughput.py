@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batches", type=int, nargs="+", default=[1, 4], help="images a call (%(default)s)")
     add("--directions", choices=DIRECTIONS, nargs="+", default=DIRECTIONS, help="(both)")
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtypes", choices=dtypes, nargs="+", help="(float32, and bfloat16 where there are units for it)")
+    add("--dtypes", choices=dtypes, nargs="+", help="(float32, and bfloat16 where the machine is fast in it)")
     add("--repeats", type=int, default=5, help="rounds; in each every side once (%(default)s)")
     add("--seconds", type=float, help="end after about as many seconds: with fewer rounds, then fewer cases")
     add("--sides", choices=SIDES, nargs="+", default=USUAL, help="(%(default)s); compiling takes minutes")
@@ -121,7 +121,7 @@ def warn_of_emulation(options: argparse.Namespace) -> None:
         if not is_fast(getattr(torch, dtype), options.device):
             cost = emulation_cost(getattr(torch, dtype), options.device)
             print(
-                f"warning: this machine has no units for {dtype}; a convolution takes {cost:.1f} times as long as in "
+                f"warning: this machine is not fast in {dtype}; a convolution takes {cost:.1f} times as long as in "
                 "float32",
                 file=sys.stderr,
             )

@@ -1,8 +1,9 @@
 """What this machine does fast: in which number format, on how many cores, with which instructions.
 
-`fast_dtype` is the one place that decides between bfloat16 and float32. Libraries answer another question: torch and
-oneDNN call bfloat16 "supported" where they emulate it, which on an AVX2 processor takes nine times as long as float32.
-Here a format counts as fast if the hardware has units for it, and if nobody has switched them off.
+`fast_dtype` is the one place that decides between bfloat16 and float32, `training_dtype` for training. Libraries
+answer another question: torch and oneDNN call bfloat16 "supported" where they emulate it, which on an AVX2 processor
+takes nine times as long as float32. Here a format counts as fast if the hardware has units for it that gain something,
+and if nobody has switched them off.
 
 Settings from outside: LATENTCODEC_DTYPE (float32 or bfloat16) takes the place of the decision; ONEDNN_MAX_CPU_ISA is
 oneDNN's own, and what it switches off is not there.
@@ -39,7 +40,10 @@ X86_LEVELS = {
     "AVX512_CORE_AMX": "amx_bf16",
     "AVX512_CORE_AMX_FP16": "amx_fp16",
 }
-X86_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+# Instructions for bfloat16 are not all a gain. An Intel Xeon without AMX took 1.5 to 2.0 times as long as in float32
+# with those of AVX-512 (2026-12-01: oneDNN's convolutions, both ways; engine and training fell behind as much). An AMD
+# Zen 4 was as fast as in float32, with half the memory.
+AMX, AVX512, AVX512_GAINS = "amx_bf16", "avx512_bf16", "AuthenticAMD"
 ARM_FLAGS = ("asimd", "sve", "sve2", "i8mm", "bf16")  # bf16: multiplies bfloat16
 REAL_GAIN = 1.2  # times faster than float32 that bfloat16 must be where only a measurement can tell
 TRIALS = 3  # of which the fastest counts
@@ -73,7 +77,7 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where `device` has units for it, else float32: also where it would be emulated.
+    """bfloat16 where `device` has units for it that gain something, else float32: also where it would be emulated.
 
     Raises ValueError for a value of LATENTCODEC_DTYPE that is neither.
     """
@@ -82,7 +86,20 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
         if wanted not in DTYPES:
             raise ValueError(f"{OVERRIDE} is {wanted!r}; it may be {' or '.join(DTYPES)}, or be left out")
         return DTYPES[wanted]
-    return torch.bfloat16 if _has_bfloat16_units(torch.device(device).type) else torch.float32
+    return torch.bfloat16 if _gains_by_bfloat16(torch.device(device).type) else torch.float32
+
+
+def training_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """As `fast_dtype`, but float32 on x86 processors without AMX, whose convolutions are Winograd's, both ways.
+
+    The demo made 854 steps in float32 on AVX2 alone where the same Zen 4 made 808 in bfloat16 (2026-11-29). An Intel
+    Xeon took 1.15 s a step of photo-f8c16 in float32 and 2.47 s in bfloat16 (2026-12-01).
+    """
+    flags = cpu_flags() or frozenset()
+    is_told = bool(os.environ.get(OVERRIDE))
+    if torch.device(device).type == "cpu" and AVX512 in flags and AMX not in flags and not is_told:
+        return torch.float32
+    return fast_dtype(device)
 
 
 def is_fast(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
@@ -115,14 +132,14 @@ def convolution_seconds(dtype: torch.dtype, device: torch.device | str = "cpu") 
 
 
 @cache
-def _has_bfloat16_units(device_type: str) -> bool:
+def _gains_by_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":
         if not torch.backends.mkldnn.is_available():
             return False  # torch's own convolutions know no such units
         if (flags := cpu_flags()) is not None and not flags & {"bf16"}:
-            return bool(flags & X86_BFLOAT16)
+            return AMX in flags or (AVX512 in flags and _vendor() == AVX512_GAINS)
     # Other devices, processors that the system does not describe, and ARM, where units alone are not enough: torch must
     # have been built to use them.
     try:
@@ -151,6 +168,13 @@ def instruction_sets() -> list[str]:
     """Those that decide about the speed of a codec, weakest first; empty where the system does not tell."""
     flags = cpu_flags() or frozenset()
     return [name for name in ("avx2", *list(X86_LEVELS.values())[5:], *ARM_FLAGS) if name in flags]
+
+
+def _vendor() -> str:
+    """Of an x86 processor, by its own name for itself; empty where the system does not tell."""
+    text = CPUINFO.read_text() if CPUINFO.is_file() else ""
+    vendor = re.search(r"vendor_id\s*:\s*(\S+)", text)
+    return vendor[1] if vendor else ""
 
 
 def cpu_name() -> str:

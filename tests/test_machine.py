@@ -7,7 +7,8 @@ import torch
 
 from latentcodec import machine
 
-X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu sse4_1 avx avx2 fma {}\n"
+X86 = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Some CPU\nflags\t\t: fpu sse4_1 avx avx2 fma {}\n"
+AMD = X86.replace("GenuineIntel", "AuthenticAMD")
 ARM = "processor\t: 0\nFeatures\t: fp asimd {}\n"
 
 
@@ -16,9 +17,9 @@ def bare(monkeypatch):
     """No settings from outside, and nothing remembered of other tests."""
     for name in (machine.OVERRIDE, *machine.ONEDNN_LIMITS):
         monkeypatch.delenv(name, raising=False)
-    machine._has_bfloat16_units.cache_clear()
+    machine._gains_by_bfloat16.cache_clear()
     yield
-    machine._has_bfloat16_units.cache_clear()
+    machine._gains_by_bfloat16.cache_clear()
 
 
 @pytest.fixture
@@ -48,19 +49,23 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"),
+    ("text", "flags", "dtype"),
     [
-        ("", torch.float32),
-        ("avx512f avx512_vnni", torch.float32),
-        ("avx512f avx512_vnni avx512_bf16", torch.bfloat16),
-        ("avx512f amx_tile amx_bf16", torch.bfloat16),
-        ("avx512f amx_tile amx_int8", torch.float32),
-        ("avx_vnni avx_ne_convert", torch.float32),
+        (X86, "", torch.float32),
+        (X86, "avx512f avx512_vnni", torch.float32),
+        (X86, "avx512f avx512_vnni avx512_bf16", torch.float32),  # Intel's: there, but no gain
+        (AMD, "avx512f avx512_vnni avx512_bf16", torch.bfloat16),
+        (X86, "avx512f amx_tile amx_bf16", torch.bfloat16),
+        (X86, "avx512f amx_tile amx_int8", torch.float32),
+        (X86, "avx_vnni avx_ne_convert", torch.float32),
+        (AMD, "", torch.float32),
     ],
 )
-def test_flags_of_an_x86_processor_decide_without_a_measurement(processor, clock, monkeypatch, flags, dtype):
+def test_an_x86_processor_decides_by_its_description_without_a_measurement(
+    processor, clock, monkeypatch, text, flags, dtype
+):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    processor(X86.format(flags))
+    processor(text.format(flags))
     assert machine.fast_dtype() == dtype
     assert machine.is_fast(torch.bfloat16) == (dtype == torch.bfloat16)
     assert machine.is_fast(torch.float32)
@@ -82,9 +87,34 @@ def test_flags_of_an_x86_processor_decide_without_a_measurement(processor, clock
     ],
 )
 def test_units_that_the_environment_switches_off_are_not_there(processor, monkeypatch, name, limit, dtype):
-    processor(X86.format("avx512f avx512_vnni avx512_bf16 amx_bf16"))
+    processor(AMD.format("avx512f avx512_vnni avx512_bf16 amx_bf16"))
     monkeypatch.setenv(name, limit)
     assert machine.fast_dtype() == dtype
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "dtype"),
+    [
+        (AMD, "avx512f avx512_bf16", torch.float32),  # as fast in float32, by Winograd's convolutions
+        (X86, "avx512f avx512_bf16", torch.float32),
+        (X86, "avx512f avx512_bf16 amx_bf16", torch.bfloat16),
+        (X86, "", torch.float32),
+    ],
+)
+def test_x86_processors_train_in_bfloat16_with_amx_only(processor, monkeypatch, text, flags, dtype):
+    processor(text.format(flags))
+    assert machine.training_dtype() == dtype
+    monkeypatch.setenv(machine.OVERRIDE, "bfloat16")
+    assert machine.training_dtype() == torch.bfloat16
+
+
+def test_what_is_no_x86_processor_trains_in_what_it_is_fast_in(processor, clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    processor(AMD.format("avx512_bf16"))
+    assert machine.training_dtype("cuda") == torch.bfloat16
+    processor(ARM.format("bf16"))
+    clock[0][torch.bfloat16] = 0.5
+    assert machine.training_dtype() == torch.bfloat16
 
 
 def test_instruction_sets_are_those_that_may_be_used(processor, monkeypatch):

@@ -52,7 +52,7 @@ def take_hardware(config: Config, found: Checkpoint | None, state: PartialState)
     train, device = config.train, state.device
     saved = None if found is None else found.state["config"]["train"]["mixed_precision"]
     doing(OTHERS)
-    fast = all(gather_object([machine.fast_dtype(device) == torch.bfloat16]))
+    fast = all(gather_object([machine.training_dtype(device) == torch.bfloat16]))
     natural = "bf16" if fast else "no"
     told = os.environ.get(LAUNCHER, "no").replace("no", "")  # "no" it also says when it was told nothing
     chosen = next(name for name in (train.mixed_precision, saved, told, natural) if name in DTYPES)
@@ -79,13 +79,13 @@ def _summary(precision: str, threads: int, state: PartialState) -> str:
 
 
 def _emulation(precision: str, device: torch.device) -> list[str]:
-    """A warning, with the measured cost, of a format that the machine has no units for."""
+    """A warning, with the measured cost, of a format that the machine emulates or is slow in."""
     if precision != "bf16" or machine.is_fast(torch.bfloat16, device):
         return []  # fp16 without a GPU is refused
     cost = machine.emulation_cost(torch.bfloat16, device)
     return [
-        f"warning: this machine has no units for bfloat16 and emulates it: a convolution takes {cost:.1f} times as "
-        "long as in float32 (--train.mixed_precision no)"
+        f"warning: bfloat16 is slow on this machine or emulated: a convolution takes {cost:.1f} times as long as in "
+        "float32 (--train.mixed_precision no)"
     ]
 
 

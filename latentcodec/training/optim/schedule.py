@@ -55,8 +55,9 @@ class TrainConfig:
     ema_decay: BelowOne = 0.999
     """Decay per step of the averaged weights, the ones that are validated and saved."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast of the network over float32 weights. auto: bf16 where the machine has units for it, else no; decided
-    when the run begins and kept in its config.yaml. bf16 or fp16 told to `accelerate launch` count as said here."""
+    """Autocast of the network over float32 weights. auto: bf16 where the machine trains faster in it (GPUs, x86
+    processors with AMX), else no; decided when the run begins and kept in its config.yaml. bf16 or fp16 told to
+    `accelerate launch` count as said here."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """Threads that each process computes with on CPUs. auto: the physical cores that it may use, divided among the
     processes of the machine, less one for each data worker as long as that is at most every fourth. OMP_NUM_THREADS,
