@@ -24,12 +24,11 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
-from latentcodec.pixels import labelled_grid, save_image
+from latentcodec.pixels import crop_middle, labelled_grid, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
 from latentcodec.report.results import print_last_line
 from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import SyntheticSource
-from latentcodec.training.data.crops import centre_crop
 
 PICTURES = 6
 SIDE = 256  # pixels
@@ -76,10 +75,10 @@ def _images(folder: str | None, channels: int) -> list[Tensor]:
     """Square centres [1, C, 256, 256] of the first images that are readable and large enough."""
     if folder is None:
         source = SyntheticSource(channels, seed=SEED)
-        return [centre_crop(source.read(index), SIDE)[None] for index in range(PICTURES)]
+        return [crop_middle(source.read(index), SIDE)[None] for index in range(PICTURES)]
     found = FolderImages(Path(folder).expanduser(), channels, SIDE)
     try:
-        return [centre_crop(x, SIDE)[None] for _, x in islice(found, PICTURES)]
+        return [crop_middle(x, SIDE)[None] for _, x in islice(found, PICTURES)]
     finally:  # also where none can be used
         for item in found.left_out:
             print(f"left out: {item.reason}", file=sys.stderr)

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
+from latentcodec.pixels import crop_middle
 from latentcodec.quality.decoder_measures import int8, int8_in_blocks
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import Codec, evaluate, reconstruct
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.robustness import table
-from latentcodec.report.pictures import crop_around, webp
+from latentcodec.report.pictures import webp
 from latentcodec.sources.folders import FolderImages
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
@@ -172,7 +173,7 @@ def pictures(codec: LatentCodec, x: Tensor) -> list[list[str]]:
         (reconstruct(disturbed, x), f"noise {NOISES[1]}"),
         (reconstruct(Halved(codec, x), half(x)), "half-size latents"),
     ]
-    return [[webp(crop_around(picture, WINDOW)[0, :3]), label] for picture, label in shown]
+    return [[webp(crop_middle(picture, WINDOW)[0, :3]), label] for picture, label in shown]
 
 
 if __name__ == "__main__":

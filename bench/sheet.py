@@ -20,13 +20,12 @@ from torch import Tensor
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
-from latentcodec.pixels import from_uint8, image_grid, to_uint8
+from latentcodec.pixels import crop_middle, from_uint8, image_grid, to_uint8
 from latentcodec.quality import image_codecs
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.quality.text import LINES
 from latentcodec.report import results as report
-from latentcodec.report.pictures import crop_around
 from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import draw_leaves
 
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
             f"--codec {options.codec}: a sheet needs colours, and it has {codec.image_channels} channels"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    photographs = (crop_around(x, KLT_CROP) for x in read(options.klt_images, 8 * codec.downsampling_factor))
+    photographs = (crop_middle(x, KLT_CROP) for x in read(options.klt_images, 8 * codec.downsampling_factor))
     klt = KLT.fit(photographs, codec.downsampling_factor, codec.latent_channels)
     cells: list[Tensor] = []
     too_large = 1.0  # largest JPEG, in bytes of its latent
@@ -100,7 +99,7 @@ def versions(x: Tensor, codec: LatentCodec, klt: KLT) -> tuple[list[Tensor], flo
     most_bytes = rows * columns * codec.latent_channels
     jpeg = image_codecs.code(x[None], "JPEG", most_bytes)
     coded = (x[None], reconstruct(codec, x[None]), reconstruct(klt, x[None]), jpeg.image)
-    return [crop_around(y[0], SIDE) for y in coded], jpeg.size / most_bytes
+    return [crop_middle(y[0], SIDE) for y in coded], jpeg.size / most_bytes
 
 
 def save(sheet: Tensor, labels: Sequence[str], path: Path) -> None:
@@ -120,7 +119,7 @@ def save(sheet: Tensor, labels: Sequence[str], path: Path) -> None:
 def drawn() -> Iterator[Tensor]:
     """Leaves, text, line art and a screen: [3, S, S] each."""
     leaves = np.asarray(draw_leaves(np.random.default_rng(3))).clip(0, 255).astype(np.uint8)
-    yield crop_around(from_uint8(torch.from_numpy(leaves)).permute(2, 0, 1), SIDE)
+    yield crop_middle(from_uint8(torch.from_numpy(leaves)).permute(2, 0, 1), SIDE)
     for draw in (draw_letters, draw_lines, draw_screen):
         page = Image.new("RGB", (SIDE, SIDE), "white")
         draw(ImageDraw.Draw(page))

@@ -273,11 +273,11 @@ MUTANTS = [
     ),
     # ---- data
     Mutant(
-        "the centre crop is off by one",
-        "training/data/crops.py",
-        "max(0, height - side) // 2,",
-        "max(0, height - side + 2) // 2,",
-        "test_crops.py",
+        "the middle is off by one",
+        "pixels/tensors.py",
+        "max(length - side, 0) // 2 for",
+        "max(length - side + 2, 0) // 2 for",
+        "test_pixels.py::test_the_middle_is_exactly_in_the_middle",
     ),
     Mutant(
         "no crop is mirrored",

@@ -18,6 +18,7 @@ from latentcodec import files
 from latentcodec.pixels import (
     UnreadableImage,
     crop,
+    crop_middle,
     decode_image,
     find_images,
     from_uint8,
@@ -93,6 +94,22 @@ def test_padding_equals_replicate_padding_and_crop_undoes_it(size, memory_format
 def test_an_aligned_picture_is_not_copied():
     x = torch.rand(1, 3, 16, 8)
     assert pad_to_multiple(x, 8) is x
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "rows", "columns"),
+    [
+        (10, 16, 4, (3, 7), (6, 10)),
+        (9, 7, 4, (2, 6), (1, 5)),  # an odd rest: one more below and on the right
+        (3, 12, 6, (0, 3), (3, 9)),  # a side that is shorter is whole
+        (5, 5, 5, (0, 5), (0, 5)),
+    ],
+)
+def test_the_middle_is_exactly_in_the_middle(height, width, side, rows, columns):
+    image = torch.arange(3 * height * width).view(3, height, width)
+    part = crop_middle(image, side)
+    assert torch.equal(part, image[:, rows[0] : rows[1], columns[0] : columns[1]])
+    assert part.shape[-2:] == (min(side, height), min(side, width))
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 9), (0, 8), (8, -1)])

@@ -12,7 +12,7 @@ from latentcodec.pixels.folders import IMAGE_SUFFIXES, LeftOut, find_images, sea
 from latentcodec.pixels.labelled import labelled_grid
 from latentcodec.pixels.notes import ImageWarning, UnreadableImage, collect_notes
 from latentcodec.pixels.save import WRITERS, encode_image, save_image
-from latentcodec.pixels.tensors import crop, from_uint8, image_grid, pad_to_multiple, to_uint8
+from latentcodec.pixels.tensors import crop, crop_middle, from_uint8, image_grid, pad_to_multiple, to_uint8
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -22,6 +22,7 @@ __all__ = [
     "UnreadableImage",
     "collect_notes",
     "crop",
+    "crop_middle",
     "decode_image",
     "encode_image",
     "find_images",

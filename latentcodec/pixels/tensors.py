@@ -52,6 +52,12 @@ def crop(y: Tensor, size: tuple[int, int]) -> Tensor:
     return y[..., :height, :width]
 
 
+def crop_middle(x: Tensor, side: int) -> Tensor:
+    """[..., H, W] -> a view of its middle, at most `side` pixels a side."""
+    top, left = (max(length - side, 0) // 2 for length in x.shape[-2:])
+    return x[..., top : top + side, left : left + side]
+
+
 def image_grid(images: Sequence[Tensor], columns: int) -> Tensor:
     """Equal sized [C, H, W] in [-1, 1], row by row, as one [C, H', W'] with white lines of 2 pixels between.
 

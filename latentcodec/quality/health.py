@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from latentcodec.pixels import crop_middle
 from latentcodec.quality import decoder_measures as decoding
 from latentcodec.quality import latent_measures as latents
 from latentcodec.quality.decoder_measures import Inspectable, Progress, no_progress
@@ -76,7 +77,7 @@ def cut_windows(images: Sequence[Tensor], f: int, largest: int = WINDOW) -> tupl
     if side == 0:
         raise ValueError(f"the images are smaller than one latent cell of {f} x {f} pixels")
     kept = [number for number, image in enumerate(images) if min(image.shape[-2:]) >= side]
-    return torch.stack([_middle(images[number], side) for number in kept]), kept
+    return torch.stack([crop_middle(images[number], side) for number in kept]), kept
 
 
 def measure_health(
@@ -244,8 +245,3 @@ def _note_dead_channels(health: Health) -> None:
         channel["dead"] = why_dead(channel, health.channels)
     dead = sum(channel["dead"] is not None for channel in health.channels)
     health.measures["dead_share"] = dead / len(health.channels)
-
-
-def _middle(image: Tensor, side: int) -> Tensor:
-    top, left = ((length - side) // 2 for length in image.shape[-2:])
-    return image[:, top : top + side, left : left + side]

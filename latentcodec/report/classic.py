@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentcodec.pixels import crop_middle
 from latentcodec.quality import one_cell as cells
 from latentcodec.quality.decoder_measures import decibels
 from latentcodec.quality.one_cell import RawCodec
@@ -99,7 +100,7 @@ def _draws(codec: RawCodec, shown: Shown) -> dict[str, Any]:
     pictures = codec.decode(z)
     expected = cells.image_distance(shown.x, shown.train).mean()
     return {
-        "draws": webp(tiles(_middle(pictures[:DRAWS], 24), 8)),
+        "draws": webp(tiles(crop_middle(pictures[:DRAWS], 24), 8)),
         "draw_distance": (cells.image_distance(pictures, shown.train).mean() / expected).item(),
         "draw_precision": cells.precision(pictures, shown.train),
         "draw_spread": (pictures.var(0).mean() / shown.x.var(0).mean()).item(),
@@ -124,12 +125,6 @@ def plane(side: int) -> Tensor:
     return torch.stack([ticks.repeat(side), ticks.flip(0).repeat_interleave(side)], 1)
 
 
-def _middle(pictures: Tensor, side: int) -> Tensor:
-    """The middle of [N, C, H, W]: the edges of digits are black."""
-    edge = max(0, pictures.shape[-1] - side) // 2
-    return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]
-
-
 def _map(codec: RawCodec) -> dict[str, Any]:
     """The decoded square, coarse to look at and fine to point at."""
     fine = codec.decode(plane(ATLAS))
@@ -138,8 +133,8 @@ def _map(codec: RawCodec) -> dict[str, Any]:
     steps = (rows[:, 1:] - rows[:, :-1]).flatten(2).norm(dim=2)
     typical = steps.flatten().median().clamp(min=1e-9)
     return {
-        "map": webp(tiles(_middle(coarse, 24), GRID)),
-        "atlas": webp(tiles(_middle(fine, 28), ATLAS)),
+        "map": webp(tiles(crop_middle(coarse, 24), GRID)),
+        "atlas": webp(tiles(crop_middle(fine, 28), ATLAS)),
         "map_largest_step": (steps.max() / typical).item(),
     }
 
@@ -153,7 +148,7 @@ def _walk(codec: RawCodec, mean: Tensor, k: int, found: dict[str, Any], shown: S
     return {
         "number": k,
         "kl": found["kl_by_number"][k],
-        "picture": webp(tiles(_middle(pictures, 28), len(WALK))),
+        "picture": webp(tiles(crop_middle(pictures, 28), len(WALK))),
         "distance": (cells.image_distance(pictures, shown.train) / expected).tolist(),
         "change": (pictures[8] - pictures[4]).flatten().norm().item(),
     }

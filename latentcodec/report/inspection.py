@@ -17,14 +17,14 @@ import yaml
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
-from latentcodec.pixels import UnreadableImage, find_images, load_image
+from latentcodec.pixels import UnreadableImage, crop_middle, find_images, load_image
 from latentcodec.quality import image_codecs
 from latentcodec.quality import latent_measures as latents
 from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, no_progress
 from latentcodec.quality.health import Health, Windows, cut_windows, measure_health, passes
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
-from latentcodec.report.pictures import channel_picture, crop_around, principal_colours, tiles, webp
+from latentcodec.report.pictures import channel_picture, principal_colours, tiles, webp
 from latentcodec.report.results import provenance, short_path
 
 PIXELS = 128 * 256**2  # of windows that are looked at; a larger folder gives evenly spaced images
@@ -199,7 +199,7 @@ def _strips(codec: Inspectable, windows: Windows, health: Health, i: int) -> lis
     scale = torch.tensor([channel["std"] for channel in health.channels])[:, None, None]
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(4)) * scale
     noisy = torch.stack([z + a * noise for a in STRIP_NOISES])
-    decoded_rows = crop_around(decoded(codec, noisy, (height, width)), STRIP)
+    decoded_rows = crop_middle(decoded(codec, noisy, (height, width)), STRIP)
     labels = [f"noise {a}" if a else "as it is" for a in STRIP_NOISES]
     rows.append(
         {
@@ -211,7 +211,7 @@ def _strips(codec: Inspectable, windows: Windows, health: Health, i: int) -> lis
         half = F.interpolate(z[None], scale_factor=0.5, mode="bilinear")
         f = codec.downsampling_factor
         small = decoded(codec, half, (half.shape[-2] * f, half.shape[-1] * f))[0]
-        rows[-1]["pictures"].append([webp(crop_around(small, STRIP)), "half-size latents"])
+        rows[-1]["pictures"].append([webp(crop_middle(small, STRIP)), "half-size latents"])
     return rows
 
 

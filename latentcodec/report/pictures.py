@@ -45,12 +45,6 @@ def principal_colours(z: Tensor) -> Tensor:
     return picture.clamp(-1, 1).float().unflatten(1, z.shape[1:])
 
 
-def crop_around(x: Tensor, side: int) -> Tensor:
-    """The middle of [..., H, W], at most `side` pixels a side."""
-    top, left = (max(length - side, 0) // 2 for length in x.shape[-2:])
-    return x[..., top : top + side, left : left + side]
-
-
 def tiles(pictures: Tensor, columns: int) -> Tensor:
     """[N, C, H, W] -> [C, rows H, columns W], row by row, without gaps; missing ones at the end are black."""
     n, c, height, width = pictures.shape

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from latentcodec.codec import LatentCodec
-from latentcodec.pixels import load_image, save_image, to_uint8
+from latentcodec.pixels import crop_middle, load_image, save_image, to_uint8
 from latentcodec.quality import image_codecs
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
-from latentcodec.report.pictures import crop_around
 from tests.bench.test_bench import script
 from tests.test_codec import tiny_vae
 
@@ -52,7 +51,7 @@ def test_each_row_is_the_original_the_codec_the_klt_and_jpeg_at_1_to_1(
         for column, y in enumerate(expected):
             top, left = sheet.LABEL + row * 194, column * 194
             shown = found[:, top : top + 192, left : left + 192]
-            middle = crop_around(y[0], 192)
+            middle = crop_middle(y[0], 192)
             assert (to_uint8(shown).int() - to_uint8(middle).int()).abs().max() == 0, (row, column)
 
 

@@ -103,13 +103,6 @@ def pad_edges(image: Tensor, padding: int) -> Tensor:
     return pad(image, [padding] * 4, mode="replicate") if padding else image
 
 
-def centre_crop(image: Tensor, side: int) -> Tensor:
-    """The middle of an image, at most `side` pixels high and wide."""
-    height, width = image.shape[-2:]
-    top, left = max(0, height - side) // 2, max(0, width - side) // 2
-    return image[..., top : top + side, left : left + side].contiguous()
-
-
 class CropStream(Dataset[Batch | ValueError]):
     """The stream of a set that is wholly here, asked for by positions: `stream[[8, 9, 10]]` is that batch.
 

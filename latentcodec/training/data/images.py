@@ -15,10 +15,10 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentcodec.pixels import LeftOut, UnreadableImage, collect_notes
+from latentcodec.pixels import LeftOut, UnreadableImage, collect_notes, crop_middle
 from latentcodec.sources.images import ArraySource, EncodedSource, ImageSource, Place, open_source
 from latentcodec.sources.remote import RemoteSource
-from latentcodec.training.data.crops import Reject, centre_crop, pad_edges, rejected
+from latentcodec.training.data.crops import Reject, pad_edges, rejected
 from latentcodec.training.data.order import bucket_sizes, nearest_bucket, shuffled
 from latentcodec.training.progress import counted
 from latentcodec.training.ranges import ShareAboveZero
@@ -254,7 +254,7 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
         if min(image.shape[-2:]) < smallest_side:
             result.too_small.append(images.val_source.name(index))
             continue
-        result.images.append(centre_crop(image, images.config.val_resolution))
+        result.images.append(crop_middle(image, images.config.val_resolution).contiguous())
         result.names.append(images.val_source.name(index))
         if labels is not None:
             result.classes.append(labels.name(index))

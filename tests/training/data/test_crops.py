@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentcodec.training.data.crops import centre_crop, random_crop
+from latentcodec.training.data.crops import random_crop
 from latentcodec.training.data.order import BucketedOrder, bucket_sizes, nearest_bucket
 
 
@@ -71,19 +71,3 @@ def test_a_bucketed_epoch_shows_every_image_in_blocks_of_one_shape():
         sequences.add(tuple(shapes))
         assert all(len(set(shapes[start : start + 4])) == 1 for start in range(0, len(order), 4))
     assert len(sequences) == 3, "every epoch mixes the shapes anew"
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "side", "rows", "columns"),
-    [
-        (10, 16, 4, (3, 7), (6, 10)),
-        (9, 7, 4, (2, 6), (1, 5)),  # an odd rest: one more below and on the right
-        (3, 12, 6, (0, 3), (3, 9)),  # a side that is shorter is whole
-        (5, 5, 5, (0, 5), (0, 5)),
-    ],
-)
-def test_the_centre_crop_is_exactly_the_middle(height, width, side, rows, columns):
-    image = torch.arange(3 * height * width).view(3, height, width)
-    crop = centre_crop(image, side)
-    assert torch.equal(crop, image[:, rows[0] : rows[1], columns[0] : columns[1]])
-    assert crop.is_contiguous()
