@@ -59,7 +59,9 @@ Precision = Annotated[
     str | None, option("float32 or bfloat16; by default what the machine is fast in.", panel=RUN)
 ]
 Threads = Annotated[int | None, option("Threads of the model on a CPU; by default the cores.", panel=RUN)]
-Workers = Annotated[int | None, option("Processes that decode pictures; by default the cores.", panel=RUN)]
+Workers = Annotated[
+    int | None, option("Processes that decode pictures; by default the cores, at most 8.", panel=RUN)
+]
 Rank = Annotated[int | None, option("This process, counted from 0; else from the launcher.", panel=RUN)]
 World = Annotated[int | None, option("Number of processes; else from the launcher.", panel=RUN)]
 Engine = Annotated[str, option("local or ray.", panel=RUN)]

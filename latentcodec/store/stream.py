@@ -100,8 +100,9 @@ class LatentBatches(IterableDataset):
         return sum(n // size if self.drop_last else -(-n // size) for n in self.store.shapes.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, and its beginning."""
-        self.epoch, self.first = epoch, 0
+        """Chooses the epoch: its beginning, but of the epoch that a state was loaded of, where that goes on."""
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
 
     def state_after(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What to save so that training goes on with the batch after this one."""

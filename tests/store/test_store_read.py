@@ -222,6 +222,22 @@ def test_resume_goes_on_with_the_next_batch_on_any_number_of_ranks(store):
         store.dataset(4, seed=5, rank=0, world=2).load_state_dict(state)
 
 
+def test_the_loop_over_epochs_goes_on_where_a_loaded_state_was(store):
+    """The loop of docs/store.md, stopped within its second epoch."""
+
+    def loop(stream):
+        for epoch in range(stream.epoch, 3):
+            stream.set_epoch(epoch)
+            for batch in stream:
+                yield batch["id"], stream.state_after(batch)
+
+    whole = list(loop(store.dataset(2)))
+    for stopped_at in (0, 6, len(whole) // 3 - 1):  # the last is the end of the first epoch
+        later = store.dataset(2)
+        later.load_state_dict(whole[stopped_at][1])
+        assert [names for names, _ in loop(later)] == [names for names, _ in whole[stopped_at + 1 :]]
+
+
 def test_a_state_of_another_store_of_as_many_pictures_is_refused(store, tmp_path, codec):
     photos = write_pictures(tmp_path / "photos", len(store), first=100)
     prepare([str(photos)], tmp_path / "store", codec, **SMALL)
