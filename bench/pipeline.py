@@ -23,6 +23,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from latentcodec.codec import LatentCodec
+from latentcodec.extras import require
 from latentcodec.machine import use_cores
 from latentcodec.pixels import crop_middle, labelled_grid, save_image
 from latentcodec.quality.metrics import psnr, reconstruct
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--images", help=f"folder of images, {SIDE} pixels a side or more; default: drawn pictures"
     )
     settings = parser.parse_args(arguments)
+    require("bench", "transformers")  # without it diffusers has no pipelines
     use_cores()
     torch.manual_seed(0)
     logging.set_verbosity_error()  # that no text encoder is saved is no news here

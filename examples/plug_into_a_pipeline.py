@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from latentcodec import LatentCodec, load_image, save_image
+from latentcodec.extras import require
 from latentcodec.quality.metrics import psnr
 from latentcodec.sources.synthetic import SyntheticSource
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures and of the pipeline")
     parser.add_argument("--photo", help="what goes through the pipeline; default: a drawn picture")
     settings = parser.parse_args(arguments)
+    require("bench", "transformers")  # without it diffusers has no pipelines
     torch.manual_seed(0)
     logging.set_verbosity_error()  # that no text encoder is saved is no news here
 

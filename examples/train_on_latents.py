@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentcodec import LatentStore, save_image
+from latentcodec.extras import require
 from latentcodec.pixels import image_grid
 
 TEXT_WIDTH = 8  # of the zeros that stand for a prompt
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     settings = parser.parse_args(arguments)
     if settings.minutes <= 0 or settings.max_steps < 1:
         parser.error("--minutes must be above 0, and --max_steps at least 1")
+    require("bench", "transformers")  # without it diffusers has no pipeline to save in the end
 
     accelerator = Accelerator()
     store = LatentStore(settings.store)

@@ -1,6 +1,7 @@
 """The example that puts a codec into a pipeline: pictures come through, and diffusers alone loads what it saves."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import plug_into_a_pipeline
 
 from latentcodec import LatentCodec, load_image, save_image
+from latentcodec.extras import MissingPackage
 from latentcodec.quality.metrics import psnr
 from latentcodec.sources.synthetic import SyntheticSource
 
@@ -35,3 +37,25 @@ def test_the_picture_comes_through_with_the_codec_and_not_before(codec, tmp_path
     said = capsys.readouterr().out
     assert "by diffusers alone (AutoencoderKL)" in said
     assert float(re.search(r"within (\S+) of it", said)[1]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("examples/plug_into_a_pipeline.py", ["--out", "out"]),
+        ("examples/train_on_latents.py", ["latents", "--out", "out"]),
+        ("bench/pipeline.py", ["--codec", "photo-f8c4", "--out", "out"]),
+    ],
+)
+def test_without_transformers_the_extra_is_named_before_anything_is_done(
+    program, arguments, tmp_path, monkeypatch
+):
+    """diffusers has no pipelines without it, and says so where they are made: after a training, or half way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("latentcodec.extras.find_spec", lambda name: None if name == "transformers" else name)
+    main = runpy.run_path(str(Path(__file__).parents[2] / program))["main"]
+    with pytest.raises(
+        MissingPackage, match=r"transformers: not installed; pip install 'latentcodec\[bench\]'"
+    ):
+        main(arguments)
+    assert not list(tmp_path.iterdir())
