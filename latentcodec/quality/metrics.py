@@ -79,20 +79,21 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """[B, C, H, W] twice -> [B], structural similarity, the mean over pixels and channels.
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004: a gaussian
-    window of 11 taps and sigma 1.5, K1 = 0.01, K2 = 0.03, each colour channel by itself. Only windows inside
-    the image count, as there and in scikit-image; torchmetrics adds windows over the mirrored border.
+    window of 11 taps and sigma 1.5, K1 = 0.01, K2 = 0.03, each colour channel by itself. The formula is for pixels
+    from 0 up, so those in [-1, 1] are moved to [0, 1] first. Only windows inside the image count, as there and in
+    scikit-image; torchmetrics adds windows over the mirrored border.
     Raises `ValueError` for images smaller than the window.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(
             f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {list(x.shape[-2:])}"
         )
-    x, y = x.float(), y.float()
+    x, y = (x.float() + 1) / 2, (y.float() + 1) / 2
     mean_x, mean_y, square_x, square_y, product = _local_mean(torch.stack([x, y, x * x, y * y, x * y]))
     variance_x = (square_x - mean_x**2).clamp(min=0)  # rounding may go below
     variance_y = (square_y - mean_y**2).clamp(min=0)
     covariance = product - mean_x * mean_y
-    c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * structure).flatten(1).mean(1)

@@ -47,10 +47,19 @@ def test_psnr_of_each_image_equals_torchmetrics(channels):
 def test_ssim_of_each_image_equals_torchmetrics_inside_the_border(shape):
     x = torch.nn.functional.avg_pool2d(pictures(shape[0], shape[1], 2 * shape[2], 2 * shape[3]), 2)
     y = distorted(x, 0.2)
-    settings = {"data_range": 2.0, "sigma": 1.5, "kernel_size": 11, "reduction": None}
-    _, every_window = structural_similarity_index_measure(y, x, **settings, return_full_image=True)
+    settings = {"data_range": 1.0, "sigma": 1.5, "kernel_size": 11, "reduction": None}
+    as_positive = ((y + 1) / 2, (x + 1) / 2)
+    _, every_window = structural_similarity_index_measure(*as_positive, **settings, return_full_image=True)
     expected = every_window[..., 5:-5, 5:-5].flatten(1).mean(1)
     torch.testing.assert_close(ssim(x, y), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 4), (128, 132), (251, 255), (0, 255)])
+def test_ssim_of_flat_fields_is_that_of_their_levels_from_0_to_255(a, b):
+    """Wang's luminance term, (2 a b + C1) / (a^2 + b^2 + C1), which pixels around zero would turn upside down."""
+    x, y = (from_uint8(torch.full((1, 3, 16, 16), level, dtype=torch.uint8)) for level in (a, b))
+    expected = (2 * a * b + 2.55**2) / (a * a + b * b + 2.55**2)
+    assert ssim(x, y).item() == pytest.approx(expected, abs=2e-4)
 
 
 def test_equal_images_have_infinite_psnr_and_ssim_one():
