@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
 from latentcodec.machine import use_cores
+from latentcodec.pixels import from_uint8, to_uint8
 from latentcodec.quality import image_codecs
 from latentcodec.quality.decoder_measures import decibels
 from latentcodec.quality.rate import ROUNDINGS
@@ -95,7 +96,7 @@ def codec_points(codec: LatentCodec, images: Sequence[Tensor], name: str) -> lis
         z, pixels = codec.encode(x).cpu(), x.shape[-2] * x.shape[-1]
         for rounding, change in ROUNDINGS.items():
             rounded, bits = change(z)
-            y = codec.decode(rounded, size=(x.shape[-2], x.shape[-1])).cpu().clamp(-1, 1)
+            y = from_uint8(to_uint8(codec.decode(rounded, size=(x.shape[-2], x.shape[-1])).cpu()))
             found[rounding].append((bits * z.numel() / pixels, decibels(x, y).item()))
     return [point(rounding, values) for rounding, values in found.items()]
 

@@ -289,8 +289,8 @@ def _sigma(trainer: Trainer, x: Tensor) -> dict[str, Any]:
     """Of a run with a sigma for each pixel; the second head belongs to the trained weights, not to their average."""
     codec = trainer.state.codec
     mean, _ = RawCodec(codec.vae, (SIDE, SIDE)).posterior(x)
-    y, log_scale = codec.decode(mean[:, :, None, None])
-    return look_at_sigma(x, y, log_scale.exp())
+    y, log_scale = codec.decode(mean[:, :, None, None].to(codec.vae.device))
+    return look_at_sigma(x, y.to(x.device), log_scale.exp().to(x.device))
 
 
 if __name__ == "__main__":

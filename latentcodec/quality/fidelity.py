@@ -18,7 +18,8 @@ LEVELS = 127.5  # 8-bit levels of a pixel step of 1
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The middle 95 % of the means of resamples of `values`: percentile bootstrap, the same in every call.
 
-    What another set of as many such images would give. (nan, nan) for one value, or where any is not finite.
+    In about 95 of 100 cases it holds the mean over all such images. (nan, nan) for one value, or where one is not
+    finite.
     """
     data = torch.tensor(values, dtype=torch.float64)
     if len(data) < 2 or not data.isfinite().all():

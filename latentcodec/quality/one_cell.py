@@ -28,7 +28,7 @@ REACH = 2.0  # deviations of a code within which its decoder has been trained
 
 @dataclass(frozen=True)
 class RawCodec:
-    """A VAE with latents of one cell, in the units that it was trained with."""
+    """A VAE with latents of one cell, in the units that it was trained with. Its inputs may be on another device."""
 
     vae: Any
     size: tuple[int, int]
@@ -37,15 +37,17 @@ class RawCodec:
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] in [-1, 1] -> mean and deviation, [N, c] each."""
-        found = [mean_and_logvar(posterior_parameters(self.vae, x[part])) for part in self._parts(len(x))]
-        mean, logvar = (torch.cat(values).flatten(1) for values in zip(*found, strict=True))
+        parts = (x[part].to(self.vae.device) for part in self._parts(len(x)))
+        found = [mean_and_logvar(posterior_parameters(self.vae, part)) for part in parts]
+        mean, logvar = (torch.cat(values).flatten(1).to(x.device) for values in zip(*found, strict=True))
         return mean, (logvar / 2).exp()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """[N, c] -> [N, C, H, W], clamped to [-1, 1]."""
         maps = z[:, :, None, None]
-        return torch.cat([decode_raw(self.vae, maps[part]).clamp(-1, 1) for part in self._parts(len(z))])
+        parts = (maps[part].to(self.vae.device) for part in self._parts(len(z)))
+        return torch.cat([decode_raw(self.vae, part).clamp(-1, 1) for part in parts]).to(z.device)
 
     def _parts(self, count: int) -> list[slice]:
         return batches(count, self.size[0] * self.size[1])

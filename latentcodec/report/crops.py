@@ -49,7 +49,8 @@ def compared_crops(
         seen: dict[str, Tensor] = {"original": x}
         seen |= {name: reconstruct(codec, x) for name, codec in (*codecs.items(), *klts.items())}
         if channels in (1, 3):
-            seen |= {f"{form}, same bits": image_codecs.code(x, form, sizes[i]).image for form in formats}
+            coded = {form: image_codecs.code(x, form, sizes[i]) for form in formats}
+            seen |= {_label(form, file.size, sizes[i]): file.image for form, file in coded.items()}
         first = seen[next(iter(codecs))]
         rows, columns = worst_window((first - x).square().mean(1)[0], window)
         choices = []
@@ -64,6 +65,11 @@ def compared_crops(
             }
         )
     return {"viewer": viewer, "pictures": pictures}
+
+
+def _label(form: str, size: int, most_bytes: int) -> str:
+    """What an image format is called beside a codec's bits: not every one can be as small."""
+    return f"{form}, same bits" if size <= most_bytes else f"{form}, {size / most_bytes:.1f} x the bits"
 
 
 def worst_window(error: Tensor, side: int) -> tuple[slice, slice]:

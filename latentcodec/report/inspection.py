@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -259,7 +260,10 @@ def _smaller(x: Tensor, side: int) -> Tensor:
 
 
 def training_curves(source: Path) -> dict[str, Any] | None:
-    """nll, KL, learning rate and PSNR by step, from the metrics.jsonl of the run; None where there is none."""
+    """nll, KL, learning rate and PSNR by step, from the metrics.jsonl of the run; None where there is none.
+
+    Each curve has at most CURVE_POINTS points, each the median of its part of the run at the part's last step.
+    """
     folder = source.parent if (source.parent / "metrics.jsonl").is_file() else source
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
@@ -268,10 +272,11 @@ def training_curves(source: Path) -> dict[str, Any] | None:
     lines = [json.loads(line) for line in whole]  # the last one may be half written
     curves: dict[str, list[list[float]]] = {}
     for key in ("total", "nll", "kl", "kl_weight", "lr", "psnr"):
-        points = [[line["step"], line[key]] for line in lines if line.get(key) is not None]
-        if points:
-            every = -(-len(points) // CURVE_POINTS)
-            curves[key] = points[::every]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        width = -(-len(points) // CURVE_POINTS) or 1
+        parts = [points[start : start + width] for start in range(0, len(points), width)]
+        if parts:
+            curves[key] = [[part[-1][0], median(value for _, value in part)] for part in parts]
     settings = folder / "config.yaml"
     config = yaml.safe_load(settings.read_text("utf-8")) if settings.is_file() else {}
     return {

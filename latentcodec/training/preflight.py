@@ -267,6 +267,12 @@ def smallest_crop(config: Config, f: int) -> int:
     cells = sides[0] // f
     if settings.equivariance_probability or settings.low_resolution_probability:
         cells = max(1, round(cells * min(EQUIVARIANCE_SCALES)))
+    smallest = round(sides[0] // f * (min(EQUIVARIANCE_SCALES) if settings.low_resolution_probability else 1))
+    if settings.spectrum_weight and smallest < 2:
+        raise ValueError(
+            f"regularizer.spectrum_weight: data.resolution {data.resolution} gives latents of one cell, which have no "
+            "spectrum; raise it"
+        )
     if loss.lpips_weight and cells * f < SMALLEST_SIDE[loss.lpips_net]:
         raise ValueError(
             f"loss.lpips_net {loss.lpips_net} needs images of {SMALLEST_SIDE[loss.lpips_net]} pixels a side, and "

@@ -15,9 +15,9 @@ from latentcodec.pixels import save_image
 from latentcodec.quality import image_codecs
 from latentcodec.quality.klt import KLT
 from latentcodec.report import __main__ as command
-from latentcodec.report import inspection, results
+from latentcodec.report import crops, inspection, results
 from latentcodec.report.build import build_page, write_result
-from latentcodec.report.pages import throughput
+from latentcodec.report.pages import reconstruction, throughput
 from latentcodec.report.pictures import webp
 from latentcodec.report.plots import inline_svg, panel, plot_style, series
 from latentcodec.report.scales import SCALES, lines
@@ -145,6 +145,26 @@ def test_a_run_that_was_trained_shows_its_losses(inspected, tmp_path):
     html = build_page(found["map"] | {"training": curves}).render()
     assert "loss.kl_weight 0.5" in html
     assert "learning rate" in html
+
+
+def test_a_long_curve_is_medians_of_its_parts_up_to_the_last_step(tmp_path):
+    steps = ({"step": n, "kl": float(n)} for n in range(1, 1002))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    curve = inspection.training_curves(tmp_path)["curves"]["kl"]
+    assert len(curve) <= inspection.CURVE_POINTS
+    assert curve[0] == [4, 2.5]  # steps 1 to 4
+    assert curve[-1][0] == 1001
+
+
+def test_an_image_format_with_more_bits_is_not_drawn_as_one_with_the_same():
+    assert crops._label("AVIF", 90, 100) == "AVIF, same bits"
+    assert crops._label("JPEG", 250, 100) == "JPEG, 2.5 x the bits"
+    rivals = {"JPEG": {"psnr": 20.0, "too_large": 2}, "AVIF": {"psnr": 30.0, "too_large": 0}}
+    entry = {"codec": "a", "latent": "f8c4", "floats_per_pixel": 0.0625, "rivals": rivals}
+    entry |= {"psnr": {"mean": 29.0}, "klt_psnr": {"mean": 26.0}}
+    labels = [line.get_label() for line in reconstruction._rate([entry]).axes[0].lines]
+    assert "AVIF" in labels
+    assert "JPEG" not in labels
 
 
 def test_nothing_is_overwritten(inspected, tmp_path):

@@ -14,10 +14,12 @@ from small_vaes import SMALL, small_vae
 
 from latentcodec import LatentCodec
 from latentcodec.adopt import adopt
+from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.training.config import parse
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.start.adapt import AdaptConfig
 from latentcodec.training.start.model import ModelConfig, load_teacher, new_vae
+from latentcodec.vae.families import family_of
 from latentcodec.vae.padding import PADDING_KEY
 
 CONFIGS = Path(__file__).parents[2] / "train/configs"
@@ -108,6 +110,19 @@ def test_what_only_one_kind_of_class_can_do_is_refused_by_key(tmp_path):
         ValueError, match=r"model\.gradient_checkpointing: AutoencoderKLQwenImage .* set it to false"
     ):
         new_vae(tuned, small_vae("qwen"), None, list)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_weight_that_is_trained_gets_a_gradient_from_images(name):
+    """Or DDP waits for it and the second step of several processes fails."""
+    vae = new_vae(ModelConfig(from_pretrained="x"), adopt(small_vae(name).train()), None, list)
+    family, x = family_of(vae), torch.randn(1, 3, 32, 32)
+    mean = posterior_parameters(vae, x).chunk(2, 1)[0]
+    (decode_raw(vae, mean).square().mean() + mean.square().mean()).backward()
+    missing = [key for key, p in vae.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    if family.has_frames:
+        assert any("time_conv" in key for key, _ in vae.named_parameters())
 
 
 def test_a_padding_that_the_parent_does_not_have_is_refused_and_its_own_is_kept():

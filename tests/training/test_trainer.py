@@ -712,6 +712,23 @@ def test_only_weights_decay_and_wide_layers_move_less():
     assert decay == [(0.1, 1.0), (0, 1), (0, 1), (0, 1), (0.1, 0.5), (0, 1)]
 
 
+def test_gains_of_rms_norms_are_no_matrices():
+    """Those of Qwen-Image's and Wan's norms have the shape [C, 1, 1] or [C, 1, 1, 1]."""
+    model = torch.nn.Module()
+    model.down_blocks = torch.nn.ParameterDict(
+        {"gamma": torch.ones(8, 1, 1), "weight": torch.ones(8, 1, 3, 3)}
+    )
+    model.norm_out, model.scale = (
+        torch.nn.Parameter(torch.ones(8, 1, 1, 1)),
+        torch.nn.Parameter(torch.zeros(())),
+    )
+    groups = parameter_groups(model, 0.1)
+    of = {id(p): (group["orthogonal"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert of[id(model.down_blocks["weight"])] == (True, 0.1)
+    for parameter in (model.down_blocks["gamma"], model.norm_out, model.scale):
+        assert of[id(parameter)] == (False, 0)
+
+
 def test_a_young_average_forgets_faster():
     assert [ema_decay(0.999, n) for n in (0, 90, 10**6)] == [0.1, 0.91, 0.999]
     average, model = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)

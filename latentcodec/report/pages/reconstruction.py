@@ -59,8 +59,8 @@ def build(data: Mapping[str, Any]) -> Page:
 
 
 TABLE_CAPTION = (
-    "PSNR: signal over error in decibels, more is better, 6 dB halve the error; the interval holds the mean of another "
-    "such set of images in 95 of 100 cases (bootstrap). SSIM: 1 is equal. LPIPS: distance in the features of a network "
+    "PSNR: signal over error in decibels, more is better, 6 dB halve the error; the interval holds the mean over all "
+    "such images in about 95 of 100 cases (bootstrap). SSIM: 1 is equal. LPIPS: distance in the features of a network "
     "trained on photographs, 0 is equal. KLT: PSNR of the linear transform of f x f blocks with the same c numbers for "
     "each. bits/px: 8 bits for each latent value. min and max: the worst image. infinite: at least one "
     "picture came back unchanged."
@@ -160,6 +160,8 @@ def _rate(codecs: Sequence[Entry]) -> Figure:
             axes.plot([bits], [e["klt_psnr"]["mean"]], color=SERIES[index % len(SERIES)], marker="_", linestyle="none",
                       markersize=12, label=f"KLT {e['latent']}")  # fmt: skip
             for place, (form, rival) in enumerate((e.get("rivals") or {}).items()):
+                if rival.get("too_large"):
+                    continue  # it has more bits than these
                 label = form if index == 0 else None
                 axes.plot(
                     [bits],

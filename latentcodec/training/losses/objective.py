@@ -110,10 +110,11 @@ class Objective:
         """Numbers for the metrics and for the rate control, not losses: no gradient, means over the batch."""
         with torch.no_grad():
             channels = kl_per_channel(result.mean, result.logvar)
+            kl = kl_divergence(result.mean, result.logvar).mean()
             statistics = channel_statistics(result.mean, result.logvar).flatten()
             return {
                 "mse": (result.reconstruction - target).square().mean(),
-                "bits_per_dimension": bits_per_dimension(nll, target[0].numel(), self.loss.likelihood),
+                "bits_per_dimension": bits_per_dimension(nll + kl, target[0].numel(), self.loss.likelihood),
                 "scale": result.log_scale.exp().mean(),
                 **{f"channel_kl/{i}": value for i, value in enumerate(channels)},
                 **{f"channel_statistic/{i}": value for i, value in enumerate(statistics)},

@@ -91,7 +91,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     groups: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            fan_in = parameter[0].numel() if parameter.ndim >= 2 else 0
+            is_vector = (
+                parameter.numel() == parameter.shape[:1].numel()
+            )  # also the gains [C, 1, 1] of RMS norms
+            fan_in = 0 if is_vector else parameter[0].numel()
             # diffusers' down_blocks, up_blocks and mid_block; not conv_in, conv_out, quant_conv, post_quant_conv
             inner = "block" in name and fan_in > 0
             groups[inner, 0 if inner else fan_in].append(parameter)

@@ -181,6 +181,9 @@ def new_vae(
     for conv, part in ((vae.quant_conv, "decoder"), (vae.post_quant_conv, "encoder")):
         if conv is not None:
             conv.requires_grad_(config.part != part)
+    for name, parameter in vae.named_parameters():
+        if "time_conv" in name:  # images do not pass it, and DDP waits for a gradient of every trained weight
+            parameter.requires_grad_(False)
     return vae
 
 

@@ -22,7 +22,7 @@ from latentcodec.training.losses.regularizers import (
 )
 from latentcodec.training.losses.sample import ForwardPass
 from latentcodec.training.losses.spectra import mask_spectrum
-from latentcodec.training.losses.terms import LossConfig, kl_per_channel
+from latentcodec.training.losses.terms import LossConfig, kl_divergence, kl_per_channel
 from latentcodec.training.preflight import smallest_crop
 from latentcodec.training.start.model import TrainedCodec, new_vae
 
@@ -276,7 +276,8 @@ def test_measures_are_means_without_gradient():
     assert not any(value.requires_grad for value in measured.values())
     torch.testing.assert_close(measured["mse"], (result.reconstruction - x).square().mean().detach())
     torch.testing.assert_close(measured["scale"], torch.tensor(0.2))
-    bits = 1000 / (3 * 32 * 32) / math.log(2) + math.log2(127.5)
+    kl = kl_divergence(result.mean, result.logvar).mean().item()  # the code length of the latent counts too
+    bits = (1000 + kl) / (3 * 32 * 32) / math.log(2) + math.log2(127.5)
     assert measured["bits_per_dimension"].item() == pytest.approx(bits)
     expected = kl_per_channel(result.mean, result.logvar)
     torch.testing.assert_close(
@@ -396,6 +397,19 @@ def test_the_smallest_crop_is_what_training_really_decodes():
     assert smallest_crop(replace(config, data=buckets, regularizer=RegularizerConfig()), F_DOWN) == 64
     with pytest.raises(ValueError, match=r"data\.resolution 96 gives crops of 96 pixels.*factor 64"):
         smallest_crop(replace(config, data=buckets), 64)
+
+
+def test_latents_of_one_cell_have_no_spectrum_to_match():
+    config = small(Path("unused"), Path("unused"))
+    config = replace(config, regularizer=RegularizerConfig(spectrum_weight=1.0))
+    assert smallest_crop(config, 16) == 32
+    with pytest.raises(ValueError, match=r"spectrum_weight: data\.resolution 32 gives latents of one cell"):
+        smallest_crop(config, 32)
+    shrunk = replace(
+        config, regularizer=RegularizerConfig(spectrum_weight=1.0, low_resolution_probability=0.5)
+    )
+    with pytest.raises(ValueError, match="latents of one cell"):
+        smallest_crop(shrunk, 16)
 
 
 @pytest.mark.parametrize(
