@@ -88,6 +88,7 @@ class Engine:
             and x.shape[1]
             == first.shape[1]  # else torch's own error: native functions read what they are told of
             and x.numel() > 0
+            and x.device == first.device  # likewise: they would read a GPU's addresses as the CPU's
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
