@@ -134,14 +134,16 @@ class Engine:
             return partial(direction, self._plan(x, stages, network), network)
 
         widest = max(h * w * channels_at_once(stage, True) for h, w, stage in stages)
-        if self.compiles(x) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
-            return replayed(network, x, plan, partial(joined, dtype=x.dtype))
-        if self._is_recordable(network, x, stages):
-            return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
-        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
-        with torch.inference_mode():
-            strips = plan()(x)
-        return joined(strips, x.dtype)
+        # Triton and CUDA graphs take the current GPU, whichever the tensors are on.
+        with torch.cuda.device_of(x):
+            if self.compiles(x) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+                return replayed(network, x, plan, partial(joined, dtype=x.dtype))
+            if self._is_recordable(network, x, stages):
+                return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
+            # In inference mode a view is a tensor like any other, and one compiled function fits them all.
+            with torch.inference_mode():
+                strips = plan()(x)
+            return joined(strips, x.dtype)
 
     def _is_recordable(self, network: nn.Module, x: Tensor, stages: list[tuple[int, int, Stage]]) -> bool:
         """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
