@@ -34,12 +34,11 @@ from diffusers.models.attention_processor import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from latentcodec.engine import cuda_graphs, recordings
 from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
-from latentcodec.engine.plan import Engine
+from latentcodec.engine.plan import Engine, forget
 from latentcodec.engine.sharing import (
     require_parameters_of,
     share_paddings,
@@ -141,8 +140,7 @@ def optimize_vae(
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
         holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
     for network in (vae.encoder, vae.decoder):
-        recordings.forget(network)
-        cuda_graphs.forget(network)
+        forget(network)
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:
@@ -156,6 +154,8 @@ def restore_vae(vae: Any) -> Any:
     In place; returns `vae`. Raises TypeError, listing the covered classes, for another one.
     """
     family = family_of(vae)
+    for network in (vae.encoder, vae.decoder):
+        forget(network)  # whoever still holds it, and with frames it stays the VAE's
     if not family.has_frames and isinstance(vae.encoder, EngineEncoder):
         with torch.device("meta"):
             stock = _stock(family.name, vae.config)

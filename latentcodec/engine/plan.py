@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine import recordings
+from latentcodec.engine import cuda_graphs, recordings
 from latentcodec.engine.checks import (
     forms_within,
     has_hooks,
@@ -197,6 +197,12 @@ def _pads_one_cell_with_itself(network: Any, x: Tensor) -> bool:
     if max(x.shape[2] >> shift, x.shape[3] >> shift) > 1:
         return False
     return any(isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros" for layer in network.modules())
+
+
+def forget(network: nn.Module) -> None:
+    """Let what is recorded of a network's passes go, and its memory with it."""
+    recordings.forget(network)
+    cuda_graphs.forget(network)
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,11 @@
 """When a CUDA graph may be replayed, and in which order. Without a GPU: recordings that compute nothing stand in."""
 
 import logging
+import sys
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from stock_pairs import pair
 from test_recordings import CONFIG
 from torch import nn
 
-from latentcodec import optimize_vae
+sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
+from small_vaes import small_vae
+
+from latentcodec import optimize_vae, restore_vae
 from latentcodec.engine import cuda_graphs
 
 
@@ -80,6 +85,28 @@ def test_another_bound_on_memory_ends_the_recording(monkeypatch):
         assert [run(network) for _ in range(2)] == ["computed", "replayed"]
     optimize_vae(vae, max_memory="1GB")
     assert [run(network) for network in (vae.encoder, vae.decoder)] == ["computed", "computed"]
+
+
+@pytest.mark.parametrize("leave", [restore_vae, lambda vae: vae.to("meta")], ids=["restored", "moved"])
+def test_a_vae_that_is_restored_or_moved_leaves_no_recording_behind(monkeypatch, leave):
+    monkeypatch.setattr(cuda_graphs, "Recording", Counted)
+    _, vae = pair(CONFIG)
+    networks = vae.encoder, vae.decoder
+    assert [run(network) for network in networks for _ in range(2)] == ["computed", "replayed"] * 2
+    vae.to("cpu", torch.float32)  # where it is
+    assert all(network in cuda_graphs._seen for network in networks)
+    leave(vae)
+    assert not any(network in cuda_graphs._seen for network in networks)
+
+
+def test_a_vae_with_frames_is_restored_without_its_recordings(monkeypatch):
+    """Its networks stay with it."""
+    monkeypatch.setattr(cuda_graphs, "Recording", Counted)
+    vae = optimize_vae(small_vae("qwen"))
+    assert run(vae.decoder) == "computed"
+    assert vae.decoder in cuda_graphs._seen
+    restore_vae(vae)
+    assert vae.decoder not in cuda_graphs._seen
 
 
 # ---- recordings that fail
