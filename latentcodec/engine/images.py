@@ -5,7 +5,6 @@ Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -85,7 +84,7 @@ class ImageNetworks:
             result: Tensor = network(x)
             return result
 
-        def plan() -> Callable[[Tensor], list[Tensor]]:
+        def plan() -> partial[list[Tensor]]:
             return partial(direction, self._plan(x, stages, network), network)
 
         maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
