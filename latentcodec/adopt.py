@@ -13,6 +13,7 @@ Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw la
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -34,19 +35,18 @@ from diffusers.models.attention_processor import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from latentcodec.engine import cuda_graphs, recordings
 from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder
-from latentcodec.engine.plan import Engine
+from latentcodec.engine.plan import Engine, forget
 from latentcodec.engine.sharing import (
     require_parameters_of,
     share_paddings,
     share_parameters,
     share_processors,
 )
-from latentcodec.machine import is_fast
+from latentcodec.machine import exact_convolutions, is_fast
 from latentcodec.ops.convolutions import form_of
 from latentcodec.ops.native.build import library_if_built
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
@@ -141,8 +141,7 @@ def optimize_vae(
     for holder in (vae.image_networks,) if family_of(vae).has_frames else (vae.encoder, vae.decoder):
         holder.engine = Engine(bound, compiled=True, keep_packed=keep_packed)
     for network in (vae.encoder, vae.decoder):
-        recordings.forget(network)
-        cuda_graphs.forget(network)
+        forget(network)
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:
@@ -156,6 +155,8 @@ def restore_vae(vae: Any) -> Any:
     In place; returns `vae`. Raises TypeError, listing the covered classes, for another one.
     """
     family = family_of(vae)
+    for network in (vae.encoder, vae.decoder):
+        forget(network)  # whoever still holds it, and with frames it stays the VAE's
     if not family.has_frames and isinstance(vae.encoder, EngineEncoder):
         with torch.device("meta"):
             stock = _stock(family.name, vae.config)
@@ -275,9 +276,8 @@ def _print_differences(vae: Any) -> None:
     """How far `vae`, and diffusers' own class in the same dtype, are from that class in float32."""
     family, config = family_of(vae), vae.config
     exact, stock = stock_copy(vae, torch.float32), stock_copy(vae, vae.dtype)
-    pixels = (
-        256 if is_fast(vae.dtype, vae.device) else 64
-    )  # diffusers' class may take an hour in an emulated format
+    # diffusers' class may take an hour in an emulated format
+    pixels = 256 if is_fast(vae.dtype, vae.device) else 64
     frames, side = (1,) if family.has_frames else (), pixels // family.raw_factor(config)
     x = torch.rand(1, family.image_channels(config), *frames, pixels, pixels, device=vae.device) * 2 - 1
     z = torch.randn(1, family.raw_channels(config), *frames, side, side, device=vae.device)
@@ -285,7 +285,7 @@ def _print_differences(vae: Any) -> None:
         results = []
         for model in (exact, vae, stock):
             given = value.to(model.dtype)
-            with torch.no_grad():
+            with torch.no_grad(), exact_convolutions() if model is exact else nullcontext():
                 result = model._encode(given) if what == "encode" else model.decode(given).sample
             results.append(result.float())
         expected, ours, theirs = results

@@ -16,8 +16,10 @@ import platform
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
@@ -148,6 +150,22 @@ def _gains_by_bfloat16(device_type: str) -> bool:
         )
     except (RuntimeError, TypeError):  # it cannot do it at all
         return False
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Let float32 be float32 in the convolutions of this process, on GPUs too, whose cuDNN rounds to 10 bits (TF32).
+
+    Only that one setting is touched: `torch.backends.cudnn.flags` sets all of them, and raises where programs use the
+    newer names. Matrix products are exact by torch's default.
+    """
+    convolutions = cast(Any, torch.backends.cudnn).conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 # --- instructions

@@ -242,3 +242,17 @@ def test_a_process_takes_its_share_of_the_cores(monkeypatch, count, arguments, t
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     assert machine.use_cores(**arguments) == threads
     assert taken == [threads]
+
+
+def test_float32_is_exact_in_convolutions_of_gpus_for_a_while(monkeypatch):
+    """And nothing else of cuDNN's settings changes."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    assert before[0] == "tf32", "torch rounds by default"
+    with machine.exact_convolutions():
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", before[1])
+        assert cudnn.enabled
+        assert cudnn.benchmark
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
+    assert cudnn.allow_tf32  # which raises where the settings contradict each other

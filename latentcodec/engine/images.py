@@ -5,7 +5,6 @@ Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -85,15 +84,17 @@ class ImageNetworks:
             result: Tensor = network(x)
             return result
 
-        def plan() -> Callable[[Tensor], list[Tensor]]:
+        def plan() -> partial[list[Tensor]]:
             return partial(direction, self._plan(x, stages, network), network)
 
         maps = max(h * w * (stage.in_channels + stage.out_channels) for h, w, stage in stages)
-        if self.engine.compiles(x) and is_replayable(x, len(x) * maps * x.dtype.itemsize):
-            return replayed(network.source, x, plan, partial(joined, dtype=x.dtype))
-        with torch.inference_mode():
-            strips = plan()(x)
-        return joined(strips, x.dtype)
+        # Triton and CUDA graphs take the current GPU, whichever the tensors are on.
+        with torch.cuda.device_of(x):
+            if self.engine.compiles(x) and is_replayable(x, len(x) * maps * x.dtype.itemsize):
+                return replayed(network.source, x, plan, partial(joined, dtype=x.dtype))
+            with torch.inference_mode():
+                strips = plan()(x)
+            return joined(strips, x.dtype)
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""

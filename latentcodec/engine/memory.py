@@ -41,7 +41,8 @@ def _expected(given: object) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had without making room for them."""
+    """Bytes that can be had without making room for them; on a GPU, those too that torch keeps for its next tensors."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available

@@ -7,18 +7,32 @@ Shapes: B batch, C image channels, c latent channels, H W pixels, h w latent cel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentcodec.engine.checks import forms_within
 from latentcodec.engine.layers import FAST_LAYERS, norm_act
-from latentcodec.engine.plan import Engine
+from latentcodec.engine.plan import Engine, forget
 from latentcodec.vae.networks import Decoder, Encoder
 
 
-class EngineEncoder(Encoder):
+class _OnEngine(nn.Module):
+    """What both networks have in common."""
+
+    conv_in: nn.Conv2d
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """All that moves parameters comes by here: a recording would keep its memory on the device that they leave."""
+        device = self.conv_in.weight.device
+        super()._apply(fn, recurse)
+        if self.conv_in.weight.device != device:
+            forget(self)
+        return self
+
+
+class EngineEncoder(_OnEngine, Encoder):
     """Image to posterior moments: [B, C, H, W] in [-1, 1] -> [B, 2c, h, w] (mean, log-variance)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -35,7 +49,7 @@ class EngineEncoder(Encoder):
         return norm_act(x, self.conv_norm_out, self.conv_act)
 
 
-class EngineDecoder(Decoder):
+class EngineDecoder(_OnEngine, Decoder):
     """Latents to image: [B, c, h, w] -> [B, C, H, W], in [-1, 1] up to the reconstruction error."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.engine import recordings
+from latentcodec.engine import cuda_graphs, recordings
 from latentcodec.engine.checks import (
     forms_within,
     has_hooks,
@@ -88,6 +88,7 @@ class Engine:
             and x.shape[1]
             == first.shape[1]  # else torch's own error: native functions read what they are told of
             and x.numel() > 0
+            and x.device == first.device  # likewise: they would read a GPU's addresses as the CPU's
             and not torch.is_grad_enabled()
             and x.device.type in STRIP_BYTES
             and not torch.is_autocast_enabled(x.device.type)
@@ -133,14 +134,16 @@ class Engine:
             return partial(direction, self._plan(x, stages, network), network)
 
         widest = max(h * w * channels_at_once(stage, True) for h, w, stage in stages)
-        if self.compiles(x) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
-            return replayed(network, x, plan, partial(joined, dtype=x.dtype))
-        if self._is_recordable(network, x, stages):
-            return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
-        # In inference mode a view is a tensor like any other, and one compiled function fits them all.
-        with torch.inference_mode():
-            strips = plan()(x)
-        return joined(strips, x.dtype)
+        # Triton and CUDA graphs take the current GPU, whichever the tensors are on.
+        with torch.cuda.device_of(x):
+            if self.compiles(x) and is_replayable(x, len(x) * widest * x.dtype.itemsize):
+                return replayed(network, x, plan, partial(joined, dtype=x.dtype))
+            if self._is_recordable(network, x, stages):
+                return recordings.replayed(network, x, plan, partial(joined, dtype=x.dtype))
+            # In inference mode a view is a tensor like any other, and one compiled function fits them all.
+            with torch.inference_mode():
+                strips = plan()(x)
+            return joined(strips, x.dtype)
 
     def _is_recordable(self, network: nn.Module, x: Tensor, stages: list[tuple[int, int, Stage]]) -> bool:
         """Whether what a pass would hold between calls is little: maps that are single strips, and small weights."""
@@ -194,6 +197,12 @@ def _pads_one_cell_with_itself(network: Any, x: Tensor) -> bool:
     if max(x.shape[2] >> shift, x.shape[3] >> shift) > 1:
         return False
     return any(isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros" for layer in network.modules())
+
+
+def forget(network: nn.Module) -> None:
+    """Let what is recorded of a network's passes go, and its memory with it."""
+    recordings.forget(network)
+    cuda_graphs.forget(network)
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -68,7 +68,8 @@ def applies_to(x: Tensor) -> bool:
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """SiLU(group_norm(x)); x [B, C, H, W] in channels_last -> the same; weight, bias [C]."""
-    y: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)
+    with torch.cuda.device_of(x):  # Triton takes the current GPU; on the way back autograd makes it that of x
+        y: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)
     return y
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latentcodec.adopt import stock_copy
 from latentcodec.latents import decode_raw, posterior_parameters
+from latentcodec.machine import exact_convolutions
 from latentcodec.quality.metrics import psnr
 from latentcodec.vae.families import downsampling_factor
 
@@ -97,6 +98,7 @@ def extreme_images(channels: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
+@exact_convolutions()
 def certify(vae: Any, crops: Sequence[Tensor]) -> Certificate:
     """Measure `vae`, which stays as it is, on `crops` [C, H, W] in [-1, 1] of one size and on the extreme images.
 

@@ -116,6 +116,14 @@ def test_every_call_of_diffusers_gives_its_numbers(vaes, name, grad):
     close(ours.detach(), theirs.detach())
 
 
+def test_an_image_on_another_device_than_the_vae_is_left_to_torch(vaes):
+    """Which says that they are apart; the engine would read one device's addresses on the other."""
+    ours, x = copy.deepcopy(vaes[1]), torch.rand(X)
+    with torch.no_grad():
+        assert ours.encoder.engine.applies(ours.encoder, x)
+        assert not ours.encoder.engine.applies(ours.to("meta").encoder, x)
+
+
 def test_latent_embeds_are_refused_as_the_class_refuses_them(vaes):
     for vae, error in zip(vaes, (TypeError, ValueError), strict=True):
         with torch.no_grad(), pytest.raises(error):

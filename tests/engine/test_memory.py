@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from latentcodec import optimize_vae
 from latentcodec.engine import needs, plan, recordings
-from latentcodec.engine.memory import parse_bytes
+from latentcodec.engine.memory import free_memory, parse_bytes
 from latentcodec.engine.networks import EngineEncoder
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
@@ -50,6 +50,13 @@ def test_sizes_are_read_as_people_write_them(given, expected):
 def test_what_is_no_size_is_named(given):
     with pytest.raises(ValueError, match=r"max_memory is .*give 'auto', or bytes"):
         parse_bytes(given)
+
+
+def test_what_torch_keeps_of_a_gpu_for_its_next_tensors_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert free_memory(torch.device("cuda", 1)) == 500
 
 
 def test_a_size_that_is_none_leaves_the_vae_as_it_was():

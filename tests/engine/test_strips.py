@@ -15,7 +15,8 @@ from stock_pairs import ALL_MAPS, CONFIGS, config, differences, pair, whole_and_
 from torch import nn
 from torch._inductor.exc import InductorError
 
-from latentcodec.adopt import adopt, optimize_vae, restore_vae
+from latentcodec import adopt as adopting
+from latentcodec.adopt import adopt, optimize_vae, restore_vae, stock_copy
 from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
@@ -384,6 +385,24 @@ def test_formats_without_units_are_computed_in_float32(dtype, monkeypatch):
         for _ in range(3):  # a pass may be recorded
             error = (vae.encoder(x).float() - expected).abs().max() / expected.abs().max()
             assert error <= torch.finfo(dtype).eps
+
+
+def test_the_check_compares_with_exact_float32_on_gpus_too(monkeypatch):
+    """What is measured runs as it is set, diffusers' own class in the VAE's dtype too."""
+    precisions = []
+
+    def watched(vae, dtype):
+        def note(*given):
+            precisions.append(torch.backends.cudnn.conv.fp32_precision)
+
+        copied = stock_copy(vae, dtype)
+        for network in (copied.encoder, copied.decoder):
+            network.register_forward_pre_hook(note)
+        return copied
+
+    monkeypatch.setattr(adopting, "stock_copy", watched)
+    optimize_vae(AutoencoderKL(**CONFIGS["f1"]).eval(), check=True)
+    assert precisions == ["ieee", "tf32"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
