@@ -33,6 +33,7 @@ from latentcodec.store.format import CODEC, MIRRORED, Settings, StoreError, late
 from latentcodec.store.picture import mirrored
 from latentcodec.store.plan import Plan
 from latentcodec.store.quantize import Quantized, dequantize, joined, quantize
+from latentcodec.store.ranks import local_rank
 from latentcodec.store.write import Row, shard_batch, shard_bytes
 
 LARGEST_PSNR = 100.0  # dB, that stands for equal pictures
@@ -161,17 +162,26 @@ class ShardEncoder:
 def placed(codec: LatentCodec, machine: Mapping[str, Any], device: str | None, store: Path) -> LatentCodec:
     """The codec as a part of a plan encodes with it: in the precision of its `machine`, on its device or on `device`.
 
-    The codec given stays as it is. Raises StoreError naming the store for a device that is not here.
+    A GPU without a number is the one that the codec is on, or this process' own. The codec given stays as it is. Raises
+    StoreError naming the store for a device that is not here.
     """
     try:
         place, dtype = usable_device(device or machine["device"]), getattr(torch, machine["precision"])
     except ValueError as error:
         raise StoreError(f"{store}: {error} (--device), or go on with it where it was begun") from None
+    if place == torch.device("cuda"):
+        place = codec.device if codec.device.type == "cuda" else _own_gpu()
     if place.type == "cpu":
         library()  # from the first shard on, since torch's functions differ in the last bits
-    if (codec.device.type, codec.dtype) == (place.type, dtype):
+    if (codec.device, codec.dtype) == (place, dtype):
         return codec
     return LatentCodec.from_pretrained(copy.deepcopy(codec.vae), device=place, dtype=dtype)
+
+
+def _own_gpu() -> torch.device:
+    """Of the GPUs of this machine that of this process, where a launcher has started several; else torch's current."""
+    number = local_rank()
+    return torch.device("cuda" if number is None else f"cuda:{number % torch.cuda.device_count()}")
 
 
 def add(content: _Content, codec: LatentCodec, pictures: list[Decoded], settings: Settings) -> int:
