@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import locked, move_folder, write_new
@@ -26,7 +27,7 @@ from latentcodec.loading import CONFIG
 from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores, usable_device
 from latentcodec.ops.native.build import library
 from latentcodec.store.decoding import naming_lost_workers
-from latentcodec.store.encoding import Receipt, ShardEncoder
+from latentcodec.store.encoding import OF_TORCH, Receipt, ShardEncoder
 from latentcodec.store.finishing import Unfinished, finish
 from latentcodec.store.format import CODEC, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
@@ -193,11 +194,14 @@ def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[s
 def _say_what_differs(out: Path, plan: Plan) -> None:
     """Warns of what is other here than where the newest part of the plan was made, and changes the last bits."""
     machine = plan.parts[-1].machine
+    functions = machine.get("functions", OF_TORCH)  # earlier plans know none
     here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if machine["device"] == "cpu":
         here = {"torch": torch.__version__, "functions": _functions("cpu", DTYPES[machine["precision"]])}
+    elif here["device"] == "cuda" and functions != OF_TORCH:  # those of torch are kept
+        here["functions"] = _functions("cuda", DTYPES[machine["precision"]])
     for name, value in here.items():
-        if (begun_with := machine.get(name, "torch's")) != value:  # earlier plans know no functions
+        if (begun_with := functions if name == "functions" else machine[name]) != value:
             warnings.warn(
                 f"{out} was begun with {name} {begun_with}, here it is {value}: the last bits of the latents will "
                 "differ between its shards",
@@ -221,9 +225,11 @@ def _machine(device: str | None, batch: int, threads: int | None, precision: str
 
 
 def _functions(device: str, dtype: torch.dtype) -> str:
-    """Whose functions encode there: in float32 the native ones wherever a compiler is, which are waited for."""
+    """Whose functions encode there: on GPUs Triton's, on CPUs in float32 native ones, which are waited for."""
+    if device == "cuda":
+        return "Triton's" if has_triton() else OF_TORCH
     is_float32 = dtype == torch.float32 or not is_fast(dtype)  # what is emulated is computed in float32
-    return "native" if device == "cpu" and is_float32 and library() is not None else "torch's"
+    return "native" if device == "cpu" and is_float32 and library() is not None else OF_TORCH
 
 
 def _published(plan: Plan, out: Path) -> Plan:
