@@ -29,7 +29,7 @@ from latentcodec.files import write_whole
 from latentcodec.machine import cpu_name, instruction_sets
 from latentcodec.store import encode, prepare
 from latentcodec.store.decoding import decoded_batches
-from latentcodec.store.encoding import encode_batch
+from latentcodec.store.encoding import encode_batch, placed
 from latentcodec.store.plan import Plan
 
 
@@ -51,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings.sources, store, codec, size=settings.size, threads=settings.threads, batch=settings.batch,
             precision="float32", sampled=0,
         )  # fmt: skip
+        model = placed(codec, plan.parts[0].machine, None, store)  # as `together` places it
         ways: dict[str, Callable[[], float]] = {
             "decoding": lambda: decoding(plan, settings.workers),
-            "encoding": lambda: encoding(plan, codec, settings.threads),
+            "encoding": lambda: encoding(plan, model, settings.threads),
             "together": lambda: together(store, codec, settings.workers),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}

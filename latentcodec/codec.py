@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from latentcodec.adopt import adopt
+from latentcodec.adopt import adopt, optimize_vae
 from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
@@ -151,7 +151,8 @@ class LatentCodec:
         """diffusers' distribution of the raw latents of images of any size."""
         _require(x, self.image_channels, "an image batch [B, C, H, W] in [-1, 1]")
         x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
-        return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
+        with torch.cuda.device_of(x):  # where Triton starts its kernels, and passes are recorded
+            return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
 
     @torch.no_grad()
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -167,10 +168,11 @@ class LatentCodec:
                 f"size {tuple(size)} does not belong to latents of {z.shape[-2]} x {z.shape[-1]}, f = {f}"
             )
         raw = LatentSpace.of(self.vae).restore(z.to(self.device)).to(self.dtype)
-        if self.family.has_frames:
-            y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
-        else:
-            y = self.vae.decode(raw).sample.float()
+        with torch.cuda.device_of(raw):  # as in `_posterior`
+            if self.family.has_frames:
+                y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
+            else:
+                y = self.vae.decode(raw).sample.float()
         return (y if size is None else crop(y, size)).contiguous()
 
     def refresh(self) -> None:
@@ -256,6 +258,17 @@ class LatentCodec:
     def model_card(self, details: str = "") -> str:
         """Markdown with the metadata that the hub reads; `details` go between the shapes and the usage."""
         return model_card(self.vae, details)
+
+
+def run_compiled(codec: LatentCodec) -> LatentCodec:
+    """Let a codec that is on a GPU run on compiled functions, as commands do.
+
+    In place; one elsewhere, or that was optimised before, stays as it is. Returns `codec`.
+    """
+    network = codec.vae.image_networks if codec.family.has_frames else codec.vae.encoder
+    if codec.device.type == "cuda" and network.engine.compiled is None:
+        optimize_vae(codec.vae)
+    return codec
 
 
 def _family_to_replace(vae: Any) -> Family | None:

@@ -62,7 +62,7 @@ def decode(
 
 def _of_store(folder: Path, given: str | None, device: torch.device, suffix: str) -> Decoded:
     """The pictures of a store, decoded by the codec given or by the copy in the store."""
-    from latentcodec.codec import LatentCodec
+    from latentcodec.codec import LatentCodec, run_compiled
     from latentcodec.store import LatentStore
 
     store = LatentStore(folder)
@@ -71,6 +71,7 @@ def _of_store(folder: Path, given: str | None, device: torch.device, suffix: str
     else:
         codec = LatentCodec.from_pretrained(given, device=device)
         LatentStore(folder, codec)  # refuses another codec than the one that made the latents
+    run_compiled(codec)
     shards = (store.shard(number) for number, entry in enumerate(store.index.shards) if entry.items)
     names = Names(
         (source for shard in shards for source in shard.batch.column("source").unique().to_pylist()), suffix
@@ -83,14 +84,14 @@ def _of_store(folder: Path, given: str | None, device: torch.device, suffix: str
 
 def _of_file(path: Path, given: str | None, device: torch.device, suffix: str) -> Decoded:
     """The pictures of one file of latents, [c, h, w] or [B, c, h, w]."""
-    from latentcodec.codec import LatentCodec
+    from latentcodec.codec import LatentCodec, run_compiled
     from latentcodec.store.caches import read_latents
 
     if given is None:
         raise ValueError(f"{path}: a file of latents does not say which codec made it; give --codec")
     z = read_latents(path)
     z = z[None] if z.ndim == 3 else z
-    codec = LatentCodec.from_pretrained(given, device=device)
+    codec = run_compiled(LatentCodec.from_pretrained(given, device=device))
     numbers = [""] if len(z) == 1 else [f"-{number:04}" for number in range(len(z))]
     names = [Path(f"{path.stem}{number}{suffix}") for number in numbers]
     return len(z), ((name, codec.decode(one[None])) for name, one in zip(names, z, strict=True))

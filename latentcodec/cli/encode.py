@@ -69,10 +69,12 @@ def encode(
     begun = time.monotonic()
     rank, world = _share(engine, rank, world)
     model = LatentCodec.from_pretrained(codec)
+    elsewhere = engine == "ray" and not dry_run  # which measures on this machine
     plan = prepare(
         sources, out, model, size=size, area=area, multiple=multiple, min_side=min_side, dtype=dtype,
         posterior="mean and std" if std else "mode", mirrored=mirrored, shard_size=shard_size, sampled=check,
-        columns=Columns(image_column, caption_column, label_column, subset, split), device=device, batch=batch,
+        columns=Columns(image_column, caption_column, label_column, subset, split), batch=batch,
+        device=_device_of_actors(device) if elsewhere else device, elsewhere=elsewhere,
         threads=threads, precision=precision, keep_codec=not no_codec, save=not dry_run,
     )  # fmt: skip
     _say_left_out(plan)
@@ -104,6 +106,15 @@ def _share(engine: str, rank: int | None, world: int | None) -> tuple[int, int]:
                 f"{name} {value}: leave it out with --engine ray, Ray chooses who encodes which shard"
             )
     return 0, 1
+
+
+def _device_of_actors(device: str | None) -> str | None:
+    """What is planned for Ray's actors: what was asked for, else GPUs where the machine or the cluster has some."""
+    import torch
+
+    from latentcodec.store.ray import device_of_actors
+
+    return device_of_actors() if device is None and not torch.cuda.is_available() else device
 
 
 def _pictures(plan: Plan, out: Path, rank: int, world: int) -> int:

@@ -70,7 +70,7 @@ def look(
     as_json: bool,
 ) -> int:
     """Measure the codec's latents on `images`, print the verdicts, and write page and result where `out` is given."""
-    from latentcodec.codec import LatentCodec
+    from latentcodec.codec import LatentCodec, run_compiled
     from latentcodec.machine import usable_device, use_cores
     from latentcodec.report import inspection
     from latentcodec.report.build import write_result
@@ -78,10 +78,12 @@ def look(
 
     print_threads(use_cores())
     place = usable_device(device)
-    codec = LatentCodec.from_pretrained(source, device=place)
+    codec = run_compiled(LatentCodec.from_pretrained(source, device=place))
     if out is not None:
         require_folder(out)
-    other = None if beside is None else (beside, LatentCodec.from_pretrained(beside, device=place))
+    other = None
+    if beside is not None:
+        other = beside, run_compiled(LatentCodec.from_pretrained(beside, device=place))
     if other is not None and other[1].image_channels != codec.image_channels:
         raise ValueError(
             f"--beside {beside}: takes images of {other[1].image_channels} channels, {source} of {codec.image_channels}"

@@ -38,7 +38,7 @@ def reconstruct(
 
         latentcodec reconstruct photo.jpg --codec photo-f8c16 --out comparison.png
     """
-    from latentcodec.codec import LatentCodec
+    from latentcodec.codec import LatentCodec, run_compiled
     from latentcodec.machine import usable_device
     from latentcodec.pixels import UnreadableImage, decode_image
     from latentcodec.store.items import Columns, EntryReader
@@ -51,7 +51,7 @@ def reconstruct(
         warn(f"left out: {line}")
     targets = _targets(entries, out)
     reader = EntryReader(Columns(), with_captions=False)
-    model = LatentCodec.from_pretrained(codec, device=usable_device(device))
+    model = run_compiled(LatentCodec.from_pretrained(codec, device=usable_device(device)))
     scores, left_out = [], len(refused)
     for entry, target in zip(entries, targets, strict=True):
         try:

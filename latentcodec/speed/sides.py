@@ -140,8 +140,15 @@ def fits(side: str, vae: Any, case: Case) -> bool:
     maps = MAPS_OF_CLIPS if family.has_frames else MAPS_AT_ONCE
     pixels = case.batch * (case.size // family.patch(vae.config)) ** 2
     needed = maps * _widest(family, vae.config, case.direction) * pixels * vae.dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] if vae.device.type == "cuda" else psutil.virtual_memory().available
-    return needed < free
+    return needed < _free_memory(vae.device)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes; on a GPU with those that torch keeps from what was freed, and gives out again."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _widest(family: Family, config: Config, direction: str) -> int:

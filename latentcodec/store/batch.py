@@ -82,12 +82,13 @@ class EncodeBatch:
 
     def _load(self) -> tuple[LatentCodec, Settings]:
         """The codec, on its device, and the sizes of its pictures."""
-        from latentcodec.codec import LatentCodec
+        from latentcodec.codec import LatentCodec, run_compiled
 
         given = self.source
         codec = given if isinstance(given, LatentCodec) else LatentCodec.from_pretrained(given)
         if self.device is not None:
             codec.vae.to(usable_device(self.device))
+            run_compiled(codec)
         f = codec.downsampling_factor
         size, area, multiple = checked_sizes(f, self.size, self.area, self.multiple)
         return codec, Settings("", codec.latent_channels, f, codec.image_channels, size, area, multiple)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentcodec.codec import LatentCodec
+from latentcodec.codec import LatentCodec, run_compiled
 from latentcodec.files import write_whole
 from latentcodec.latents import LatentSpace
 from latentcodec.machine import usable_device
@@ -33,8 +33,10 @@ from latentcodec.store.format import CODEC, MIRRORED, Settings, StoreError, late
 from latentcodec.store.picture import mirrored
 from latentcodec.store.plan import Plan
 from latentcodec.store.quantize import Quantized, dequantize, joined, quantize
+from latentcodec.store.ranks import local_rank
 from latentcodec.store.write import Row, shard_batch, shard_bytes
 
+OF_TORCH = "torch's"  # functions, as a plan names them; plans that name none have these
 LARGEST_PSNR = 100.0  # dB, that stands for equal pictures
 Progress = Callable[[int, int], None]  # (encoded, left out) of a batch
 
@@ -82,7 +84,7 @@ class ShardEncoder:
         self.store, self.device, self.workers = Path(store), device, workers
         self.plan = Plan.load(self.store)
         self._given = codec
-        self._codecs: dict[tuple[str, str], LatentCodec] = {}
+        self._codecs: dict[tuple[str, str, str], LatentCodec] = {}
 
     def __call__(self, shard: int) -> Receipt:
         """Encodes one shard and waits until it is on the disk."""
@@ -118,9 +120,9 @@ class ShardEncoder:
             yield before.result()
 
     def _codec_of(self, shard: int) -> LatentCodec:
-        """The codec, on the device and in the precision of the shard's part of the plan."""
+        """The codec, on the device, in the precision and with the functions of the shard's part of the plan."""
         machine = self.plan.part(shard).machine
-        kind = self.device or machine["device"], machine["precision"]
+        kind = self.device or machine["device"], machine["precision"], machine.get("functions", OF_TORCH)
         if kind not in self._codecs:
             self._codecs[kind] = placed(self._planned_codec(), machine, self.device, self.store)
         return self._codecs[kind]
@@ -161,17 +163,30 @@ class ShardEncoder:
 def placed(codec: LatentCodec, machine: Mapping[str, Any], device: str | None, store: Path) -> LatentCodec:
     """The codec as a part of a plan encodes with it: in the precision of its `machine`, on its device or on `device`.
 
-    The codec given stays as it is. Raises StoreError naming the store for a device that is not here.
+    A GPU without a number is the one that the codec is on, or this process' own. There compiled functions run, but for
+    a part that was begun on a GPU with torch's. The codec given stays as it is. Raises StoreError naming the store for
+    a device that is not here.
     """
     try:
         place, dtype = usable_device(device or machine["device"]), getattr(torch, machine["precision"])
     except ValueError as error:
         raise StoreError(f"{store}: {error} (--device), or go on with it where it was begun") from None
+    if place == torch.device("cuda"):
+        place = codec.device if codec.device.type == "cuda" else _own_gpu()
     if place.type == "cpu":
         library()  # from the first shard on, since torch's functions differ in the last bits
-    if (codec.device.type, codec.dtype) == (place.type, dtype):
+    begun_with = machine["device"], machine.get("functions", OF_TORCH)
+    is_compiled = place.type == "cuda" and begun_with != ("cuda", OF_TORCH)
+    if (codec.device, codec.dtype) == (place, dtype) and not is_compiled:
         return codec
-    return LatentCodec.from_pretrained(copy.deepcopy(codec.vae), device=place, dtype=dtype)
+    copied = LatentCodec.from_pretrained(copy.deepcopy(codec.vae), device=place, dtype=dtype)
+    return run_compiled(copied) if is_compiled else copied
+
+
+def _own_gpu() -> torch.device:
+    """Of the GPUs of this machine that of this process, where a launcher has started several; else torch's current."""
+    number = local_rank()
+    return torch.device("cuda" if number is None else f"cuda:{number % torch.cuda.device_count()}")
 
 
 def add(content: _Content, codec: LatentCodec, pictures: list[Decoded], settings: Settings) -> int:

@@ -10,6 +10,7 @@ that all shards are there writes the index. A killed one is started again, with 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from latentcodec.codec import LatentCodec
 from latentcodec.files import locked, move_folder, write_new
 from latentcodec.leftovers import unfinished_name
 from latentcodec.loading import CONFIG
-from latentcodec.machine import DTYPES, fast_dtype, is_fast, physical_cores, usable_device
+from latentcodec.machine import DTYPES, OVERRIDE, fast_dtype, is_fast, physical_cores, usable_device
 from latentcodec.ops.native.build import library
 from latentcodec.store.decoding import naming_lost_workers
-from latentcodec.store.encoding import Receipt, ShardEncoder
+from latentcodec.store.encoding import OF_TORCH, Receipt, ShardEncoder
 from latentcodec.store.finishing import Unfinished, finish
 from latentcodec.store.format import CODEC, Index, Settings, StoreError
 from latentcodec.store.items import CAPTIONS_FROM_FILES, Columns
@@ -74,12 +76,14 @@ def prepare(
     imported: str | None = None,
     keep_codec: bool = True,
     save: bool = True,
+    elsewhere: bool = False,
 ) -> Plan:
     """The plan for encoding `sources` into the store `out`, saved there together with the codec.
 
     A store that is there is gone on with: an unfinished one with the shards that are missing, a finished one with the
     pictures that it does not have. `imported`: `raw` or `normalised`, where `sources` are folders of another program's
-    files of latents. Raises StoreError where it was begun with other settings, and ValueError for settings or sources
+    files of latents. `elsewhere`: other machines encode, as those of Ray do, and a GPU need not be on this one. Raises
+    StoreError where it was begun with other settings, and ValueError for settings or sources
     that do not fit.
     """
     out = Path(out).expanduser()
@@ -98,15 +102,15 @@ def prepare(
         raise StoreError(f"{out}: is a file; a store is a folder")
     before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
     told = [_told(source) for source in sources]
-    if before is not None and _is_gone_on_with(out, before, settings, told):
+    if before is not None and _is_gone_on_with(out, before, settings, told, elsewhere):
         if save and keep_codec:
             _keep_codec(model, out)
         return before
-    machine = _machine(device, batch, threads, precision)
+    machine = _machine(device, batch, threads, precision, elsewhere)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
     if save:
         if plan is not before:
-            plan = _published(plan, out)
+            plan = _published(plan, out, elsewhere)
         if keep_codec:  # once the plan says which codec it is
             _keep_codec(model, out)
     return plan
@@ -172,7 +176,7 @@ def _told(source: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else source
 
 
-def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[str]) -> bool:
+def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[str], elsewhere: bool) -> bool:
     """Whether a store that was begun has shards to do, before pictures are added to it.
 
     Raises StoreError where it was begun with other settings, or is not finished and was begun with other sources.
@@ -186,18 +190,22 @@ def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[s
             f"{out}: this store is not finished. Finish it first, with the sources {', '.join(planned)}; then other "
             "pictures can be added"
         )
-    _say_what_differs(out, begun)
+    if not elsewhere:
+        _say_what_differs(out, begun)
     return True
 
 
 def _say_what_differs(out: Path, plan: Plan) -> None:
     """Warns of what is other here than where the newest part of the plan was made, and changes the last bits."""
     machine = plan.parts[-1].machine
+    functions = machine.get("functions", OF_TORCH)  # earlier plans know none
     here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if machine["device"] == "cpu":
         here = {"torch": torch.__version__, "functions": _functions("cpu", DTYPES[machine["precision"]])}
+    elif here["device"] == "cuda" and functions != OF_TORCH:  # those of torch are kept
+        here["functions"] = _functions("cuda", DTYPES[machine["precision"]])
     for name, value in here.items():
-        if (begun_with := machine.get(name, "torch's")) != value:  # earlier plans know no functions
+        if (begun_with := functions if name == "functions" else machine[name]) != value:
             warnings.warn(
                 f"{out} was begun with {name} {begun_with}, here it is {value}: the last bits of the latents will "
                 "differ between its shards",
@@ -205,9 +213,14 @@ def _say_what_differs(out: Path, plan: Plan) -> None:
             )
 
 
-def _machine(device: str | None, batch: int, threads: int | None, precision: str | None) -> dict[str, Any]:
-    """How this part of the store is encoded, on this machine and wherever it is gone on with."""
-    chosen = usable_device(device).type
+def _machine(
+    device: str | None, batch: int, threads: int | None, precision: str | None, elsewhere: bool
+) -> dict[str, Any]:
+    """How this part of the store is encoded, on this machine or `elsewhere`, and wherever it is gone on with."""
+    is_theirs = elsewhere and re.fullmatch(r"cuda(:[0-9]+)?", device or "")
+    chosen = "cuda" if is_theirs else usable_device(device).type
+    if precision is None and is_theirs and not torch.cuda.is_available() and not os.environ.get(OVERRIDE):
+        precision = "bfloat16"  # for which GPUs have units since 2020
     dtype = fast_dtype(chosen) if precision is None else DTYPES[precision]
     return {
         "device": chosen,
@@ -221,12 +234,15 @@ def _machine(device: str | None, batch: int, threads: int | None, precision: str
 
 
 def _functions(device: str, dtype: torch.dtype) -> str:
-    """Whose functions encode there: in float32 the native ones wherever a compiler is, which are waited for."""
+    """Whose functions encode there: on GPUs Triton's, on CPUs in float32 native ones, which are waited for."""
+    if device == "cuda":
+        is_there = has_triton() or not torch.cuda.is_available()  # as on the other machines that are meant
+        return "Triton's" if is_there else OF_TORCH
     is_float32 = dtype == torch.float32 or not is_fast(dtype)  # what is emulated is computed in float32
-    return "native" if device == "cpu" and is_float32 and library() is not None else "torch's"
+    return "native" if device == "cpu" and is_float32 and library() is not None else OF_TORCH
 
 
-def _published(plan: Plan, out: Path) -> Plan:
+def _published(plan: Plan, out: Path, elsewhere: bool) -> Plan:
     """Saves the newest part of a plan, or takes the one that another process has saved of the same pictures.
 
     That one may be of a machine with other cores or another compiler: all encode as it says.
@@ -241,7 +257,8 @@ def _published(plan: Plan, out: Path) -> Plan:
         raise StoreError(
             f"{out}: another process has begun to encode other pictures, or with other settings, into this store"
         )
-    _say_what_differs(out, Plan(same))
+    if not elsewhere:
+        _say_what_differs(out, Plan(same))
     return theirs
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-RANKS = (  # names of the rank and of the number of ranks
-    ("RANK", "WORLD_SIZE"),  # torchrun, accelerate
-    (
-        "SLURM_PROCID",
-        "SLURM_STEP_NUM_TASKS",
-    ),  # of srun: in a script that sbatch runs once, NTASKS counts nobody
+RANKS = (  # names of the rank, of the number of ranks, and of the rank among those of a machine
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate
+    # Of srun: in a script that sbatch runs once, NTASKS counts nobody.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
 
@@ -33,9 +31,20 @@ def rank_and_world(
     return rank, world
 
 
+def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
+    """This process among those that its launcher has started on this machine; None where no launcher says it.
+
+    Raises ValueError naming the variable that holds no number.
+    """
+    for names in RANKS:
+        if all(name in environment for name in names):
+            return _number(environment, names[-1])
+    return None
+
+
 def _told(environment: Mapping[str, str]) -> tuple[int, int]:
     rank, world = 0, 1
-    for rank_name, world_name in RANKS:
+    for rank_name, world_name, _ in RANKS:
         if rank_name in environment and world_name in environment:
             rank, world = _number(environment, rank_name), _number(environment, world_name)
             break

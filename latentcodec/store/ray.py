@@ -6,9 +6,9 @@
     ray.data.from_items([{"shard": s} for s in plan.shards]).map_batches(
         EncodeShards, fn_constructor_args=("latents",), batch_size=1, num_gpus=1, concurrency=8)
 
-The store must lie where all nodes see it. A worker or a driver that dies costs the shards it was at: start again, with
-Ray or without. A worker takes no CPU slot (num_cpus=0): with one, Ray waits in silence on machines that have no more
-slots than workers.
+The machine that plans needs no GPU (`prepare(..., device="cuda", elsewhere=True)`). The store must lie where all nodes
+see it. A worker or a driver that dies costs the shards it was at: start again, with Ray or without. A worker takes no
+CPU slot (num_cpus=0): with one, Ray waits in silence on machines that have no more slots than workers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from latentcodec.extras import require
 from latentcodec.store.encoding import ShardEncoder
 from latentcodec.store.finishing import finish
+from latentcodec.store.format import StoreError
 from latentcodec.store.job import Job, missing_shards
 
 TRIES = 3  # of one shard, when its worker dies
@@ -43,6 +44,15 @@ class EncodeShards:
         return {name: np.array([getattr(receipt, name) for receipt in receipts]) for name in names}
 
 
+def device_of_actors() -> str:
+    """What actors encode on where nobody says it: GPUs where the cluster has some. Stays connected to it.
+
+    Raises ModuleNotFoundError without Ray.
+    """
+    ray, _ = _connected()
+    return "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+
+
 def encode_with_ray(
     store: str | Path,
     codec: str | None = None,
@@ -54,21 +64,19 @@ def encode_with_ray(
 ) -> Job:
     """Encodes the missing shards of a planned store with Ray actors, then writes the index.
 
-    `actors`: by default one for each GPU of the cluster, or one for each CPU where there is none. `gpus_per_actor`: by
-    default 1 where the cluster has GPUs. `device`, `workers`: of each actor, as `ShardEncoder` has them. A shard whose
-    actor dies is tried three times. Raises ModuleNotFoundError without Ray.
+    `actors`: by default one for each GPU of the cluster, or one for each CPU where there is none or CPUs are to encode.
+    `gpus_per_actor`: by default 1 where GPUs encode. `device`, `workers`: of each actor, as `ShardEncoder` has them. A
+    shard whose actor dies is tried three times. Raises ModuleNotFoundError without Ray, and StoreError where an actor
+    has no such device.
     """
     require("ray", "ray")
-    import ray
-
     plan = ShardEncoder(store, codec, device, workers).plan  # what no actor can do is refused here
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    ray, started_here = _connected()
     try:
         todo = missing_shards(Path(store), plan)
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
+        devices = {device or plan.part(shard).machine["device"] for shard in todo}
+        gpus = int(resources.get("GPU", 0)) if any(name.startswith("cuda") for name in devices) else 0
         share = gpus_per_actor if gpus_per_actor is not None else float(bool(gpus))
         count = min(len(todo), actors or gpus or int(resources.get("CPU", 1)))
         actor = ray.remote(num_cpus=0, num_gpus=share)(ShardEncoder)
@@ -78,6 +86,17 @@ def encode_with_ray(
         if started_here:
             ray.shutdown()
     return Job(receipts, finish(store))
+
+
+def _connected() -> tuple[Any, bool]:
+    """Ray, and whether it was connected here, to the cluster that is there or to one that it starts."""
+    require("ray", "ray")
+    import ray
+
+    if ray.is_initialized():
+        return ray, False
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    return ray, True
 
 
 def _run(
@@ -103,6 +122,10 @@ def _run(
             waiting.insert(0, shard)
             idle.append(start())
             continue
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StoreError):  # a sentence, which Ray tells with all of its traceback
+                raise StoreError(f"an actor of Ray: {error.cause}") from None
+            raise
         idle.append(worker)
         receipts.append(receipt)
         if progress is not None:

@@ -33,9 +33,13 @@ WRONG_PATH = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 # What torch says of a process that is gone -> what that means and what to do.
 GOES_ON = "the same command goes on from the last checkpoint"
+LOST_WORKER = (
+    "a data worker was ended from outside, as systems do that are short of memory: lower data.workers or "
+    f"data.prefetch; {GOES_ON}"
+)
 LOST = {
-    "DataLoader worker": "a data worker was ended from outside, as systems do that are short of memory: lower "
-    f"data.workers or data.prefetch; {GOES_ON}",
+    "DataLoader worker": LOST_WORKER,
+    "Pin memory thread exited": LOST_WORKER,  # which reads what a worker sends, where a GPU trains
     "Connection closed by peer": f"another process of the run has ended, whose own words say why; {GOES_ON}",
     "Connection reset by peer": f"another process of the run has ended, whose own words say why; {GOES_ON}",
 }

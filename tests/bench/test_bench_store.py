@@ -12,6 +12,8 @@ from test_bench import save_white, script
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 from stores import tiny_codec, write_pictures
 
+from latentcodec.store import encoding
+
 
 def last_line(captured):
     return json.loads(captured.readouterr().out.splitlines()[-1])
@@ -34,11 +36,22 @@ def test_a_loss_of_pictures_that_come_back_unchanged_is_null(tmp_path, capsys):
     strict_last_line((tmp_path / "store.json").read_text().replace("\n", ""))
 
 
-def test_decoding_and_encoding_together(tmp_path, capsys):
+def test_decoding_and_encoding_together(tmp_path, capsys, monkeypatch):
+    """Alone and together the model is put on the plan's device in one way."""
+    placed = []
+
+    def watched(codec, machine, device, store):
+        placed.append(machine["device"])
+        return as_it_is(codec, machine, device, store)
+
+    bench, as_it_is = script("encoding"), encoding.placed
+    monkeypatch.setattr(bench, "placed", watched, raising=False)
+    monkeypatch.setattr(encoding, "placed", watched)
     tiny_codec().save_pretrained(tmp_path / "codec")
     photos = write_pictures(tmp_path / "photos", 12)
     arguments = ["--codec", str(tmp_path / "codec"), "--out", str(tmp_path), "--size", "32", "--batch", "2"]
-    script("encoding").main([str(photos), *arguments, "--workers", "0", "--rounds", "2"])
+    bench.main([str(photos), *arguments, "--workers", "0", "--rounds", "2"])
+    assert len(placed) == 3  # once alone, and each round of both together
     result = last_line(capsys)
     rates = result["pictures_per_second"]
     assert set(rates) == {"decoding", "encoding", "together"}

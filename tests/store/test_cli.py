@@ -402,6 +402,7 @@ def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call,
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
+    monkeypatch.setattr("latentcodec.store.job.has_triton", lambda: False)
     monkeypatch.setattr("diffusers.AutoencoderKL.to", to)
     monkeypatch.setattr("latentcodec.machine.use_cores", lambda: 1)
     arguments = [argument.format(**places, new=tmp_path / "new") for argument in VERBS_ON_A_DEVICE[verb]]
@@ -409,6 +410,32 @@ def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call,
     assert devices == ["cuda"]
     options = typer.main.get_command(app).commands[arguments[0]].params
     assert [option.help for option in options if option.name == "device"] == [DEVICE]
+
+
+@pytest.mark.parametrize("verb", VERBS_ON_A_DEVICE)
+def test_every_verb_lets_a_codec_on_a_gpu_run_compiled(place, store, tmp_path, call, monkeypatch, verb):
+    np.save(tmp_path / "z.npy", np.zeros((4, 8, 8), np.float32))
+    places = {
+        "photos": place / "photos",
+        "codec": place / "codec",
+        "store": store,
+        "file": tmp_path / "z.npy",
+    }
+
+    def run_compiled(codec):
+        raise ValueError("it would run compiled")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
+    monkeypatch.setattr("diffusers.AutoencoderKL.to", lambda vae, device: vae)
+    monkeypatch.setattr("latentcodec.machine.use_cores", lambda: 1)
+    monkeypatch.setattr("latentcodec.store.job.has_triton", lambda: True)
+    for module in ("codec", "store.encoding"):
+        monkeypatch.setattr(f"latentcodec.{module}.run_compiled", run_compiled)
+    arguments = [argument.format(**places, new=tmp_path / "new") for argument in VERBS_ON_A_DEVICE[verb]]
+    code, _, err = call(*arguments)
+    assert (code, err.splitlines()[-1]) == (2, "error: it would run compiled")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

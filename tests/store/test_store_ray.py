@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,16 +14,30 @@ from stores import SMALL, digest, tiny_codec, write_pictures
 
 from latentcodec.cli import run
 from latentcodec.store import ShardEncoder, encode, prepare, verify
+from latentcodec.store.plan import Plan
 
 
 class RayHere:
     """What `encode_with_ray` asks of Ray, done at once and in this process."""
 
-    exceptions = SimpleNamespace(RayActorError=ChildProcessError)
+    class TaskError(Exception):
+        """What Ray raises for an error of an actor: it holds the error, and says all of its traceback."""
+
+        def __init__(self, cause):
+            super().__init__(f"Traceback of {cause}\nin another process")
+            self.cause = cause
+
+    exceptions = SimpleNamespace(RayActorError=ChildProcessError, RayTaskError=TaskError)
     is_initialized = staticmethod(lambda: True)
     cluster_resources = staticmethod(lambda: {"CPU": 2.0})
     wait = staticmethod(lambda running, num_returns: (running[:1], running[1:]))
-    get = staticmethod(lambda call: call())
+
+    @staticmethod
+    def get(call):
+        try:
+            return call()
+        except ValueError as error:
+            raise RayHere.TaskError(error) from error
 
     @staticmethod
     def remote(**options):
@@ -59,6 +74,82 @@ def test_the_actors_get_device_and_workers(tmp_path, monkeypatch):
     assert verify(tmp_path / "store").items == 6
     assert made == [("cpu", 0)] * 3  # one that reads the plan, and two actors
     assert run([str(argument) for argument in (*arguments, *others[:-1], -1)]) == 2
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A command line for a cluster of two GPUs that is started from a machine without one, and what actors reserve."""
+    reserved = []
+
+    def remote(**options):
+        reserved.append(options["num_gpus"])
+        return RayHere.remote(**options)
+
+    two = SimpleNamespace(**{name: getattr(RayHere, name) for name in vars(RayHere) if name[0] != "_"})
+    two.cluster_resources, two.remote = lambda: {"CPU": 8.0, "GPU": 2.0}, remote
+    monkeypatch.setitem(sys.modules, "ray", two)
+    monkeypatch.setattr("latentcodec.store.ray.require", lambda *packages: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("LATENTCODEC_DTYPE", raising=False)
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    photos = write_pictures(tmp_path / "photos", 3)
+    command = [
+        "encode",
+        photos,
+        "--codec",
+        tmp_path / "codec",
+        "--out",
+        tmp_path / "store",
+        "--engine",
+        "ray",
+    ]
+    return [str(argument) for argument in command], reserved
+
+
+@pytest.mark.parametrize("device", [(), ("--device", "cuda"), ("--device", "cuda:0")])
+def test_the_gpus_of_the_cluster_are_planned_for_where_the_planning_machine_has_none(
+    tmp_path, cluster, capsys, device
+):
+    """Here no actor has one, which is said in one line, and the store is gone on with on another device."""
+    command, reserved = cluster
+    assert run([*command, *device]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: an actor of Ray: ")
+    assert "PyTorch finds no GPUs here" in said
+    assert reserved == [1.0]
+    machine = Plan.load(tmp_path / "store").parts[0].machine
+    named = {name: machine[name] for name in ("device", "precision", "functions", "batch_pixels")}
+    assert named == {
+        "device": "cuda",
+        "precision": "bfloat16",
+        "functions": "Triton's",
+        "batch_pixels": 1 << 23,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the machine that starts Ray is not the one that encodes
+        assert run([*command, "--device", "cpu"]) == 0
+    assert reserved == [1.0, 0.0]
+    assert verify(tmp_path / "store").items == 3
+
+
+def test_a_store_that_was_begun_on_cpus_is_gone_on_with_there_and_reserves_no_gpu(tmp_path, cluster):
+    command, reserved = cluster
+    prepare([str(tmp_path / "photos")], tmp_path / "store", str(tmp_path / "codec"), threads=1)
+    assert run(command) == 0
+    assert reserved == [0.0]
+    assert verify(tmp_path / "store").items == 3
+
+
+def test_without_ray_and_in_a_dry_run_the_device_must_be_here(tmp_path, cluster, capsys):
+    command, reserved = cluster
+    for arguments in ([*command[:-2], "--device", "cuda"], [*command, "--device", "cuda", "--dry-run"]):
+        assert run(arguments) == 2
+        assert "device cuda: PyTorch finds no GPUs here" in capsys.readouterr().err
+    assert run([*command, "--dry-run"]) == 0
+    assert run([*command, "--device", "gpu"]) == 2
+    assert not reserved
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.slow

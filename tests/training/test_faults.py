@@ -15,7 +15,7 @@ import yaml
 from small_runs import metrics, new_trainer, small, start, train, write_config, write_images
 
 from latentcodec.finite import NotFinite
-from latentcodec.training import console, environment
+from latentcodec.training import console, environment, loop
 from latentcodec.training.config import parse
 from latentcodec.training.data import stream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
@@ -413,3 +413,22 @@ def test_an_interrupt_that_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["DataLoader worker (pid 7) is killed by signal: Killed. ", "Pin memory thread exited unexpectedly"],
+)
+def test_a_lost_data_worker_is_one_line_in_whichever_words_torch_says_it(monkeypatch, capsys, words):
+    """With a GPU a thread reads what workers send, and ends with the one that is killed while it does."""
+
+    def run(config, stop):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(loop, "run", run)
+    for name in ("parse", "survive_broken_streams", "end_at_interrupt", "end_quietly", "StopRequest"):
+        monkeypatch.setattr(loop, name, lambda *arguments: None)
+    assert main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a data worker was ended from outside" in line
+    assert words.strip() in line
