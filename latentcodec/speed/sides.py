@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentcodec.adopt import build, optimize_vae, stock_copy
 from latentcodec.codec import LatentCodec
+from latentcodec.engine.memory import free_memory
 from latentcodec.speed import peers
 from latentcodec.vae.families import SAME_UNLESS_GIVEN, Config, Family, family_of
 from latentcodec.vae_config import check_config, class_named_in
@@ -140,15 +140,7 @@ def fits(side: str, vae: Any, case: Case) -> bool:
     maps = MAPS_OF_CLIPS if family.has_frames else MAPS_AT_ONCE
     pixels = case.batch * (case.size // family.patch(vae.config)) ** 2
     needed = maps * _widest(family, vae.config, case.direction) * pixels * vae.dtype.itemsize
-    return needed < _free_memory(vae.device)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes; on a GPU with those that torch keeps from what was freed, and gives out again."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    return needed < free_memory(vae.device)
 
 
 def _widest(family: Family, config: Config, direction: str) -> int:
