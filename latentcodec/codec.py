@@ -151,8 +151,7 @@ class LatentCodec:
         """diffusers' distribution of the raw latents of images of any size."""
         _require(x, self.image_channels, "an image batch [B, C, H, W] in [-1, 1]")
         x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
-        with torch.cuda.device_of(x):  # where Triton starts its kernels, and passes are recorded
-            return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
+        return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
 
     @torch.no_grad()
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -168,11 +167,10 @@ class LatentCodec:
                 f"size {tuple(size)} does not belong to latents of {z.shape[-2]} x {z.shape[-1]}, f = {f}"
             )
         raw = LatentSpace.of(self.vae).restore(z.to(self.device)).to(self.dtype)
-        with torch.cuda.device_of(raw):  # as in `_posterior`
-            if self.family.has_frames:
-                y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
-            else:
-                y = self.vae.decode(raw).sample.float()
+        if self.family.has_frames:
+            y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
+        else:
+            y = self.vae.decode(raw).sample.float()
         return (y if size is None else crop(y, size)).contiguous()
 
     def refresh(self) -> None:

@@ -27,6 +27,7 @@ def test_float16_is_safe_with_headroom_finite_and_accurate_only(largest, float16
 
 
 def test_its_float32_is_exact_on_gpus_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
     vae = AutoencoderKL(norm_num_groups=1, block_out_channels=(2,)).eval()
     precisions, copy_of = set(), precision.stock_copy
 

@@ -134,27 +134,3 @@ def test_a_codec_on_a_gpu_runs_compiled_once_and_as_it_was_told(monkeypatch):
         assert each.vae.encoder.engine.compiled
         assert each.vae.decoder.engine.compiled
     assert told.vae.encoder.engine.max_memory == 6_000_000_000
-
-
-def test_a_codec_computes_with_its_own_gpu_as_the_current_one(monkeypatch):
-    """Triton starts kernels on the current GPU, and a recording of another one would be empty."""
-    current = []
-
-    class Current:
-        def __init__(self, x):
-            self.device = x.device
-
-        def __enter__(self):
-            current.append(self.device)
-
-        def __exit__(self, *error):
-            current.append(None)
-
-    codec = tiny_codec()
-    encode, decode = codec.vae.encode, codec.vae.decode
-    monkeypatch.setattr(codec.vae, "encode", lambda x: (current.append("encode"), encode(x))[1])
-    monkeypatch.setattr(codec.vae, "decode", lambda z: (current.append("decode"), decode(z))[1])
-    monkeypatch.setattr("torch.cuda.device_of", Current)
-    codec.decode(codec.encode(torch.zeros(1, 3, 8, 8)))
-    cpu = torch.device("cpu")
-    assert current == [cpu, "encode", None, cpu, "decode", None]
