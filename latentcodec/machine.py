@@ -45,7 +45,11 @@ X86_LEVELS = {
 # Instructions for bfloat16 are not all a gain. An Intel Xeon without AMX took 1.5 to 2.0 times as long as in float32
 # with those of AVX-512 (2026-12-01: oneDNN's convolutions, both ways; engine and training fell behind as much). An AMD
 # Zen 4 was as fast as in float32, with half the memory.
-AMX, AVX512, AVX512_GAINS = "amx_bf16", "avx512_bf16", "AuthenticAMD"
+AMX, AVX512, AVX512_VENDOR = (
+    "amx_bf16",
+    "avx512_bf16",
+    "AuthenticAMD",
+)  # whose AVX-512 counts as fast in bfloat16
 ARM_FLAGS = ("asimd", "sve", "sve2", "i8mm", "bf16")  # bf16: multiplies bfloat16
 REAL_GAIN = 1.2  # times faster than float32 that bfloat16 must be where only a measurement can tell
 TRIALS = 3  # of which the fastest counts
@@ -98,8 +102,8 @@ def training_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     Xeon took 1.15 s a step of photo-f8c16 in float32 and 2.47 s in bfloat16 (2026-12-01).
     """
     flags = cpu_flags() or frozenset()
-    is_told = bool(os.environ.get(OVERRIDE))
-    if torch.device(device).type == "cpu" and AVX512 in flags and AMX not in flags and not is_told:
+    has_override = bool(os.environ.get(OVERRIDE))
+    if torch.device(device).type == "cpu" and AVX512 in flags and AMX not in flags and not has_override:
         return torch.float32
     return fast_dtype(device)
 
@@ -141,7 +145,7 @@ def _gains_by_bfloat16(device_type: str) -> bool:
         if not torch.backends.mkldnn.is_available():
             return False  # torch's own convolutions know no such units
         if (flags := cpu_flags()) is not None and not flags & {"bf16"}:
-            return AMX in flags or (AVX512 in flags and _vendor() == AVX512_GAINS)
+            return AMX in flags or (AVX512 in flags and _vendor() == AVX512_VENDOR)
     # Other devices, processors that the system does not describe, and ARM, where units alone are not enough: torch must
     # have been built to use them.
     try:

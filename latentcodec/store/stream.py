@@ -100,7 +100,7 @@ class LatentBatches(IterableDataset):
         return sum(n // size if self.drop_last else -(-n // size) for n in self.store.shapes.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch: its beginning, but of the epoch that a state was loaded of, where that goes on."""
+        """Begins another epoch at its first batch; the epoch of a loaded state goes on after that state's batch."""
         if epoch != self.epoch:
             self.epoch, self.first = epoch, 0
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 UNKNOWN = (
     r"Group '(?P<section>.+)' does not accept option '(?P<key>.+)'",
-    r"Option '(?P<key>.+)' is not accepted",
     r"unrecognized arguments: --(?P<key>[^\s=]+)",
 )
 VALUE = (
@@ -36,13 +35,13 @@ def refusal(error: str, kinds: Mapping[str, Any]) -> str:
             parts = unknown.groupdict()
             section = f"{parts['section']}." if parts.get("section") else ""
             return _no_such(section + parts["key"], kinds)
-    key = re.search(r'key "([^"]+)"', error)
-    if not key or key[1] not in kinds:
+    keys = [key for key in re.findall(r'key "([^"]+)"', error) if key in kinds]
+    if not keys:
         return " ".join(error.split())
     given = next((f", not {found[1]}" for p in VALUE if (found := re.search(p, error))), "")
     limits = re.search(r"does not conform to restriction (v.*)", error)
-    allowed = _limits(limits[1]) if limits else wanted(kinds[key[1]])
-    return f"{key[1]} must be {allowed}{given}"
+    allowed = _limits(limits[1]) if limits else wanted(kinds[keys[-1]])
+    return f"{keys[-1]} must be {allowed}{given}"
 
 
 def require_known(settings: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> None:

@@ -384,15 +384,16 @@ VERBS_ON_A_DEVICE = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS_ON_A_DEVICE)
-def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call, monkeypatch, verb):
+@pytest.fixture
+def places(place, store, tmp_path):
+    """What the names in VERBS_ON_A_DEVICE stand for."""
     np.save(tmp_path / "z.npy", np.zeros((4, 8, 8), np.float32))
-    places = {
-        "photos": place / "photos",
-        "codec": place / "codec",
-        "store": store,
-        "file": tmp_path / "z.npy",
-    }
+    known = {"photos": place / "photos", "codec": place / "codec", "store": store, "file": tmp_path / "z.npy"}
+    return known | {"new": tmp_path / "new"}
+
+
+@pytest.mark.parametrize("verb", VERBS_ON_A_DEVICE)
+def test_every_verb_takes_a_gpu_where_there_is_one(places, call, monkeypatch, verb):
     devices = []
 
     def to(vae, device):
@@ -405,7 +406,7 @@ def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call,
     monkeypatch.setattr("latentcodec.store.job.has_triton", lambda: False)
     monkeypatch.setattr("diffusers.AutoencoderKL.to", to)
     monkeypatch.setattr("latentcodec.machine.use_cores", lambda: 1)
-    arguments = [argument.format(**places, new=tmp_path / "new") for argument in VERBS_ON_A_DEVICE[verb]]
+    arguments = [argument.format(**places) for argument in VERBS_ON_A_DEVICE[verb]]
     assert call(*arguments)[0] == 2
     assert devices == ["cuda"]
     options = typer.main.get_command(app).commands[arguments[0]].params
@@ -413,14 +414,7 @@ def test_every_verb_takes_a_gpu_where_there_is_one(place, store, tmp_path, call,
 
 
 @pytest.mark.parametrize("verb", VERBS_ON_A_DEVICE)
-def test_every_verb_lets_a_codec_on_a_gpu_run_compiled(place, store, tmp_path, call, monkeypatch, verb):
-    np.save(tmp_path / "z.npy", np.zeros((4, 8, 8), np.float32))
-    places = {
-        "photos": place / "photos",
-        "codec": place / "codec",
-        "store": store,
-        "file": tmp_path / "z.npy",
-    }
+def test_every_verb_lets_a_codec_on_a_gpu_run_compiled(places, call, monkeypatch, verb):
 
     def run_compiled(codec):
         raise ValueError("it would run compiled")
@@ -433,7 +427,7 @@ def test_every_verb_lets_a_codec_on_a_gpu_run_compiled(place, store, tmp_path, c
     monkeypatch.setattr("latentcodec.store.job.has_triton", lambda: True)
     for module in ("codec", "store.encoding"):
         monkeypatch.setattr(f"latentcodec.{module}.run_compiled", run_compiled)
-    arguments = [argument.format(**places, new=tmp_path / "new") for argument in VERBS_ON_A_DEVICE[verb]]
+    arguments = [argument.format(**places) for argument in VERBS_ON_A_DEVICE[verb]]
     code, _, err = call(*arguments)
     assert (code, err.splitlines()[-1]) == (2, "error: it would run compiled")
 

@@ -94,7 +94,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.delenv("LATENTCODEC_DTYPE", raising=False)
     tiny_codec().save_pretrained(tmp_path / "codec")
     photos = write_pictures(tmp_path / "photos", 3)
-    command = [
+    command = (
         "encode",
         photos,
         "--codec",
@@ -103,7 +103,7 @@ def cluster(tmp_path, monkeypatch):
         tmp_path / "store",
         "--engine",
         "ray",
-    ]
+    )
     return [str(argument) for argument in command], reserved
 
 

@@ -118,6 +118,18 @@ def test_a_refused_setting_is_told_what_it_may_be_in_plain_words(setting, said, 
 
 
 @pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("train={lr: fast}", "train.lr must be a number > 0, not fast"),
+        ("train={nothing: 3}", "there is no setting train.nothing; --help lists them"),
+        ("model={adapt: {colours: 3}}", "there is no setting model.adapt.colours; --help lists them"),
+    ],
+)
+def test_a_section_in_braces_is_refused_by_the_setting_within(section, said, capsys):
+    assert refusal(capsys, f"--{section}") == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"train:\n  lr: [1\n", "line 2"),
