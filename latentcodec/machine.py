@@ -137,10 +137,14 @@ def convolution_seconds(dtype: torch.dtype, device: torch.device | str = "cpu") 
     return min(durations[1:])  # the first one prepares
 
 
-@cache
 def _gains_by_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _has_bfloat16_units(device_type)
+
+
+@cache
+def _has_bfloat16_units(device_type: str) -> bool:
     if device_type == "cpu":
         if not torch.backends.mkldnn.is_available():
             return False  # torch's own convolutions know no such units

@@ -17,9 +17,9 @@ def bare(monkeypatch):
     """No settings from outside, and nothing remembered of other tests."""
     for name in (machine.OVERRIDE, *machine.ONEDNN_LIMITS):
         monkeypatch.delenv(name, raising=False)
-    machine._gains_by_bfloat16.cache_clear()
+    machine._has_bfloat16_units.cache_clear()
     yield
-    machine._gains_by_bfloat16.cache_clear()
+    machine._has_bfloat16_units.cache_clear()
 
 
 @pytest.fixture
@@ -150,6 +150,14 @@ def test_a_gpu_that_emulates_bfloat16_has_no_units_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert machine.fast_dtype("cuda") == torch.float32
     assert machine.is_fast(torch.float16, "cuda")
+
+
+def test_the_current_gpu_is_asked_each_time(monkeypatch):
+    """Of two GPUs in a machine, the answer for the first one was kept for both."""
+    answers = iter([False, True])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: next(answers))
+    assert machine.fast_dtype("cuda") == torch.float32
+    assert machine.fast_dtype("cuda") == torch.bfloat16
 
 
 @pytest.mark.parametrize(("value", "dtype"), machine.DTYPES.items())
