@@ -118,7 +118,9 @@ def warp_latent(z: Tensor, warp: Warp) -> Tensor:
     """[B, c, h, w] -> the scaled and turned latent: the implicit equivariance of EQ-VAE.
 
     EQ-VAE (Kouzelis et al. 2025): the whole reconstruction loss becomes L(D(T z), T x), with T a bilinear
-    scale and rot90^k; the KL stays that of the posterior of x. A scale rounds to whole cells, at least one.
+    scale and rot90^k; the KL stays that of the posterior of x. Both are sums, as in latent diffusion's own loss, so
+    in a step of scale s the KL counts 1 / s^2 times as much beside the likelihood. A scale rounds to whole cells, at
+    least one.
     The explicit form |T E(x) - E(T x)|^2 collapses the latent (their table 7) and is not offered.
     """
     return _warp(z, warp, _scaled(z.shape[-2:], warp.scale))
