@@ -85,6 +85,16 @@ class Config:
         """How the latents of the saved codec are normalised; None where it keeps the numbers that it has."""
         return self.finish.normalise or (None if self.model.keeps_latents else "per_channel")
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user may not expect of these settings, though a run can have them."""
+        start, steps = self.discriminator.start_step, self.train.max_steps
+        if self.discriminator.weight and start >= steps:
+            return [
+                f"discriminator.weight does nothing in this run: discriminator.start_step is {start}, train.max_steps {steps}"
+            ]
+        return []
+
 
 def _expanded(key: str, path: str) -> str:
     """A path that may begin with ~, the home folder."""

@@ -243,7 +243,8 @@ class Journal:
         if evaluation is not None:
             lines.append(
                 f"- {len(evaluation.images)} held-out images: PSNR {evaluation.mean('psnr'):.2f} dB, SSIM "
-                f"{evaluation.mean('ssim'):.4f} (posterior mode, whole images, 8 bits)"
+                f"{evaluation.mean('ssim'):.4f} (posterior mode, the middle of each, at most "
+                f"{data.val_resolution} x {data.val_resolution} pixels, 8 bits)"
             )
         return printable("\n".join(lines))
 

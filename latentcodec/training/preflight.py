@@ -88,6 +88,11 @@ def new_accelerator(config: Config, precision: str) -> Accelerator:
             num_steps=1
         ),  # else the environment would be asked
     )
+    found = {"all", *(tracker.value for tracker in accelerator.log_with)}
+    if missing := [name for name in config.train.trackers or () if name not in found]:
+        raise ValueError(
+            f"train.trackers: {', '.join(missing)} is not installed; install it, or leave it out"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -57,7 +57,7 @@ class Trainer:
         self.config = config = settled(config, self.hardware)
         self.accelerator = accelerator = preflight.new_accelerator(config, self.hardware.precision)
         self.journal = Journal(self.output, accelerator, config)
-        for note in (*passed_over, *self.hardware.notes):
+        for note in (*passed_over, *config.notes, *self.hardware.notes):
             self.journal.say(note)
         doing("loading models and opening the images", timed=not preflight.fetches(config))
         parent = begin.load_parent(config.model)
@@ -82,7 +82,9 @@ class Trainer:
         vae = begin.new_vae(start, parent, teacher, partial(first_crops, self.images, f))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
+        doing("preparing the losses", timed=not config.loss.fetches_lpips)
         self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
+        doing("preparing the first step")
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)
         self.exporter = Exporter(

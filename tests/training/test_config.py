@@ -2,7 +2,7 @@
 
 import os
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from latentcodec.training.config import Config, parse
 from latentcodec.training.journal import Journal
+from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.optim.schedule import TrainConfig
 
 
@@ -285,3 +286,12 @@ def test_settings_are_plain_numbers_once_they_are_checked():
     )
     assert type(config.train.lr) is type(config.train.betas[0]) is type(config.data.min_scale) is float
     assert type(config.train.max_steps) is type(config.model.block_out_channels[0]) is int
+
+
+def test_a_discriminator_that_a_run_never_reaches_is_said():
+    """Its default start is late: a weight alone does nothing in a short run."""
+    train, late = TrainConfig(max_steps=100), DiscriminatorConfig(weight=0.5)
+    (note,) = Config("runs/x", discriminator=late, train=train).notes
+    assert note.startswith("discriminator.weight does nothing in this run") and "50000" in note
+    assert not Config("runs/x", discriminator=replace(late, start_step=99), train=train).notes
+    assert not Config("runs/x", train=train).notes

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from small_runs import metrics, reset, small, start, train, write_images
 from test_checkpoint import small_disk
 
+from latentcodec.quality.metrics import Evaluation, Score
 from latentcodec.training import checkpoint
 from latentcodec.training.data.crops import Reject
 from latentcodec.training.journal import Journal
@@ -63,6 +64,14 @@ def test_a_card_says_which_built_in_set_was_trained_on(tmp_path, drawn):
     config = replace(config, data=replace(config.data, path=None, drawn=drawn))
     card = Journal(tmp_path, Accelerator(), config).card(9, 60.0, None)
     assert f"1 minutes, on: the built-in drawn {drawn}\n" in card
+
+
+def test_a_card_says_how_much_of_each_image_was_judged(tmp_path):
+    config = small(tmp_path, tmp_path)
+    config = replace(config, data=replace(config.data, val_resolution=48))
+    evaluation = Evaluation([Score(30.0, 0.9, float("nan"))])
+    card = Journal(tmp_path, Accelerator(), config).card(9, 60.0, evaluation)
+    assert "(posterior mode, the middle of each, at most 48 x 48 pixels, 8 bits)" in card
 
 
 def test_a_start_clears_what_a_kill_left_half_written(tmp_path, images):

@@ -463,6 +463,7 @@ def below_a_file(path: Path) -> Path:
         ({"loss.lpips_weight": 1, "loss.lpips_weights": "/nowhere.safetensors"}, ["/nowhere.safetensors"]),
         ({"train.mixed_precision": "fp16"}, ["train.mixed_precision", "fp16"]),
         ({"train.trackers": "[abacus]"}, ["abacus"]),
+        ({"train.trackers": "[tensorboard,dvclive]"}, ["train.trackers: dvclive is not installed"]),
         ({"model.from_pretrained": "/nowhere"}, ["/nowhere"]),
     ],
     ids=lambda value: "-".join(value),  # the keys; a function's own name would hold its address

@@ -32,8 +32,9 @@ def build(data: Mapping[str, Any]) -> Page:
     page.section("Quality", "What a minute of training is worth.")
     page.plots(
         [_curves(runs, "psnr_curve", "minutes", "PSNR, dB")],
-        "PSNR of the averaged weights on the run's own held-out images (posterior mode, whole images, 8 bits) against "
-        "the minutes of training, validations and checkpoints included.",
+        "PSNR of the averaged weights on the run's own held-out images (posterior mode, cropped to their "
+        "middle where data.val_resolution says so, 8 bits) against the minutes of training, validations and "
+        "checkpoints included.",
     )
     _losses(page, runs)
     for run in runs:

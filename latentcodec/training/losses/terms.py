@@ -88,6 +88,11 @@ class LossConfig:
             )
 
     @property
+    def fetches_lpips(self) -> bool:
+        """Whether the network of LPIPS may have to come from the internet."""
+        return self.lpips_weight > 0 and self.lpips_weights is None
+
+    @property
     def has_pixel_scale(self) -> bool:
         """Whether every pixel has a learned scale of its own."""
         return self.scale == "per_pixel"
