@@ -90,9 +90,8 @@ class Config:
         """What a user may not expect of these settings, though a run can have them."""
         start, steps = self.discriminator.start_step, self.train.max_steps
         if self.discriminator.weight and start >= steps:
-            return [
-                f"discriminator.weight does nothing in this run: discriminator.start_step is {start}, train.max_steps {steps}"
-            ]
+            does_nothing = "discriminator.weight does nothing in this run"
+            return [f"{does_nothing}: discriminator.start_step is {start}, train.max_steps {steps}"]
         return []
 
 
