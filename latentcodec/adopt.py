@@ -12,9 +12,9 @@ Shapes: B batch, C image channels, s raw latent channels, H W pixels, h w raw la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -94,7 +94,8 @@ def adopt(vae: Any) -> Any:
 
     The parameters are the very same objects: dtype, device, gradients and optimizers that hold them stay as they
     are, and so do the state-dict keys. `enable_tiling()` and `enable_slicing()` stay callable; tiling gives the
-    exact result, because images are not cut, whatever the tile sizes are set to.
+    exact result, because images are not cut, whatever the tile sizes are set to, but where the engine steps aside (for
+    hooks, adapters, gradients, a compiler): there the class cuts them, as it does without us.
 
     Raises TypeError, listing the covered classes, for another one, and ValueError for a VAE whose encoder or decoder
     was changed (an adapter was added, layers were replaced), since such a model is no longer the one its config
@@ -102,14 +103,14 @@ def adopt(vae: Any) -> Any:
     """
     if family_of(vae).has_frames:
         _adopt_images(vae)
-    elif not isinstance(vae.encoder, EngineEncoder):
+    elif not (isinstance(vae.encoder, EngineEncoder) and isinstance(vae.decoder, EngineDecoder)):
         if not padding_modes(vae):  # diffusers hands on our key, and does not follow it
             set_padding_mode(vae, vae.config.get(PADDING_KEY, "zeros"))
         with torch.device("meta"):  # only the structure: the parameters come from vae
             encoder, decoder = EngineEncoder(vae.config), EngineDecoder(_decoder_config(vae.config))
         _replace_networks(vae, encoder, decoder)
-        vae._tiled_encode = partial(_encode_whole, vae)
-        vae.tiled_decode = partial(_decode_whole, vae)
+        vae._tiled_encode = _OwnMethod(_encode_whole, vae)
+        vae.tiled_decode = _OwnMethod(_decode_whole, vae)
     return vae
 
 
@@ -145,7 +146,10 @@ def optimize_vae(
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:
-        _print_differences(vae)
+        with torch.random.fork_rng(
+            [vae.device] if vae.device.type == "cuda" else []
+        ):  # the caller's numbers stay
+            _print_differences(vae)
     return vae
 
 
@@ -164,6 +168,23 @@ def restore_vae(vae: Any) -> Any:
     for name in ("_tiled_encode", "tiled_decode", "_encode", "_decode", "image_networks"):
         vae.__dict__.pop(name, None)
     return vae
+
+
+class _OwnMethod:
+    """A method in place of the class's, of this one object: without a reference to it that keeps it alive."""
+
+    def __init__(self, function: Callable[..., Any], vae: Any) -> None:
+        self.function, self.vae = function, weakref.ref(vae)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(self.vae(), *args, **options)
+
+    def __getstate__(self) -> tuple[Callable[..., Any], Any]:
+        """For copies and pickles: a copy belongs to the copied VAE."""
+        return self.function, self.vae()
+
+    def __setstate__(self, state: tuple[Callable[..., Any], Any]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
 
 # ---- networks of ours in place of the class's
@@ -198,14 +219,22 @@ def _replace_networks(vae: Any, encoder: nn.Module, decoder: nn.Module) -> None:
     vae.encoder, vae.decoder = encoder, decoder
 
 
+def _runs_on_engine(network: nn.Module, x: Tensor) -> bool:
+    return isinstance(network, EngineEncoder | EngineDecoder) and network.engine.applies(network, x)
+
+
 def _encode_whole(vae: Any, x: Tensor) -> Tensor:
-    """What diffusers would encode in tiles: [B, C, H, W] -> [B, 2s, h, w]."""
+    """What diffusers would encode in tiles, and does where the engine steps aside: [B, C, H, W] -> [B, 2s, h, w]."""
+    if not _runs_on_engine(vae.encoder, x):
+        return cast(Tensor, type(vae)._tiled_encode(vae, x))
     moments: Tensor = vae.encoder(x)
     return moments if vae.quant_conv is None else vae.quant_conv(moments)
 
 
 def _decode_whole(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
-    """What diffusers would decode in tiles: [B, s, h, w] -> [B, C, H, W]."""
+    """What diffusers would decode in tiles, and does where the engine steps aside: [B, s, h, w] -> [B, C, H, W]."""
+    if not _runs_on_engine(vae.decoder, z):
+        return type(vae).tiled_decode(vae, z, return_dict=return_dict)
     image = vae.decoder(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
     return DecoderOutput(sample=image) if return_dict else (image,)
 
@@ -229,8 +258,8 @@ def _adopt_images(vae: Any) -> None:
         family_of(vae).patch(vae.config),
         frozenset(type(module) for module in stock.modules()),
     )
-    vae._encode = partial(_encode_frames, vae)
-    vae._decode = partial(_decode_frames, vae)
+    vae._encode = _OwnMethod(_encode_frames, vae)
+    vae._decode = _OwnMethod(_decode_frames, vae)
 
 
 def _encode_frames(vae: Any, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from latentcodec.adopt import adopt, optimize_vae
+from latentcodec.engine.plan import forget
 from latentcodec.files import write_files
 from latentcodec.finite import require_finite
 from latentcodec.latents import LatentSpace, fingerprint
@@ -24,6 +25,7 @@ from latentcodec.loading import load_vae
 from latentcodec.machine import usable_device
 from latentcodec.model_card import model_card, zero_padded
 from latentcodec.model_folder import CONFIG, WEIGHTS
+from latentcodec.offloading import computing_device, is_offloaded, require_here
 from latentcodec.pixels import crop, pad_to_multiple
 from latentcodec.vae.families import KL, Family, family_of
 from latentcodec.vae.padding import padding_mode, set_padding_mode
@@ -33,7 +35,7 @@ class LatentCodec:
     """Encodes images in [-1, 1] to latents of zero mean and unit variance, and decodes them.
 
     `codec.vae` is diffusers' own object: pass it as `vae=` to any pipeline that is made for its class. On a CPU it runs
-    on native functions where it computes in float32; elsewhere it does after `optimize_vae(codec.vae)`.
+    on native functions; on a GPU on compiled ones after `optimize_vae(codec.vae)`.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -117,8 +119,9 @@ class LatentCodec:
 
         The same on every machine, on every device, after save and load. Weights that `from_pretrained` read and rounded
         to `dtype` count as they are stored; saved in that dtype, they are another codec. Computed in full at each call,
-        so a changed weight changes it.
+        so a changed weight changes it. Raises ValueError for weights that are not here (offloaded).
         """
+        require_here(self.vae, "no fingerprint")
         computed = fingerprint(self.vae)
         if self._stored is not None and self._stored[0] == computed:
             return self._stored[1]
@@ -150,7 +153,7 @@ class LatentCodec:
     def _posterior(self, x: Tensor) -> Any:
         """diffusers' distribution of the raw latents of images of any size."""
         _require(x, self.image_channels, "an image batch [B, C, H, W] in [-1, 1]")
-        x = pad_to_multiple(x.to(self.device, self.dtype), self.downsampling_factor)
+        x = pad_to_multiple(x.to(computing_device(self.vae), self.dtype), self.downsampling_factor)
         return self.vae.encode(x[:, :, None] if self.family.has_frames else x).latent_dist
 
     @torch.no_grad()
@@ -166,7 +169,7 @@ class LatentCodec:
             raise ValueError(
                 f"size {tuple(size)} does not belong to latents of {z.shape[-2]} x {z.shape[-1]}, f = {f}"
             )
-        raw = LatentSpace.of(self.vae).restore(z.to(self.device)).to(self.dtype)
+        raw = LatentSpace.of(self.vae).restore(z.to(computing_device(self.vae))).to(self.dtype)
         if self.family.has_frames:
             y = self.vae.decode(raw[:, :, None]).sample[:, :, 0].float()
         else:
@@ -180,6 +183,8 @@ class LatentCodec:
         without it. Some adapters, and code that assigns to `weight.data[...]`, write past that: until `refresh` the
         results may be those of the weights before.
         """
+        for network in (self.vae.encoder, self.vae.decoder):
+            forget(network)  # weights that were made under `torch.inference_mode` count no versions
         changed = [weight for weight in self.vae.parameters() if not weight.is_inference()]
         torch.autograd.graph.increment_version(changed)
 
@@ -193,7 +198,7 @@ class LatentCodec:
         old = getattr(pipe, "vae", None)
         if old is None:
             raise ValueError(f"{type(pipe).__name__} has no component 'vae' to replace")
-        if hasattr(old, "_hf_hook"):  # its weights may be anywhere, and ours would be left without the hook
+        if is_offloaded(old):  # its weights may be anywhere, and ours would be left without the hook
             raise ValueError(
                 f"the VAE of this {type(pipe).__name__} is offloaded: plug in first, then offload"
             )
@@ -238,8 +243,7 @@ class LatentCodec:
         if (mode := padding_mode(self.vae)) != "zeros":
             warnings.warn(f"{folder}: {zero_padded(mode)}", stacklevel=2)
         set_padding_mode(self.vae, mode)
-        if away := [name for name, value in self.vae.state_dict().items() if value.device.type == "meta"]:
-            raise ValueError(f"{folder}: not saved, for {away[0]} is offloaded; save before offloading")
+        require_here(self.vae, f"{folder}: not saved")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.vae.state_dict().items()}
         require_finite(weights, f"{folder}: not saved")
         contents = {
@@ -275,7 +279,11 @@ def _family_to_replace(vae: Any) -> Family | None:
     try:
         return family_of(vae)
     except TypeError:
-        return KL if {"latent_channels", "block_out_channels", "in_channels"} <= vae.config.keys() else None
+        has_frames = any(
+            isinstance(module, nn.Conv3d) for module in vae.modules()
+        )  # pipelines call it with more
+        is_similar = {"latent_channels", "block_out_channels", "in_channels"} <= vae.config.keys()
+        return KL if is_similar and not has_frames else None
 
 
 def _require(x: Tensor, channels: int, what: str) -> None:

@@ -19,9 +19,11 @@ class NotFinite(ValueError):
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raises `NotFinite` naming `what` and the first tensor that holds NaN or an infinity."""
     for name, tensor in tensors.items():
-        numbers = tensor.is_floating_point() and tensor.device.type != "meta"
-        if numbers and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        is_finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)  # not there for float8
+        if not is_finite.all():
+            count = int((~is_finite).sum())
             raise NotFinite(f"{what}: {count} of {tensor.numel()} numbers of {name} are NaN or infinite")
 
 

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
+from latentcodec.offloading import computing_device
 from latentcodec.vae.families import SAME_UNLESS_GIVEN, family_of, units_of
 from latentcodec.vae.padding import padding_modes
 from latentcodec.vae.posterior import mean_and_logvar
@@ -70,7 +71,7 @@ class LatentSpace:
 
     @classmethod
     def of(cls, vae: Any) -> LatentSpace:
-        """By the canonical formula of the class of `vae`, on its device.
+        """By the canonical formula of the class of `vae`, on the device that it computes on.
 
         Raises ValueError where a number is not finite, a deviation not positive, or their count not c.
         """
@@ -84,7 +85,9 @@ class LatentSpace:
                 raise ValueError(
                     f"the {name} of the latents cannot be {values.tolist()}: see {keys} of the config"
                 )
-        mean, std = (value.float().to(vae.device)[:, None, None] for value in (units.mean, units.std))
+        mean, std = (
+            value.float().to(computing_device(vae))[:, None, None] for value in (units.mean, units.std)
+        )
         return cls(family.packing(vae.config), mean, std)
 
     def pack(self, raw: Tensor) -> Tensor:

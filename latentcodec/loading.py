@@ -50,6 +50,10 @@ def load_vae(source: str, subfolder: str | None) -> Any:
 
 def _found(source: str, subfolder: str | None) -> Any:
     path = Path(source).expanduser()
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{source[:80]}...: {error.strerror}") from error
     if source in bundled_names():
         if any((path / (subfolder or "") / name).is_file() for name in (CONFIG, "model_index.json")):
             warnings.warn(

@@ -24,6 +24,8 @@ from typing import Any, cast
 import psutil
 import torch
 
+from latentcodec.control_groups import processor_limits
+
 OVERRIDE = "LATENTCODEC_DTYPE"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # oneDNN's names for the instructions it may use, weakest first, and what an x86 processor adds with each of them. Names
@@ -55,8 +57,6 @@ REAL_GAIN = 1.2  # times faster than float32 that bfloat16 must be where only a 
 TRIALS = 3  # of which the fastest counts
 CPUINFO = Path("/proc/cpuinfo")
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology"
-PROCESS_CGROUPS = Path("/proc/self/cgroup")
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 # --- the device
@@ -226,7 +226,7 @@ def physical_cores() -> int:
     logical = _allowed_threads()
     cores = {_core(thread) for thread in logical}
     count = len(cores) if None not in cores else min(len(logical), psutil.cpu_count(logical=False) or 1)
-    return max(1, min([count, *(int(limit) for limit in _cgroup_limits())]))
+    return max(1, min([count, *(int(limit) for limit in processor_limits())]))
 
 
 def use_cores(processes: int = 1, workers: int = 0, threads: int | None = None) -> int:
@@ -257,35 +257,3 @@ def _core(thread: int) -> tuple[str, str] | None:
         return (folder / "physical_package_id").read_text(), (folder / "core_id").read_text()
     except OSError:
         return None
-
-
-def _cgroup_limits() -> Iterator[float]:
-    """CPU time per time of the clock that each control group around this process may use at most.
-
-    Version 2 has cpu.max with "quota period" in microseconds, version 1 a file for each of the two. A container often
-    sees its own group as the root, whatever name /proc has for it, so the root is looked at too.
-    """
-    if not PROCESS_CGROUPS.is_file():
-        return
-    for line in PROCESS_CGROUPS.read_text().splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        group = Path(name.lstrip("/"))
-        for mount in (
-            (CGROUPS, CGROUPS / "unified") if not controllers else (CGROUPS / controllers, CGROUPS / "cpu")
-        ):
-            for folder in (mount / group, *(mount / parent for parent in group.parents)):
-                yield from _limit_of(folder)
-
-
-def _limit_of(folder: Path) -> Iterator[float]:
-    try:
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        if quota.strip() not in ("max", "-1"):
-            yield float(quota) / float(period)
-    except (OSError, ValueError):  # not there, or not to be read
-        return

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "latentcodec"
 
 # From the ground up. A room imports from lower floors and from itself, never from its own floor or from above.
 FLOORS = [
-    {"leftovers"},
+    {"control_groups", "leftovers"},
     {"extras", "files", "finite", "machine", "openmp", "printable", "randomness", "vae", "ops"},
-    {"pixels", "engine", "model_card", "model_folder"},
+    {"pixels", "engine", "model_card", "model_folder", "offloading"},
     {"sources", "adopt", "latents"},
     {"vae_config"},
     {"single_file"},

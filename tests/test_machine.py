@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentcodec import machine
+from latentcodec import control_groups, machine
 
 X86 = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Some CPU\nflags\t\t: fpu sse4_1 avx avx2 fma {}\n"
 AMD = X86.replace("GenuineIntel", "AuthenticAMD")
@@ -189,8 +189,8 @@ def cores(tmp_path, monkeypatch):
     def describe(allowed: int, siblings: int, known: bool = True) -> None:
         monkeypatch.setattr(machine, "_allowed_threads", lambda: list(range(allowed)))
         monkeypatch.setattr(machine, "_core", lambda i: ("0", str(i // siblings)) if known else None)
-        monkeypatch.setattr(machine, "PROCESS_CGROUPS", tmp_path / "cgroup")
-        monkeypatch.setattr(machine, "CGROUPS", tmp_path / "fs")
+        monkeypatch.setattr(control_groups, "PROCESS_CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "fs")
 
     return describe
 

@@ -67,6 +67,8 @@ class ImageNetworks:
 
     def decode(self, z: Tensor) -> Tensor | None:
         """[B, s, h, w] -> [B, C, H, W], not clamped; None as `_run` says."""
+        if not self._suits(self.decoder, z):
+            return None  # before a hook on `post_quant_conv` is called, since the class will call it
         z = self.post_quant_conv(z[:, :, None])[:, :, 0]
         stages = [(z.shape[2] << i, z.shape[3] << i, stage) for i, stage in enumerate(self.decoder.stages)]
         image = self._run(self.decoder, z, stages, StreamPass.decode)
@@ -76,9 +78,7 @@ class ImageNetworks:
         self, network: Any, x: Tensor, stages: list[tuple[int, int, Stage]], direction: Any
     ) -> Tensor | None:
         """None where only the class itself knows what to do: compiling, hooks, adapters, layers that were replaced."""
-        if not is_ordinary(x) or torch_layers_are_replaced():
-            return None
-        if not all(is_unchanged(module, self.types) for module in modules_within(network.source)):
+        if not self._suits(network, x):
             return None
         if not self.engine.allows(x, network.conv_in.weight):
             result: Tensor = network(x)
@@ -95,6 +95,13 @@ class ImageNetworks:
             with torch.inference_mode():
                 strips = plan()(x)
             return joined(strips, x.dtype)
+
+    def _suits(self, network: Any, x: Tensor) -> bool:
+        return (
+            is_ordinary(x)
+            and not torch_layers_are_replaced()
+            and all(is_unchanged(module, self.types) for module in modules_within(network.source))
+        )
 
     def _plan(self, x: Tensor, stages: list[tuple[int, int, Stage]], network: Any) -> StreamPass:
         """Strips as large as the bound allows. Raises ValueError where even strips of two rows are too much."""

@@ -8,6 +8,8 @@ import re
 import psutil
 import torch
 
+from latentcodec.control_groups import free_memories
+
 UNITS = {"": 1, "b": 1}
 UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
@@ -41,8 +43,11 @@ def _expected(given: object) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had without making room for them; on a GPU, those too that torch keeps for its next tensors."""
+    """Bytes that can be had without making room for them; on a GPU, those too that torch keeps for its next tensors.
+
+    A container is told how much the whole machine has, and is killed where it takes more than its own limit.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *free_memories()])

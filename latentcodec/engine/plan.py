@@ -26,6 +26,7 @@ from latentcodec.engine.memory import free_memory
 from latentcodec.engine.needs import channels_at_once, needs_of
 from latentcodec.engine.strips import StripPass
 from latentcodec.machine import is_fast
+from latentcodec.ops.convolutions import forget_prepared
 from latentcodec.ops.functional import fastest_kernels, is_ordinary
 from latentcodec.ops.native.build import library_if_built
 from latentcodec.ops.native.convolution import Workspace
@@ -200,9 +201,11 @@ def _pads_one_cell_with_itself(network: Any, x: Tensor) -> bool:
 
 
 def forget(network: nn.Module) -> None:
-    """Let what is recorded of a network's passes go, and its memory with it."""
+    """Let what is recorded of a network's passes and prepared of its weights go, and the memory with it."""
     recordings.forget(network)
     cuda_graphs.forget(network)
+    for layer in network.modules():
+        forget_prepared(layer)
 
 
 def joined(strips: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -164,6 +164,11 @@ def prepared_bytes(weight: Tensor, dtype: torch.dtype, winograd: bool, keep: boo
     return (stays, passes) if keep else (0, passes)
 
 
+def forget_prepared(owner: object) -> None:
+    """Let what was made of the weight of a layer go."""
+    _prepared.pop(owner, None)
+
+
 def probing_step(weight: Tensor) -> int:
     """How many values lie between two that are looked at; without a factor in common with C k k, so that every tap and
     every channel has its turn."""

@@ -4,6 +4,7 @@ import re
 import weakref
 from math import inf, nan
 
+import psutil
 import pytest
 import torch
 from stock_pairs import ALL_MAPS, CONFIGS, config, pair
@@ -11,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentcodec import optimize_vae
+from latentcodec import control_groups, optimize_vae
 from latentcodec.engine import needs, plan, recordings
 from latentcodec.engine.memory import free_memory, parse_bytes
 from latentcodec.engine.networks import EngineEncoder
@@ -57,6 +58,41 @@ def test_what_torch_keeps_of_a_gpu_for_its_next_tensors_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
     assert free_memory(torch.device("cuda", 1)) == 500
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/", {"memory.max": "max\n"}, None),
+        ("0::/", {"memory.max": "8000\n", "memory.current": "5000\n"}, 5600),
+        (
+            "0::/job/step",
+            {"job/memory.max": "8000", "job/memory.current": "7000", "job/step/memory.max": "max"},
+            3600,
+        ),
+        ("0::/", {"memory.max": "8000", "memory.current": "9999999"}, 0),
+        (
+            "9:memory:/docker/1",
+            {"memory/memory.limit_in_bytes": "8000\n", "memory/memory.usage_in_bytes": "5000\n"},
+            5600,
+        ),
+    ],
+)
+def test_what_a_container_may_still_take_is_free(tmp_path, monkeypatch, groups, files, free):
+    """ "auto" counted the memory of the whole machine, and the container was killed."""
+    monkeypatch.setattr(control_groups, "PROCESS_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "fs")
+    (tmp_path / "cgroup").write_text(groups + "\n")
+    for name, text in files.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        prefix = "total_" if "limit_in_bytes" in name else ""
+        (path.parent / "memory.stat").write_text(
+            f"anon 4400\n{prefix}active_file 100\n{prefix}inactive_file 2500\n"
+        )
+    expected = psutil.virtual_memory().available if free is None else free
+    assert free_memory(torch.device("cpu")) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_size_that_is_none_leaves_the_vae_as_it_was():
