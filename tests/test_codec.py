@@ -277,6 +277,8 @@ def test_from_a_bundled_name(codec, folder, monkeypatch):
         ValueError, match=r"'photo' is no file and no folder here, .* no bundled codec \(codec\)"
     ):
         LatentCodec.from_pretrained("photo")
+    with pytest.raises(ValueError, match=r"^a{80}\.\.\.: File name too long"):
+        LatentCodec.from_pretrained("a" * 300)
 
 
 @pytest.fixture

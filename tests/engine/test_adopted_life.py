@@ -1,17 +1,23 @@
-"""Codecs and pipelines whose VAE is offloaded, and a VAE that nothing keeps alive."""
+"""What else is done to a VAE on the engine: offloading, tiling, hooks, other storage; and what must not stay of it."""
 
 import copy
 import gc
 import pickle
+import sys
 import weakref
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from vae.small_vaes import small_vae
 
-from latentcodec import LatentCodec, optimize_vae
+sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
+from small_vaes import small_vae
+
+from latentcodec import LatentCodec, optimize_vae, restore_vae
+from latentcodec.engine.networks import EngineDecoder
+from latentcodec.ops import convolutions
 
 X = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 
@@ -90,3 +96,51 @@ def test_what_tiles_where_the_engine_steps_aside_is_the_class_itself():
     whole.disable_tiling()
     with torch.no_grad():
         assert torch.equal(vae.decode(z).sample, whole.decode(z).sample)
+
+
+def test_what_was_prepared_of_weights_goes_with_the_engine():
+    """Packed weights of Qwen-Image's class, whose modules stay, lay beside the weights until the VAE died."""
+    for kind in ("kl", "qwen"):
+        vae = optimize_vae(small_vae(kind))
+        with torch.no_grad():
+            vae.decode(torch.randn(1, vae.config.get("z_dim") or 4, *[1] * (kind == "qwen"), 4, 4))
+        layers = [layer for layer in vae.modules() if layer in convolutions._prepared]
+        assert layers
+        restore_vae(vae)
+        assert not [layer for layer in layers if layer in convolutions._prepared]
+
+
+def test_a_decoder_that_was_put_back_is_adopted_again():
+    vae = optimize_vae(small_vae("kl"))
+    with torch.device("meta"):
+        stock = type(vae).from_config(vae.config).decoder
+    stock.load_state_dict(vae.decoder.state_dict(), assign=True)
+    vae.decoder = stock
+    assert isinstance(optimize_vae(vae).decoder, EngineDecoder)
+
+
+def test_a_check_leaves_the_callers_random_numbers(capsys):
+    vae = small_vae("kl")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    optimize_vae(vae, check=True)
+    assert torch.equal(torch.rand(1), expected)
+    assert "encode in torch.float32" in capsys.readouterr().out
+
+
+def test_a_hook_on_the_last_layer_is_called_once_a_picture():
+    """Where the class takes over, it is the class that calls it."""
+    vae, seen = optimize_vae(small_vae("qwen")), []
+    vae.post_quant_conv.register_forward_hook(lambda *_: seen.append(1))
+    vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 1, 4, 4))
+    assert len(seen) == 1
+
+
+def test_weights_of_eight_bits_are_saved(tmp_path):
+    codec = LatentCodec(small_vae("kl"))
+    codec.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    codec.save_pretrained(tmp_path / "codec")
+    assert (tmp_path / "codec/diffusion_pytorch_model.safetensors").is_file()
