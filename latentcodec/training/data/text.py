@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ LEAST_CONTRAST = 60  # levels between the brightness of text and that of its pag
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
 EMPTY_SHARE = 0.25  # of the pages: no text at all
 LINES_SHARE = 0.25  # of the pages: line art, half of them without text
+FONTS_OPEN = 256  # that a process keeps, each of one file and size: all those of several hundred files fill memory
 SHADED_SHARE = 0.5  # of the empty pages: shades from one colour to another; the others are flat
 
 
@@ -147,16 +148,22 @@ def _brightness(colour: tuple[int, int, int]) -> float:
     return sum(weight * level for weight, level in zip(LUMA, colour, strict=True))
 
 
-@cache
+@lru_cache(maxsize=FONTS_OPEN)
 def _font(path: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, points)
 
 
 @cache
 def _letters_of(path: str) -> list[str]:
-    """Letters of the scripts that a font can draw; a script that it lacks comes as equal signs for missing letters."""
-    font = _font(path, 16)
-    drawn = {script: {bytes(font.getmask(letter)) for letter in script[:4]} for script in SCRIPTS}
+    """Letters of the scripts that a font can draw; a script that it lacks comes as equal signs for missing letters.
+
+    None of a file that is broken, and of a font of pictures of fixed sizes, as those of emoji are.
+    """
+    try:
+        fonts = [_font(path, points) for points in (16, *FONT_SIZES)]
+        drawn = {script: {bytes(fonts[0].getmask(letter)) for letter in script[:4]} for script in SCRIPTS}
+    except OSError:
+        return []
     return list("".join(script for script in SCRIPTS if len(drawn[script]) == len(set(script[:4]))))
 
 

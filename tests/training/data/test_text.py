@@ -1,5 +1,7 @@
 """Text over training crops: readable, drawn from (seed, position) alone, and only where it was asked for."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,33 @@ def test_without_fonts_the_key_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(text, "FONT_FOLDERS", dict.fromkeys(text.FONT_FOLDERS, (str(tmp_path),)))
     with pytest.raises(ValueError, match=r"data\.text_share needs fonts"):
         text.find_fonts()
+
+
+def test_fonts_that_are_broken_or_of_one_fixed_size_are_drawn_nothing_with(fonts, monkeypatch, tmp_path):
+    """An emoji font opens at the size of its pictures and at no other."""
+    sound = next(font for font in fonts if text._letters_of(font))
+    for name in ("emoji.ttf", "sound.ttf"):
+        shutil.copy(sound, tmp_path / name)
+    (tmp_path / "broken.ttf").write_bytes(b"")
+    truetype = text.ImageFont.truetype
+
+    def of_fixed_size(path, points):
+        if path.endswith("emoji.ttf") and points != 16:
+            raise OSError("invalid pixel size")
+        return truetype(path, points)
+
+    monkeypatch.setattr(text.ImageFont, "truetype", of_fixed_size)
+    monkeypatch.setattr(text, "FONT_FOLDERS", dict.fromkeys(text.FONT_FOLDERS, (str(tmp_path),)))
+    found = text.find_fonts()
+    assert len(found) == 3
+    assert [bool(text._letters_of(path)) for path in found] == [False, False, True]
+    crops(1.0, found, list(range(12)))
+
+
+def test_a_process_keeps_no_more_than_so_many_fonts_open(fonts):
+    for points in range(1, text.FONTS_OPEN + 20):
+        text._font(fonts[-1], points)
+    assert text._font.cache_info().currsize <= text.FONTS_OPEN
 
 
 def test_only_letters_that_a_font_has_are_drawn(fonts):
