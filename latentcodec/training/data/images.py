@@ -239,8 +239,13 @@ def held_out(images: TrainingImages, smallest_side: int = 1) -> HeldOut:
     """Reads the validation images: whole, but centre-cropped to at most `val_resolution` on a side.
 
     One with a side of fewer than `smallest_side` pixels, on which no score can be computed, is left out. Raises
-    `ValueError` when not one of them can be used.
+    `ValueError` when not one of them can be used, or `val_resolution` would leave fewer of each.
     """
+    if len(images.val) and images.config.val_resolution < smallest_side:
+        raise ValueError(
+            f"data.val_resolution {images.config.val_resolution} leaves fewer than the {smallest_side} pixels a side "
+            "which a score needs; raise it"
+        )
     result, labels = HeldOut([], [], [], []), images.val_source.labels
     for index in counted(images.val.tolist(), "reading the validation images", len(images.val), "image"):
         try:

@@ -33,19 +33,28 @@ NAMES = {
 
 @dataclass
 class Regimes:
-    """Remembers which rules were broken at the last validation, so that only a change is said."""
+    """Remembers what was said at the last validation, so that only a change is said."""
 
     broken: set[str] = field(default_factory=set)
+    """The rules that were broken."""
+    nothing_to_see: bool = False
+    """Whether no image had a whole latent cell."""
 
     def look(
         self, codec: LatentCodec, images: Sequence[Tensor]
     ) -> tuple[dict[str, float], list[tuple[str, bool]]]:
         """Of `images` [C, H, W]: numbers for metrics.jsonl, and lines to say, each with whether it is a failure."""
-        x, _ = cut_windows(list(images[:MOST_IMAGES]), codec.downsampling_factor, WINDOW)
+        f = codec.downsampling_factor
+        large = [image for image in images[:MOST_IMAGES] if min(image.shape[-2:]) >= f]
+        if not large:  # they can be scored all the same, since a codec fills them up to whole cells
+            said, self.nothing_to_see = self.nothing_to_see, True
+            line = f"the regime of the latents is not looked at: no held-out image has a whole cell of {f} x {f} pixels"
+            return {}, [] if said else [(line, False)]
+        x, _ = cut_windows(large, f, WINDOW)
         mean, std = posteriors(codec, x)
         if not (mean.isfinite().all() and std.isfinite().all()):
             return {}, [("the latents of the held-out images are not finite", True)]
-        health = posterior_health(mean, std, codec.downsampling_factor)
+        health = posterior_health(mean, std, f)
         if len(x) > 1:  # there is no variance over one image
             y = decoded(codec, mean, (x.shape[-2], x.shape[-1]))
             health.measures["decoder_spread"] = decoder_spread(x.cpu(), y)

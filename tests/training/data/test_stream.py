@@ -281,6 +281,12 @@ def test_validation_images_are_whole_up_to_their_largest_size(tmp_path):
     assert [image.shape for image in cut] == [(3, 50, 60)] * 2
 
 
+def test_a_largest_size_of_validation_images_that_no_score_can_be_computed_on_is_refused(tmp_path):
+    images = open_images(config_of(write_folder(tmp_path / "set", 4), val_images=2, val_resolution=10), 3, 0)
+    with pytest.raises(ValueError, match=r"data\.val_resolution 10 leaves fewer than the 11 pixels"):
+        held_out(images, 11)
+
+
 def test_unreadable_validation_images_are_listed(tmp_path):
     folder = write_folder(tmp_path / "val", 3)
     (folder / "0001.png").write_bytes(b"")

@@ -1,6 +1,7 @@
 """The latents' regime at each validation: said when it is entered and when it is left, with the key to turn."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_numbers_that_are_not_finite_are_left_out():
     assert numbers == {}
     assert failure
     assert "not finite" in text
+
+
+def test_images_without_a_whole_cell_are_not_looked_at_which_is_said_once():
+    """As a codec of f32 has them on digits of 28 x 28."""
+    regimes, tiny = Regimes(), [torch.zeros(3, 3, 9)] * 4
+    numbers, ((text, failure),) = regimes.look(Planted(0.05), tiny)
+    assert numbers == {}
+    assert not failure
+    assert "no held-out image has a whole cell of 4 x 4 pixels" in text
+    assert regimes.look(Planted(0.05), tiny) == ({}, [])
+    assert regimes.look(Planted(0.05), [*tiny, *images()[:1]])[0]["latents/signal_share"] > 0.9
+
+
+def test_a_run_on_images_smaller_than_a_cell_is_validated_and_finished(tmp_path):
+    config = small(tmp_path / "run", write_images(tmp_path / "images", side=28), max_steps=1)
+    model = replace(config.model, block_out_channels=[8] * 6)
+    assert train(start(replace(config, model=model))) == 0
+    assert "psnr" in (tmp_path / "run/metrics.jsonl").read_text()
+    assert (tmp_path / "run/codec").is_dir()
 
 
 def test_every_validation_of_a_run_has_the_numbers_and_its_first_says_the_regime(tmp_path, capsys):
