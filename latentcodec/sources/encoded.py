@@ -4,12 +4,15 @@ Shapes: C channels, H W pixels.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
 
 from latentcodec.files import read_regular
 from latentcodec.pixels import LeftOut, UnreadableImage, decode_image, image_size
+from latentcodec.pixels.notes import reason
 from latentcodec.sources.labels import Labels
 
 
@@ -51,7 +54,7 @@ class EncodedSource:
         raise NotImplementedError
 
     def encoded(self, index: int) -> str | bytes:
-        """The image's file name, or the bytes of its file."""
+        """The image's file name, or the bytes of its file; may raise `OSError`."""
         raise NotImplementedError
 
     def lengths(self) -> list[int]:
@@ -60,17 +63,27 @@ class EncodedSource:
 
     def content(self, index: int) -> bytes:
         """The bytes of the image's file; `UnreadableImage`, with its name, where there is none."""
-        encoded = self.encoded(index)
-        try:
+        with self._readable(index):
+            encoded = self.encoded(index)
             return encoded if isinstance(encoded, bytes) else read_regular(encoded)
-        except OSError as error:
-            raise UnreadableImage(f"{self.name(index)}: {error.strerror}") from error
 
     def read(self, index: int) -> Tensor:
-        return decode_image(self.encoded(index), self.channels, name=self.name(index))
+        with self._readable(index):
+            encoded = self.encoded(index)
+        return decode_image(encoded, self.channels, name=self.name(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(self.encoded(index), name=self.name(index))
+        with self._readable(index):
+            encoded = self.encoded(index)
+        return image_size(encoded, name=self.name(index))
+
+    @contextmanager
+    def _readable(self, index: int) -> Iterator[None]:
+        """Within, an `OSError` is an `UnreadableImage`: such as of a shard on a disk that is gone."""
+        try:
+            yield
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {reason(error)}") from error
 
 
 def file_length(file: str) -> int:

@@ -134,6 +134,17 @@ def test_unreadable_image_is_the_only_error_a_source_may_raise_for_one_image(tmp
             source.read(index)
 
 
+def test_the_images_of_a_shard_that_is_gone_are_unreadable_one_by_one(tmp_path):
+    """As a file of a folder is, so that those of the other shards take their places."""
+    folder = write_set(tmp_path, "tar", range(6))
+    source = open_source(folder)
+    (folder / "0.tar").unlink()
+    for ask in (source.read, source.size, source.content):
+        with pytest.raises(UnreadableImage, match=r"0\.tar:0001\.png: No such file or directory"):
+            ask(1)
+    assert source.read(4).shape == (3, 20, 24)
+
+
 def test_errors_name_the_path_and_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
