@@ -83,7 +83,7 @@ class Trainer:
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         c, seed = family_of(vae).raw_channels(vae.config), config.train.seed
         doing("preparing the losses", timed=not config.loss.fetches_lpips)
-        self.objective = Objective(config.loss, config.regularizer, seed, c, f, accelerator.device)
+        self.objective = Objective(config.loss, config.regularizer, seed, c, f, whole, accelerator.device)
         doing("preparing the first step")
         self.state = states.new_state(config, vae, self.objective.rate, adversary, accelerator, layout)
         self.gradients = Gradients(config.train, self.state, self.objective, teacher, accelerator, layout)

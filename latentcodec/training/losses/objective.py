@@ -48,10 +48,12 @@ class Objective:
         seed: int,
         latent_channels: int,
         f: int,
+        whole: int,
         device: torch.device,
     ) -> None:
+        """f and `whole`: pixels along each side of a raw cell and of a latent cell (`draw_inputs`)."""
         self.loss, self.regularizer, self.seed = loss, regularizer, seed
-        self.latent_channels, self.f = latent_channels, f
+        self.latent_channels, self.f, self.whole = latent_channels, f, whole
         self.rate = RateControl(loss, latent_channels)
         self.lpips: Perceptual | None = None
         if loss.lpips_weight:
@@ -62,8 +64,8 @@ class Objective:
 
         `recode` is the codec's round trip, image to image, for the samples that have been through it before.
         """
-        c = self.latent_channels
-        return draw_inputs(self.regularizer, self.seed, c, self.f, x, positions, draw, self._unit, recode)
+        shape = self.latent_channels, self.f, self.whole
+        return draw_inputs(self.regularizer, self.seed, *shape, x, positions, draw, self._unit, recode)
 
     def losses(
         self,

@@ -80,6 +80,7 @@ def draw_inputs(
     seed: int,
     latent_channels: int,
     f: int,
+    whole: int,
     x: Tensor,
     positions: Tensor,
     draw: int,
@@ -88,11 +89,13 @@ def draw_inputs(
 ) -> Inputs:
     """The inputs for pixels x [B, C, H, W] at `positions` [B] of the stream, in global batch `draw`.
 
+    f and `whole`: pixels along each side of a raw cell and of a latent cell, into which a class may pack several raw
+    ones. Smaller images have whole latent cells, as a teacher compares them.
     `unit` gives that of the additive noise, [B, c, 1, 1] for a latent; `recode` is the codec's round trip.
     """
     warp = draw_warp(config, seed, draw)
     if warp is not None and not warp.of_latent:
-        x = warp_image(x, warp, f)
+        x = warp_image(x, warp, whole)
     cells = (latent_channels, x.shape[2] // f, x.shape[3] // f)
     image, transforms = x, list[Transform]()
     if config.generations_share:

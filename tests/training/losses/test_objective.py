@@ -30,10 +30,9 @@ C, F_DOWN = 4, 4  # latent channels and downsampling factor of the small model
 SEED = 0
 
 
-def new_objective(loss=None, regularizer=None) -> Objective:
-    return Objective(
-        loss or LossConfig(), regularizer or RegularizerConfig(), SEED, C, F_DOWN, torch.device("cpu")
-    )
+def new_objective(loss=None, regularizer=None, whole=F_DOWN) -> Objective:
+    settings = loss or LossConfig(), regularizer or RegularizerConfig()
+    return Objective(*settings, SEED, C, F_DOWN, whole, torch.device("cpu"))
 
 
 def images(count=3, side=32):
@@ -116,6 +115,14 @@ def test_low_resolution_steps_show_the_encoder_a_smaller_image():
     assert inputs.x.shape[-1] < 32
     assert inputs.target is inputs.x
     assert inputs.noise.shape[-2:] == (inputs.x.shape[-2] // F_DOWN, inputs.x.shape[-1] // F_DOWN)
+
+
+def test_smaller_images_have_whole_latent_cells_where_raw_ones_are_packed():
+    """As in FLUX.2, whose teacher compares packed latents: three packed cells shrink to one, two or three."""
+    objective = new_objective(regularizer=RegularizerConfig(low_resolution_probability=1.0), whole=2 * F_DOWN)
+    x = images(1, side=6 * F_DOWN)
+    shapes = {objective.inputs(x, torch.arange(1), draw, never).x.shape[-2:] for draw in range(40)}
+    assert shapes == {(side * 2 * F_DOWN,) * 2 for side in (1, 2, 3)}
 
 
 def test_spectrum_masking_masks_latent_and_target():
