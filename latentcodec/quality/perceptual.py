@@ -7,6 +7,7 @@ torchvision and scipy, which inference does not need. Rounding to 8 bits and ave
 Shapes: B batch, C image channels, H W pixels.
 """
 
+import os
 import warnings
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,7 +36,7 @@ def load_lpips(net: str, weights: str | Path | None = None) -> nn.Module:
         raise ValueError(f"lpips_net: {net!r} is none of {', '.join(get_args(LpipsNet))}")
     network = _new_network(net, download=weights is None)
     if weights is not None:
-        _fill(network, net, Path(weights))
+        _fill(network, net, Path(os.path.expanduser(weights)))
     return network.eval().requires_grad_(False)
 
 

@@ -52,7 +52,14 @@ class Config:
             _require_sound(key, value)
         check_numbers(asdict(self.model), "model")
         self.output_dir = _expanded("output_dir", self.output_dir)
-        for key in ("data.path", "data.val_path", "model.from_pretrained", "model.teacher"):
+        places = (
+            "data.path",
+            "data.val_path",
+            "model.from_pretrained",
+            "model.teacher",
+            "loss.lpips_weights",
+        )
+        for key in places:
             if (place := attrgetter(key)(self)) is not None:
                 _expanded(key, place)  # the home of nobody is refused here
         if self.finish.normalise is not None and self.model.must_keep_latents:

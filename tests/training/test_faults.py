@@ -164,6 +164,7 @@ SETTINGS = [
     ("data.val_path", "~nobody-here/x"),
     ("model.from_pretrained", "~nobody-here/x"),
     ("model.teacher", "~nobody-here/x"),
+    ("loss.lpips_weights", "~nobody-here/x"),
     ("output_dir", "~nobody-here/x"),
 ]
 

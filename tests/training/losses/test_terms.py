@@ -410,7 +410,7 @@ def test_a_missing_network_names_both_keys(monkeypatch: pytest.MonkeyPatch, tmp_
         load_lpips("resnet")
 
 
-def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = perceptual._new_network("squeeze", download=False)
     own = {perceptual._stored_name(k): v for k, v in network.state_dict().items() if perceptual._is_weight(k)}
     path = tmp_path / "lpips.safetensors"
@@ -421,8 +421,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     torch.testing.assert_close(
         load_lpips("squeeze", path).lin3.model[1].weight, own["lin3.weight"], atol=1e-3, rtol=1e-3
     )
-    with pytest.raises(ValueError, match=r"lpips_weights.*lpips_net 'alex'.*names differ"):
-        load_lpips("alex", path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (path, "~/lpips.safetensors"):
+        with pytest.raises(ValueError, match=r"lpips_weights.*lpips_net 'alex'.*names differ"):
+            load_lpips("alex", name)
     save_file({**own, "lin0.weight": torch.zeros(1, 3, 1, 1)}, path)
     with pytest.raises(ValueError, match=r"'lin0.weight' has the shape \[1, 3, 1, 1\]"):
         load_lpips("squeeze", path)
