@@ -237,7 +237,8 @@ def require_same_images(found: checkpoints.Checkpoint, images: TrainingImages) -
             f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
             f"there are {now[0]} and {now[1]}: others would be held out. {way_out}"
         )
-    if found.state.get("image_digest", images.digest) != images.digest:
+    digest = found.state.get("image_digest", images.digest)
+    if digest != images.digest and digest != images.digest_without_arrays:
         raise ValueError(
             f"the checkpoint {found.path} is of as many images as there are now, but some were exchanged or renamed "
             f"(data.path, data.val_path): others would be held out. {way_out}"

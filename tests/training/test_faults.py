@@ -1,5 +1,6 @@
 """A run says what it leaves out, what changed and what it passes over, and nothing that is not finite is kept."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,11 +18,12 @@ from small_runs import metrics, new_trainer, small, start, train, write_config, 
 
 from latentcodec.finite import NotFinite
 from latentcodec.training import console, environment, loop
+from latentcodec.training.checkpoint import newest
 from latentcodec.training.config import parse
 from latentcodec.training.data import stream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
 from latentcodec.training.loop import main
-from latentcodec.training.preflight import changed_settings
+from latentcodec.training.preflight import changed_settings, require_same_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -328,6 +331,23 @@ def test_a_held_out_image_that_was_exchanged_for_one_of_its_length_is_noticed(tm
     name.write_bytes(content)
     with pytest.raises(ValueError, match="some were exchanged"):
         start(config)
+
+
+def test_an_exchanged_array_is_noticed_unless_the_checkpoint_is_of_before_arrays_were_looked_at(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 48, 48, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", x=pixels)
+    config = small(tmp_path / "run", tmp_path / "set.npz", max_steps=4)
+    trainer = start(config)
+    held = int(trainer.images.val[0])
+    assert trainer.images.digest_without_arrays == hashlib.blake2b(digest_size=16).hexdigest(), "of nothing"
+    train(trainer, stop_at=2)
+    pixels[held, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "set.npz", x=pixels)
+    with pytest.raises(ValueError, match="some were exchanged"):
+        start(config)
+    found = newest(tmp_path / "run/checkpoints")
+    before = {**found.state, "image_digest": trainer.images.digest_without_arrays}
+    require_same_images(replace(found, state=before), open_images(config.data, 3, 0))
 
 
 def test_images_are_the_same_wherever_their_folder_lies(tmp_path):
