@@ -69,7 +69,8 @@ class DataConfig:
     train_images: PositiveInt | None = None
     """Train on at most so many images, chosen by the seed, to see what fewer do. None: on all that are not held out."""
     val_path: str | None = None
-    """Validation images, understood like path. None: val_images of the training set are held out."""
+    """Validation images, understood like path, of which val_images are taken. Where they lie in a folder inside path,
+    none of that folder is trained on. None: val_images of the training set are held out."""
     val_split: str | None = None
     """The split of a Hugging Face data set to validate on. None: the same as split."""
     val_images: NonNegativeInt = 16
@@ -158,7 +159,8 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
     """Opens the images and sets some aside for validation.
 
     The seed chooses which of the training set are held out. From a `val_path` of their own they are taken
-    evenly, the same for every seed; an image that lies in both sets, under whatever name, is not trained on.
+    evenly, the same for every seed. Of these none is trained on, under whatever name it lies in both sets; and of a
+    `val_path` inside `path` nothing is.
     Raises `ValueError` naming the path and the key when there is nothing to read, or nothing left to train on.
     """
     if config.streaming:
@@ -187,6 +189,7 @@ def open_images(config: DataConfig, channels: int, seed: int) -> TrainingImages:
 def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]) -> NDArray[np.int64]:
     """The images of `source` that are none of the chosen ones of `val_source`: none of their files, byte by byte.
 
+    Where `val_source` is a part of `source` by its names, as a folder inside a folder is, all of that part goes.
     Of the training images only those are read whose files have the length of a validation image's.
     """
     if not (
@@ -200,7 +203,10 @@ def _others(source: ImageSource, val_source: ImageSource, val: NDArray[np.int64]
     length = np.array(val_source.lengths())[val]
     alike = np.flatnonzero(np.isin(lengths, length[length >= 0]))
     copies = [index for index in alike.tolist() if _digest(source, index) in held]
-    return np.setdiff1d(np.arange(len(source)), np.array(copies, dtype=np.int64))
+    names = {val_source.name(index) for index in range(len(val_source))}
+    part = [index for index in range(len(source)) if source.name(index) in names]
+    left_out = copies + part if len(part) < len(source) else copies
+    return np.setdiff1d(np.arange(len(source)), np.array(left_out, dtype=np.int64))
 
 
 def _digest(source: EncodedSource | ArraySource, index: int) -> bytes | None:

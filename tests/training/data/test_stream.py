@@ -225,6 +225,18 @@ def test_validation_images_that_lie_inside_the_training_folder_are_not_trained_o
     assert images.train.tolist() == list(range(3, 20)), "neither they nor the copies 0000.png to 0002.png"
 
 
+def test_of_a_validation_folder_inside_the_training_folder_nothing_is_trained_on(tmp_path):
+    """Not of the images either that are too many to be validated on."""
+    folder = write_folder(tmp_path / "set", 20)
+    (folder / "val").mkdir()
+    for number in range(16, 20):
+        (folder / f"{number:04}.png").rename(folder / f"val/{number}.png")
+    images = open_images(config_of(folder, val_path=str(folder / "val"), val_images=1), 3, 0)
+    assert [images.source.name(i) for i in images.train] == sorted(map(str, folder.glob("*.png")))
+    same = open_images(config_of(folder, val_path=str(folder), val_images=1), 3, 0)
+    assert len(same.train) == 19, "the set itself is no part of it"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved", "tar", "folder"])
 def test_a_validation_image_is_not_trained_on_whatever_its_set_is_called(tmp_path, monkeypatch, kind):
     (tmp_path / "other").mkdir()
