@@ -4,7 +4,7 @@ import pytest
 import torch
 from image_sets import config_of, numbers_in, plain, read, table, write_set, write_shards
 
-from latentcodec.training.data import crops
+from latentcodec.training.data import crops, stream
 from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.data.stream import training_batches
 
@@ -42,6 +42,18 @@ def test_a_stream_resumes_exactly_with_the_same_ranks_and_workers(tmp_path, work
             assert torch.equal(one["position"], other["position"])
     names = {reject.path for batch in whole for reject in batch["rejects"]}
     assert names <= {f"{path} [train] image {number}.png" for number in (3, 8, 9)}
+
+
+@pytest.mark.parametrize(("workers", "start", "untimed"), [(0, 3, 1), (2, 3, 2), (0, 0, 0)])
+def test_a_resumed_stream_may_take_its_time_until_every_worker_is_where_it_goes_on(
+    tmp_path, monkeypatch, workers, start, untimed
+):
+    """They read all that was seen before; a run far along was taken for one that stands still, every time."""
+    waits = []
+    monkeypatch.setattr(stream, "doing", lambda _, timed=True: waits.append(timed))
+    config = config_of(write_shards(tmp_path / "set", 24, 4), streaming=True, workers=workers)
+    assert len(read(config, steps=5, batch_size=2, start_step=start)) == 5
+    assert waits == [False] * untimed + [True] * (6 - untimed)
 
 
 def test_bad_images_of_a_stream_are_listed_and_stop_nothing(tmp_path):

@@ -43,27 +43,28 @@ class SharedMemoryWarning(UserWarning):
 class Batches:
     """The micro-batches of one rank, and how long the trainer has waited for them so far (`waited_seconds`).
 
-    Leaving the loop, or dropping its iterator, ends the worker processes.
+    Leaving the loop, or dropping its iterator, ends the worker processes. The first `untimed` batches may take as long
+    as they take.
     """
 
-    def __init__(self, loader: Iterable[Batch | ValueError]) -> None:
-        self.loader = loader
+    def __init__(self, loader: Iterable[Batch | ValueError], untimed: int = 0) -> None:
+        self.loader, self.untimed = loader, untimed
         self.waited_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         asked = time.perf_counter()
-        doing(READING)
+        doing(READING, timed=self.untimed == 0)
         with held():
             batches = _received(iter(self.loader))  # starts the workers
         hopeless: ValueError | None = None
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             self.waited_seconds += time.perf_counter() - asked
             if isinstance(batch, ValueError):
                 hopeless = batch
                 break
             yield _as_tensors(batch)
             asked = time.perf_counter()
-            doing(READING)
+            doing(READING, timed=number >= self.untimed)
         # This ends the workers. An error would hold them, and torch waits five seconds for each one later.
         del batches
         if hopeless is not None:
@@ -93,7 +94,10 @@ def training_batches(
     fonts = tuple(find_fonts(config.text_fonts_left_out)) if text_share else ()
     cropping = Cropping(images.seed, config.min_scale, config.flip, text_share, fonts, config.padding)
     stream: Dataset[Batch | ValueError]
+    untimed = 0
     if isinstance(images.source, RemoteSource):
+        # Each worker reads its way from the beginning of its lane to where the run goes on, which may take hours.
+        untimed = max(1, config.workers) if start_step else 0
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
     else:
         block = batch_size * accumulation * world_size
@@ -111,7 +115,7 @@ def training_batches(
         collate_fn=_as_is if _fits_shared_memory(batch_bytes, config) else _as_arrays,
         generator=torch.Generator(),  # else starting the workers would draw from the global one
     )
-    return Batches(loader)
+    return Batches(loader, untimed)
 
 
 def first_crops(images: TrainingImages, f: int = 1) -> list[Tensor]:
