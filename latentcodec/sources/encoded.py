@@ -16,6 +16,10 @@ from latentcodec.pixels.notes import reason
 from latentcodec.sources.labels import Labels
 
 
+class SourceFailed(ValueError):
+    """A set of images that is not read on, such as of a server that does not answer: no setting is wrong."""
+
+
 class ImageSource(Protocol):
     """Images by number. The same number is the same image in every process and in every run."""
 

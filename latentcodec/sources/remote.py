@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentcodec.pixels import LeftOut, decode_image
 from latentcodec.randomness import Purpose, keyed_generator
-from latentcodec.sources.encoded import EncodedSource
+from latentcodec.sources.encoded import EncodedSource, SourceFailed
 from latentcodec.sources.hub import Place, encoded_cell, find_image_column, load_dataset, one_line, undecoded
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RemoteSource:
             for batch in dataset.iter(batch_size=1):
                 yield batch[self.column][0]
         except Exception as error:  # of the network, the file system or the format: dozens of types
-            raise ValueError(f"{self.label}: reading the stream failed: {one_line(error)}") from error
+            raise SourceFailed(f"{self.label}: reading the stream failed: {one_line(error)}") from error
 
 
 class CellSource(EncodedSource):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from latentcodec.finite import NotFinite
+from latentcodec.sources.encoded import SourceFailed
 from latentcodec.training.config import Config, parse
 from latentcodec.training.console import end_at_interrupt, refreshed, report_error, survive_broken_streams
 from latentcodec.training.signals import StopRequest, exit_code
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train/train.py"
     config = parse(arguments, program)
     try:
         return run(config, StopRequest())
-    except (Diverged, NotFinite) as error:
+    except (Diverged, NotFinite, SourceFailed) as error:
         report_error(error)
         return FAILED
     except (ValueError, OSError) as error:

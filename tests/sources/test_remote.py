@@ -4,6 +4,7 @@ import pytest
 import torch
 from image_sets import config_of, numbers_in, plain, read, table, write_set, write_shards
 
+from latentcodec.sources.encoded import SourceFailed
 from latentcodec.training.data import crops, stream
 from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.data.stream import training_batches
@@ -98,5 +99,5 @@ def test_hopeless_streams_end_with_a_clear_error(tmp_path, workers, monkeypatch)
     with pytest.raises(ValueError, match=r"saved.*leave out data.streaming"):
         read(config_of(saved, streaming=True, workers=workers), steps=1)
     (path / "train-00001-of-00002.parquet").write_bytes(b"PAR1 cut off")
-    with pytest.raises(ValueError, match=r"few.*reading the stream failed.*magic bytes"):
+    with pytest.raises(SourceFailed, match=r"few.*reading the stream failed.*magic bytes"):
         read(config_of(path, streaming=True, workers=workers, val_images=0), steps=9)

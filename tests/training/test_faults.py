@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from latentcodec.training.checkpoint import newest
 from latentcodec.training.config import parse
 from latentcodec.training.data import stream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
+from latentcodec.training.journal import Journal
 from latentcodec.training.loop import main
 from latentcodec.training.preflight import changed_settings, require_same_images
 
@@ -142,6 +144,20 @@ def test_a_last_step_to_weights_that_are_not_finite_fails_and_saves_no_codec(
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "run" / "codec").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_images_that_are_gone_in_mid_run_are_a_failure_and_no_wrong_setting(tmp_path, monkeypatch, capsys):
+    """As on a disk that was taken away: whoever starts runs again after code 1 goes on when it is back."""
+    folder, log = write_images(tmp_path / "set"), Journal.log
+
+    def take_away(journal, step, *rest):
+        log(journal, step, *rest)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    monkeypatch.setattr(Journal, "log", take_away)
+    config = small(tmp_path / "run", folder, max_steps=4, validate_every=0)
+    assert main(["--config", str(write_config(config, tmp_path / "run.yaml"))]) == 1
+    assert "error: 10 images in a row cannot be read" in capsys.readouterr().err
 
 
 SETTINGS = [

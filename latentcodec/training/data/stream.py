@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from latentcodec.sources.encoded import SourceFailed
 from latentcodec.sources.remote import RemoteSource
 from latentcodec.training.data.crops import Batch, Cropping, CropStream, RemoteCropStream
 from latentcodec.training.data.images import DataConfig, TrainingImages
@@ -43,12 +44,14 @@ class SharedMemoryWarning(UserWarning):
 class Batches:
     """The micro-batches of one rank, and how long the trainer has waited for them so far (`waited_seconds`).
 
-    Leaving the loop, or dropping its iterator, ends the worker processes. The first `untimed` batches may take as long
-    as they take.
+    Leaving the loop, or dropping its iterator, ends the worker processes.
     """
 
-    def __init__(self, loader: Iterable[Batch | ValueError], untimed: int = 0) -> None:
-        self.loader, self.untimed = loader, untimed
+    def __init__(self, loader: Iterable[Batch | ValueError], workers: int = 0, far: bool = False) -> None:
+        """With `far` the first batch of each worker may take as long as it takes."""
+        self.loader = loader
+        self.firsts = max(1, workers)  # batches
+        self.untimed = self.firsts if far else 0  # batches
         self.waited_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -67,8 +70,11 @@ class Batches:
             doing(READING, timed=number >= self.untimed)
         # This ends the workers. An error would hold them, and torch waits five seconds for each one later.
         del batches
-        if hopeless is not None:
+        if hopeless is None:
+            return
+        if number <= self.firsts:
             raise hopeless
+        raise SourceFailed(str(hopeless)) from hopeless
 
 
 def training_batches(
@@ -86,7 +92,8 @@ def training_batches(
     """The micro-batches of one rank from `start_step` on, `accumulation` for each of `steps` optimizer steps.
 
     Bit-identical for any number of workers; endless when `steps` is None. `drawn`: with text over `data.text_share` of
-    the crops. Iterating raises `ValueError` when the set turns out to hold nothing that can be read.
+    the crops. Iterating raises `ValueError` when the set turns out to hold nothing that can be read, and `SourceFailed`
+    when that is so later.
     """
     config = images.config
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
@@ -94,10 +101,10 @@ def training_batches(
     fonts = tuple(find_fonts(config.text_fonts_left_out)) if text_share else ()
     cropping = Cropping(images.seed, config.min_scale, config.flip, text_share, fonts, config.padding)
     stream: Dataset[Batch | ValueError]
-    untimed = 0
+    far = False
     if isinstance(images.source, RemoteSource):
-        # Each worker reads its way from the beginning of its lane to where the run goes on, which may take hours.
-        untimed = max(1, config.workers) if start_step else 0
+        # Each worker reads its way there from the beginning of its lane, which may take hours.
+        far = start_step > 0
         stream = RemoteCropStream(images.source, positions, cropping, config.resolution)
     else:
         block = batch_size * accumulation * world_size
@@ -115,7 +122,7 @@ def training_batches(
         collate_fn=_as_is if _fits_shared_memory(batch_bytes, config) else _as_arrays,
         generator=torch.Generator(),  # else starting the workers would draw from the global one
     )
-    return Batches(loader, untimed)
+    return Batches(loader, config.workers, far)
 
 
 def first_crops(images: TrainingImages, f: int = 1) -> list[Tensor]:

@@ -24,7 +24,7 @@ from image_sets import (
     write_set,
 )
 
-from latentcodec.sources.images import EncodedSource
+from latentcodec.sources.encoded import EncodedSource, SourceFailed
 from latentcodec.training.data import crops
 from latentcodec.training.data.crops import Cropping, CropStream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
@@ -193,6 +193,16 @@ def test_a_worker_that_ends_while_its_batch_is_read_is_said_as_torch_says_it(err
     next(batches)
     with pytest.raises(RuntimeError, match=r"^DataLoader worker is gone"):
         next(batches)
+
+
+@pytest.mark.parametrize(("workers", "failed"), [(0, True), (2, False)])
+def test_a_set_fails_once_every_worker_has_read_of_it(workers, failed):
+    """Until then a setting may be wrong, such as more data.workers than there are shards."""
+    batches = iter(Batches(iter([{"pixels": torch.zeros(1)}, ValueError("no more")]), workers))
+    next(batches)
+    with pytest.raises(ValueError, match="no more") as caught:
+        next(batches)
+    assert isinstance(caught.value, SourceFailed) == failed
 
 
 def test_a_hopeless_set_is_given_up_before_it_is_read_through(tmp_path, monkeypatch):
