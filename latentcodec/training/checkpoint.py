@@ -6,7 +6,7 @@ each other object (an optimizer's state), `state.json`, and `manifest.json`: the
 removes older ones only after that. A committed folder is never written to again: saving the same step once more makes
 `step-00000042.1`, which counts as newer.
 
-`prepare` and `save` are for the main process alone; every process may call `newest` and `read`. What a
+`make_folder`, `prepare` and `save` are for the main process alone; every process may call `newest` and `read`. What a
 checkpoint holds is the trainer's business: this file knows no model, no optimizer and no configuration.
 """
 
@@ -35,6 +35,7 @@ from latentcodec.training.manifest import (
     MANIFEST,
     STATE,
     CheckpointError,
+    CheckpointWarning,
     DamagedCheckpoint,
     entry_of,
     read_file,
@@ -43,10 +44,6 @@ from latentcodec.training.manifest import (
 
 COMMITTED = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # the step, and the attempt if it was saved again
 UNCOMMITTED = ".tmp-"  # the prefix of folders that are being built or taken down: litter after a kill
-
-
-class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over, or an old one could not be removed. Training goes on."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +100,20 @@ class Checkpoint:
             return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def prepare(folder: Path) -> None:
-    """Create the folder of the checkpoints and remove what killed runs left half built in it."""
+def make_folder(folder: Path) -> None:
+    """Create the folder of the checkpoints. Raises CheckpointError, with the file that is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        message = f"no checkpoints can be kept in {folder}: {file} is a file, not a folder"
-        raise CheckpointError(error.errno, message) from error
     except OSError as error:
-        message = f"no checkpoints can be kept in {folder}: {error.strerror}"
-        raise CheckpointError(error.errno, message) from error
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = f"{there} is a file, not a folder" if is_file else error.strerror
+        raise CheckpointError(error.errno, f"no checkpoints can be kept in {folder}: {reason}") from error
+
+
+def prepare(folder: Path) -> None:
+    """Create the folder and remove what killed runs left half built in it: with the run's lock, or it is not theirs."""
+    make_folder(folder)
     for litter in folder.glob(f"{UNCOMMITTED}*"):
         _remove(litter)
 

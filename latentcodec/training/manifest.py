@@ -23,6 +23,10 @@ class CheckpointError(OSError):
         return str(self.strerror)  # the message alone; an OSError would put the number before it
 
 
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint was passed over, or an old one could not be removed. Training goes on."""
+
+
 class DamagedCheckpoint(CheckpointError):
     """A committed checkpoint is not what its manifest says; the message names folder, file and reason."""
 

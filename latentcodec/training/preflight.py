@@ -171,8 +171,11 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
     output = Path(config.output_dir)
     doing("looking for checkpoints")
     if processes.is_main_process:
-        checkpoints.prepare(output / "checkpoints")
+        checkpoints.make_folder(output / "checkpoints")
         hold(output)
+        checkpoints.prepare(
+            output / "checkpoints"
+        )  # not before: a run that holds the folder may be saving in it
         recover_codec(output / "codec")
     wait_for_others(processes)
     saved = newest_checkpoint(output / "checkpoints", processes)

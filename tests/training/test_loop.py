@@ -499,7 +499,8 @@ def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(
     tmp_path, images, run_train, removed
 ):
     output = tmp_path / "run"
-    output.mkdir()
+    unfinished = output / "checkpoints/.tmp-step-00000001-4711"  # the checkpoint that the other run is saving
+    unfinished.mkdir(parents=True)
     config = write_config(small(output, images, max_steps=1), tmp_path / "config.yaml")
     command = [sys.executable, "-c", HOLDER, output]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
@@ -511,7 +512,9 @@ def test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone(
     assert code == 2
     assert f"{output} is that of another run, process {'unknown' if removed else holder.pid}" in error
     assert list(output.glob("[!.]*")) == [output / "checkpoints"]
+    assert unfinished.exists()
     assert run_train("--config", config)[0] == 0
+    assert not unfinished.exists()
 
 
 def test_a_run_needs_no_name_of_its_user(tmp_path, monkeypatch):
