@@ -109,6 +109,8 @@ def train(trainer: Trainer, stop: StopRequest, after_step: Callable[[Trainer], N
             trainer.journal.log(trainer.state.step, trainer.progress, report)
             if after_step is not None:
                 after_step(trainer)
+            if trainer.stopped_by:  # first of all: launchers kill what has not ended after 30 seconds
+                trainer.checkpoint()
             if trainer.due(every.validate_every):
                 trainer.exporter.validate()
             if trainer.due(every.checkpoint_every):

@@ -173,9 +173,8 @@ def find_checkpoint(config: Config, processes: PartialState) -> checkpoints.Chec
     if processes.is_main_process:
         checkpoints.make_folder(output / "checkpoints")
         hold(output)
-        checkpoints.prepare(
-            output / "checkpoints"
-        )  # not before: a run that holds the folder may be saving in it
+        # Not before: what looks half built may be what another run is just saving.
+        checkpoints.prepare(output / "checkpoints")
         recover_codec(output / "codec")
     wait_for_others(processes)
     saved = newest_checkpoint(output / "checkpoints", processes)

@@ -15,6 +15,7 @@ import torch
 from accelerate import DistributedType
 from image_sets import write_folder, write_set
 from small_runs import (
+    Killed,
     Stop,
     differing,
     everything,
@@ -148,6 +149,20 @@ def test_a_run_over_buckets_or_a_stream_is_resumed_bit_for_bit_too(tmp_path, kin
     train(start(config("run")), kill_at=3)
     train(start(config("run")))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
+
+
+def test_a_run_that_is_asked_to_stop_saves_before_it_validates(tmp_path, images, monkeypatch):
+    """A launcher may kill it within the validation, or before the codec is written."""
+    trainer = start(small(tmp_path / "run", images))
+    saved = []
+
+    def be_killed():
+        saved.append(checkpoint.newest(tmp_path / "run/checkpoints").step)
+        raise Killed
+
+    monkeypatch.setattr(trainer.exporter, "validate", be_killed)
+    train(trainer, stop_at=4)
+    assert saved == [4]
 
 
 def test_a_finished_run_changes_nothing_when_it_is_run_again(tmp_path, images):
