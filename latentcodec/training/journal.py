@@ -8,7 +8,7 @@ resume it goes on behind the step that the run was resumed from, as if it had ne
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,11 @@ class Journal:
         self.notes: set[str] = set()  # on images that were used
         self.bar: tqdm[Any] | None = None
 
-    def begin(self, step: int, draw: int, complete: bool) -> None:
+    def begin(self, step: int, draw: int, complete: bool, before: Mapping[str, Any] | None = None) -> None:
         """Open the records at `step` and `draw`: forget what was written after the checkpoint that is resumed from.
 
-        Of a `complete` run, whose end will be done again, also forget what that end wrote.
+        Of a `complete` run, whose end will be done again, also forget what that end wrote. `before`: the configuration
+        in that checkpoint.
         """
         if not self.accelerator.is_main_process:
             return
@@ -56,9 +57,8 @@ class Journal:
         for unfinished in (*self.output.glob(".*.tmp"), *(self.output / "samples").glob(".*.tmp")):
             if is_leftover(unfinished):
                 unfinished.unlink()
-        settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
-        self._keep_config(step)
-        write(self.output / "config.yaml", settings.encode())
+        write(self.output / "config.yaml", _as_yaml(_plain(asdict(self.config))))
+        self._keep_config(step, before)
         self._keep(self.metrics, "step", lambda line: line["step"] < step + ("total" in line or not complete))
         self._keep(self.output / "skipped.jsonl", "draw", lambda line: line["draw"] < draw)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
@@ -77,13 +77,14 @@ class Journal:
         if step:
             self.say(f"resumed {self.output} at step {step}")
 
-    def _keep_config(self, step: int) -> None:
-        """Keep the configuration of before, if it was another one, as config.until-step-N.yaml."""
-        path = self.output / "config.yaml"
-        settings = yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False)
-        if step and path.is_file() and path.read_bytes() != settings.encode():
+    def _keep_config(self, step: int, before: Mapping[str, Any] | None) -> None:
+        """Keep the configuration of before, if it was another one, as config.until-step-N.yaml.
+
+        Not that in config.yaml: a start that ended before a checkpoint has left its own there.
+        """
+        if step and before and before != _plain(asdict(self.config)):
             kept = self.output / f"config.until-step-{step:08d}.yaml"
-            write(kept, path.read_bytes())
+            write(kept, _as_yaml(before))
             self.say(f"settings have changed; those of before are kept in {kept}")
 
     def log(self, step: int, progress: float, report: dict[str, float]) -> None:
@@ -287,6 +288,10 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
         "ssim": evaluation.mean("ssim"),
         "images": len(evaluation.images),
     }
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(settings, sort_keys=False).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -98,14 +98,13 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies; a new run commits one of its start."""
         state = self.state
+        before = {} if self.found is None else self.found.state.get("config", {})
         if self.found is None:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
             preflight.require_same_images(self.found, self.images)
-            for line in preflight.changed_settings(
-                self.found.state.get("config", {}), self.config, self.found.step
-            ):
+            for line in preflight.changed_settings(before, self.config, self.found.step):
                 self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
             self.committed = state.step
@@ -113,7 +112,7 @@ class Trainer:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
         if not self.finished:
             self.gradients.compile()
-            self.journal.begin(state.step, state.draw, self.progress >= 1)
+            self.journal.begin(state.step, state.draw, self.progress >= 1, before)
             self.journal.rejected(self.held_out.rejects)
             self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
 

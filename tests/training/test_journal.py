@@ -83,6 +83,17 @@ def test_a_start_clears_what_a_kill_left_half_written(tmp_path, images):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+def test_the_settings_that_are_kept_are_those_that_the_steps_were_taken_with(tmp_path, images):
+    """And not those of a start in between that ended before its first checkpoint."""
+    config = small(tmp_path / "run", images, validate_every=0)
+    train(start(config), stop_at=2)
+    used = (tmp_path / "run/config.yaml").read_bytes()
+    assert not list((tmp_path / "run").glob("config.until*"))
+    for lr in (2e-3, 3e-3):
+        start(replace(config, train=replace(config.train, lr=lr)))
+        assert (tmp_path / "run/config.until-step-00000002.yaml").read_bytes() == used
+
+
 def new_journal(output):
     reset()
     return Journal(output, Accelerator(cpu=True), small(output, output))
