@@ -27,6 +27,7 @@ from latentcodec.training.export.codec_folder import recover_codec
 from latentcodec.training.lock import hold
 from latentcodec.training.losses.regularizers import EQUIVARIANCE_SCALES
 from latentcodec.training.losses.spectra import BLOCK
+from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.watchdog import OTHERS, collective_timeout, doing
 from latentcodec.vae.families import KL, family_of
 
@@ -125,11 +126,28 @@ def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> lis
             before["finish.normalise"],
             now["finish.normalise"],
         )  # how it once was written that nothing was asked for
-    return [
-        f"{key} was {before.get(key, 'not there')} up to step {step} and is {now.get(key, 'not there')} from here on"
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key) != now.get(key) and key not in ("output_dir", "train.mixed_precision")
-    ]
+    moved_by, lines = _moved_by(config.loss), []
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) == now.get(key) or key in ("output_dir", "train.mixed_precision"):
+            continue
+        was, given = before.get(key, "not there"), now.get(key, "not there")
+        if key in moved_by:
+            lines.append(
+                f"{key} was {was} and is {given} now, which changes nothing: with {moved_by[key]} it is only what a "
+                "run starts from, and this one keeps the value that it has come to"
+            )
+        else:
+            lines.append(f"{key} was {was} up to step {step} and is {given} from here on")
+    return lines
+
+
+def _moved_by(loss: LossConfig) -> dict[str, str]:
+    """The settings that training itself moves from where they start, and the setting that says so."""
+    moved = {"loss.scale": "loss.learn_scale"} if loss.learn_scale else {}
+    for name in ("target_bits", "target_std"):
+        if getattr(loss, name) is not None:
+            moved["loss.kl_weight"] = f"loss.{name}"
+    return moved
 
 
 def require_normalisable(config: Config, parent: Any) -> list[str]:

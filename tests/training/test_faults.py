@@ -25,6 +25,7 @@ from latentcodec.training.data import stream
 from latentcodec.training.data.images import DataConfig, held_out, open_images
 from latentcodec.training.journal import Journal
 from latentcodec.training.loop import main
+from latentcodec.training.losses.terms import LossConfig
 from latentcodec.training.preflight import changed_settings, require_same_images
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +278,23 @@ def test_a_resume_says_what_changed_and_keeps_the_configuration_of_before(tmp_pa
     (kept,) = tmp_path.glob("config.until-*.yaml")
     assert kept.read_bytes() == before
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["lr"] == 0.5
+
+
+def test_a_resume_says_which_changes_it_passes_over(tmp_path, images):
+    """A learned scale, and a weight that is steered to a target, are in the checkpoint."""
+    config = small(tmp_path, images)
+    learned = LossConfig(learn_scale=True, target_bits=2.0)
+    for loss, passed_over in ((LossConfig(), False), (learned, True)):
+        changed = replace(config, loss=replace(loss, scale=0.5, kl_weight=0.25))
+        lines = changed_settings(asdict(replace(config, loss=loss)), changed, 5)
+        assert ["changes nothing" in line for line in lines] == [passed_over] * 2
+        assert ["from here on" in line for line in lines] == [not passed_over] * 2
+    assert lines[0].startswith(
+        "loss.scale was 1.0 and is 0.5 now, which changes nothing: with loss.learn_scale"
+    )
+    assert (
+        "loss.kl_weight was 1e-06 and is 0.25 now, which changes nothing: with loss.target_bits" in lines[1]
+    )
 
 
 def test_a_resume_is_silent_where_older_runs_wrote_a_normalisation_that_nobody_asked_for(tmp_path, images):
