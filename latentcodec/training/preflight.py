@@ -19,7 +19,6 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcas
 from latentcodec.quality.perceptual import SMALLEST_SIDE
 from latentcodec.training import checkpoint as checkpoints
 from latentcodec.training.config import Config
-from latentcodec.training.data.images import TrainingImages
 from latentcodec.training.data.order import bucket_sizes
 from latentcodec.training.environment import take_environment
 from latentcodec.training.exchange import wait_for_others
@@ -243,26 +242,6 @@ def newest_checkpoint(folder: Path, processes: Accelerator | PartialState) -> ch
             f"process {processes.process_index} cannot use the checkpoint that the main process goes on from: "
             f"{damage}. All processes must see the same output_dir.",
         ) from damage
-
-
-def require_same_images(found: checkpoints.Checkpoint, images: TrainingImages) -> None:
-    """Refuse data that have gained, lost or exchanged images: others would be held out, and trained on before."""
-    before, now = found.state.get("images"), images.counts
-    way_out = (
-        "Bring back the images of before, or take another output folder (model.from_pretrained goes on from the "
-        "codec of this one)"
-    )
-    if before is not None and list(before) != now:
-        raise ValueError(
-            f"the checkpoint {found.path} is of {before[0]} training and {before[1]} validation images, and now "
-            f"there are {now[0]} and {now[1]}: others would be held out. {way_out}"
-        )
-    digest = found.state.get("image_digest", images.digest)
-    if digest != images.digest and digest != images.digest_without_arrays:
-        raise ValueError(
-            f"the checkpoint {found.path} is of as many images as there are now, but some were exchanged or renamed "
-            f"(data.path, data.val_path): others would be held out. {way_out}"
-        )
 
 
 def smallest_crop(config: Config, f: int) -> int:

@@ -33,6 +33,7 @@ from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
+from latentcodec.training.same_inputs import require_same_images
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start import model as begin
 from latentcodec.training.watchdog import doing
@@ -103,7 +104,7 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
-            preflight.require_same_images(self.found, self.images)
+            require_same_images(self.found, self.images)
             for line in preflight.changed_settings(before, self.config, self.found.step):
                 self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))

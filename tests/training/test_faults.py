@@ -26,7 +26,8 @@ from latentcodec.training.data.images import DataConfig, held_out, open_images
 from latentcodec.training.journal import Journal
 from latentcodec.training.loop import main
 from latentcodec.training.losses.terms import LossConfig
-from latentcodec.training.preflight import changed_settings, require_same_images
+from latentcodec.training.preflight import changed_settings
+from latentcodec.training.same_inputs import require_same_images
 
 ROOT = Path(__file__).parents[2]
 
