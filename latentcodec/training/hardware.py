@@ -1,4 +1,4 @@
-"""What a run takes of the machine: its number format, decided once when it begins, and its threads.
+"""What a run takes of the machine: its number format, decided once when it begins, its threads and its processes.
 
 `train.mixed_precision: auto` becomes what the machine computes fast in (`machine.py`), or what `accelerate launch` was
 told. The run's configuration keeps what it became, so that a resume on another machine goes on in the same format and
@@ -36,6 +36,10 @@ class Hardware:
     """A value of train.mixed_precision other than auto."""
     threads: int
     """Of each process, for torch."""
+    processes: int
+    """Of the run, on all its machines."""
+    global_batch: int
+    """Images of an optimizer step, of all processes."""
     notes: list[str]
     """Lines for the user, the first of which says what is computed with; then warnings and differences."""
 
@@ -59,7 +63,8 @@ def take_hardware(config: Config, found: Checkpoint | None, state: PartialState)
     precision = cast(Precision, chosen)
     here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
     threads = machine.use_cores(here, config.data.workers, None if train.threads == "auto" else train.threads)
-    hardware = Hardware(precision, threads, [_summary(precision, threads, state)])
+    batch = train.batch_size * train.accumulation * state.num_processes
+    hardware = Hardware(precision, threads, state.num_processes, batch, [_summary(precision, threads, state)])
     hardware.notes.extend(_emulation(precision, device) if state.is_main_process else [])
     hardware.notes.extend(_differences(hardware, found, saved, natural))
     return hardware
@@ -104,16 +109,32 @@ def _differences(hardware: Hardware, found: Checkpoint | None, saved: str | None
             "this run began in float32 and stays so; this machine has units for bfloat16 "
             "(--train.mixed_precision bf16 would use them, and change the numbers)"
         )
+    return notes + _other_sums(hardware, found)
+
+
+def _other_sums(hardware: Hardware, found: Checkpoint) -> list[str]:
+    """What changes the sums over the images of a step: how many there are, and who adds them in which order."""
+    notes, processes = [], found.state.get("processes", hardware.processes)
+    batch = found.state.get("global_batch", hardware.global_batch)  # older checkpoints have neither
+    if batch != hardware.global_batch:
+        notes.append(
+            f"the global batch was {batch} images (processes: {processes}) up to step {found.step} and is "
+            f"{hardware.global_batch} (processes: {hardware.processes}) from here on: the stream goes on behind the "
+            "samples drawn so far, and the numbers change"
+        )
     before, now = found.state.get("machine", {}), hardware.record()
     changed = [
         f"{key} {_text(before[key])}, now {_text(now[key])}"
         for key in now
         if before.get(key, now[key]) != now[key]
     ]
+    by = "on another machine" if changed else "by another number of processes"
+    if processes != hardware.processes:
+        changed.append(f"processes {processes}, now {hardware.processes}")
     if changed:
+        same = ", so numbers equal an undisturbed run's to rounding only" if not notes else ""
         notes.append(
-            f"the checkpoint was written on another machine ({'; '.join(changed)}): sums are added in another order, "
-            "so numbers equal an undisturbed run's to rounding only"
+            f"the checkpoint was written {by} ({'; '.join(changed)}): sums are added in another order{same}"
         )
     return notes
 

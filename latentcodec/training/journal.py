@@ -48,8 +48,7 @@ class Journal:
     def begin(self, step: int, draw: int, complete: bool, before: Mapping[str, Any] | None = None) -> None:
         """Open the records at `step` and `draw`: forget what was written after the checkpoint that is resumed from.
 
-        Of a `complete` run, whose end will be done again, also forget what that end wrote. `before`: the configuration
-        in that checkpoint.
+        Of a `complete` run, whose end comes again, forget that too. `before`: the configuration in that checkpoint.
         """
         if not self.accelerator.is_main_process:
             return
@@ -60,7 +59,8 @@ class Journal:
         write(self.output / "config.yaml", _as_yaml(_plain(asdict(self.config))))
         self._keep_config(step, before)
         self._keep(self.metrics, "step", lambda line: line["step"] < step + ("total" in line or not complete))
-        self._keep(self.output / "skipped.jsonl", "draw", lambda line: line["draw"] < draw)
+        drawn = draw * self._batch
+        self._keep(self.output / "skipped.jsonl", "draw", lambda line: line["positions"][0] < drawn)
         self.result.unlink(missing_ok=True)  # of an earlier end, if the run was given more steps
         self.listed = (
             set(self.rejects.read_text("utf-8", "replace").splitlines()) if self.rejects.exists() else set()

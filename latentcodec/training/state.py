@@ -55,7 +55,7 @@ class TrainState:
     step: int = 0
     """Optimizer steps taken."""
     draw: int = 0
-    """Global batches drawn from the stream, skipped ones too."""
+    """Global batches drawn from the stream, skipped ones too; counted in those of this start's size."""
     seconds: float = 0.0
     """Training time over all starts of the run."""
     bad_steps: int = 0

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from latentcodec.quality.metrics import SSIM_WINDOW
 from latentcodec.training import preflight
 from latentcodec.training import state as states
-from latentcodec.training.checkpoint import prune
+from latentcodec.training.checkpoint import Checkpoint, prune
 from latentcodec.training.config import Config
 from latentcodec.training.data.crops import Batch
 from latentcodec.training.data.images import held_out, open_images
@@ -108,6 +108,7 @@ class Trainer:
             for line in preflight.changed_settings(before, self.config, self.found.step):
                 self.journal.say(line)
             state.load_state_dict(states.saved_state(self.found))
+            state.draw = self._whole_batches(state.draw, self.found)
             self.committed = state.step
             if self.accelerator.is_main_process:
                 prune(self.found.path.parent, self.found.path, self.config.train.keep_last)
@@ -116,6 +117,16 @@ class Trainer:
             self.journal.begin(state.step, state.draw, self.progress >= 1, before)
             self.journal.rejected(self.held_out.rejects)
             self.journal.rejected(self.images.left_out, quietly=True)  # they have been counted by reason
+
+    def _whole_batches(self, draw: int, found: Checkpoint) -> int:
+        """How many global batches of today hold the images of the `draw` batches before `found`, which had its size.
+
+        Where they are not a whole number, the rest of the last one is passed over: no image is met with the crop and
+        the noise that it had before.
+        """
+        now = self.hardware.global_batch
+        before = int(found.state.get("global_batch", now))  # older checkpoints do not say it
+        return -(-draw * before // now)
 
     def steps(self, stop: StopRequest) -> Iterator[list[Batch]]:
         """The micro-batches of each step until the run is complete, its time is over or it is asked to stop."""
@@ -165,6 +176,8 @@ class Trainer:
                 "image_digest": self.images.digest,
             }
             settings["machine"] = self.hardware.record()
+            settings["processes"] = self.hardware.processes
+            settings["global_batch"] = self.hardware.global_batch
             states.save(state, self.output / "checkpoints", settings, config.train.keep_last)
         self.committed, state.rollbacks = state.step, 0
         wait_for_others(self.accelerator)
@@ -198,8 +211,7 @@ class Trainer:
             report |= self._move_weights(report, adversary)
         state.draw += 1
         self.gradients.drop(adversary)
-        images = len(micro_batches) * self.config.train.batch_size * self.accelerator.num_processes
-        timing = self.exchange.timing(images, gathered) | {"minutes": state.seconds / 60}
+        timing = self.exchange.timing(self.hardware.global_batch, gathered) | {"minutes": state.seconds / 60}
         return None if bad else report | timing
 
     def _move_weights(self, report: dict[str, float], adversary: Adversary | None) -> dict[str, float]:

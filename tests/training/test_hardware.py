@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import yaml
 from small_runs import new_trainer, small, start, train, write_images
 
 from latentcodec import machine
-from latentcodec.training import checkpoint
+from latentcodec.training import checkpoint, hardware
+from latentcodec.training.checkpoint import Checkpoint
 from latentcodec.training.hardware import LAUNCHER
 
 
@@ -104,6 +106,26 @@ def test_other_threads_and_instructions_are_said(tmp_path, images, units, capsys
     new_trainer(config(tmp_path, images, threads=2))
     said = capsys.readouterr().out
     assert "written on another machine (threads 1, now 2; instructions avx2, now avx2 avx512f)" in said
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_another_number_of_processes_is_said_and_what_it_changes(
+    tmp_path, images, capsys, monkeypatch, batch_size
+):
+    """Of two processes that stand for four of before: sums of the same images are rounded otherwise, others differ."""
+    saved = Checkpoint(tmp_path, {"step": 5, "config": asdict(config(tmp_path, images)), "processes": 4})
+    saved.state["global_batch"] = 8
+    state = SimpleNamespace(device=torch.device("cpu"), num_processes=2, is_main_process=True)
+    told = config(tmp_path, images, batch_size=batch_size, mixed_precision="no")
+    monkeypatch.setattr(hardware, "gather_object", lambda objects: objects)
+    notes = "\n".join(hardware.take_hardware(told, saved, state).notes)
+    assert (
+        "written by another number of processes (processes 4, now 2): sums are added in another order"
+        in notes
+    )
+    assert ("to rounding only" in notes) == (batch_size == 4)
+    halved = "the global batch was 8 images (processes: 4) up to step 5 and is 4 (processes: 2) from here on"
+    assert (halved in notes) == (batch_size == 2)
 
 
 def test_threads_are_the_cores_whatever_the_launcher_set(tmp_path, images, units, capsys, monkeypatch):

@@ -151,6 +151,55 @@ def test_a_run_over_buckets_or_a_stream_is_resumed_bit_for_bit_too(tmp_path, kin
     assert metrics(tmp_path / "run") == metrics(tmp_path / "peace")
 
 
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, 16),
+        ({"batch_size": 2}, 16),
+        ({"batch_size": 1, "accumulation": 4}, 16),
+        ({"batch_size": 16}, 16),
+        ({"batch_size": 6}, 18),  # rounded up to a whole step: no crop comes twice
+    ],
+    ids=str,
+)
+def test_a_run_of_another_batch_size_goes_on_behind_the_samples_it_has_drawn(
+    tmp_path, images, capsys, settings, first
+):
+    config = small(tmp_path / "run", images, batch_size=4, validate_every=0)
+    train(start(config), spoil=bad_draws(1), stop_at=3)  # four batches of four are drawn, one was skipped
+    capsys.readouterr()
+    trainer = start(replace(config, train=replace(config.train, **settings)))
+    positions = [position for batch in next(trainer.steps(Stop())) for position in batch["position"].tolist()]
+    said = capsys.readouterr().out
+    now = trainer.hardware.global_batch
+    assert positions == list(range(first, first + now))
+    assert ("the global batch was" in said) == (now != 4)
+    if now != 4:
+        assert (
+            f"the global batch was 4 images (processes: 1) up to step 3 and is {now} (processes: 1)" in said
+        )
+    (skipped,) = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["positions"] == [4, 5, 6, 7]
+    trainer.state.draw += 1
+    trainer.state.step += 1
+    trainer.checkpoint()
+    again = start(config)  # the batch of before
+    assert again.state.draw == -(-(first + now) // 4)
+
+
+def test_a_checkpoint_that_does_not_say_its_batch_goes_on_as_it_did(tmp_path, images, monkeypatch):
+    config = small(tmp_path / "run", images, batch_size=4)
+    train(start(config), stop_at=2)
+    found = preflight.find_checkpoint
+    monkeypatch.setattr(preflight, "find_checkpoint", lambda *told: without_batch(found(*told)))
+    assert start(replace(config, train=replace(config.train, batch_size=2))).state.draw == 2
+
+
+def without_batch(saved):
+    del saved.state["global_batch"], saved.state["processes"]
+    return saved
+
+
 def test_a_run_that_is_asked_to_stop_saves_before_it_validates(tmp_path, images, monkeypatch):
     """A launcher may kill it within the validation, or before the codec is written."""
     trainer = start(small(tmp_path / "run", images))
