@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentcodec.training.data.stream import Batches
 from latentcodec.training.signals import StopRequest
-from latentcodec.training.watchdog import OTHERS, doing
+from latentcodec.training.watchdog import OTHERS, doing, running_time
 
 
 def wait_for_others(processes: Accelerator | PartialState) -> None:
@@ -32,7 +32,7 @@ class Gathered:
     means: dict[str, float]
     """Of each number that was given, over the processes."""
     seconds: float
-    """Since the exchange before: the mean over the processes."""
+    """Since the exchange before: of the process with the fewest, since others wait for one that was stopped."""
     waited: float
     """Seconds in this step for which the slowest process waited for data, which holds up all."""
     stopped_by: int
@@ -46,7 +46,7 @@ class Exchange:
 
     def __init__(self, accelerator: Accelerator, batches: Batches, stop: StopRequest) -> None:
         self.accelerator, self.batches, self.stop = accelerator, batches, stop
-        self._gathered_at = time.perf_counter()
+        self._gathered_at = running_time()
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -55,7 +55,7 @@ class Exchange:
 
     def gather(self, numbers: dict[str, Tensor], rejected: bool) -> Gathered:
         """Exchange scalars by name, whether an image was rejected here, the clocks and the requests to stop."""
-        now = time.perf_counter()
+        now = running_time()
         waited = self.batches.waited_seconds - self._waited_before
         notes = [now - self._gathered_at, float(self.stop.received), float(rejected), waited]
         self._gathered_at = now
@@ -64,7 +64,8 @@ class Exchange:
         doing(OTHERS)
         table = self.accelerator.gather(torch.cat(row)[None])  # [processes, numbers]
         doing("taking a step")
-        *means, seconds, _, _, _ = table.mean(0).tolist()
+        *means, _, _, _, _ = table.mean(0).tolist()
+        *_, seconds, _, _, _ = table.amin(0).tolist()
         *_, stopped_by, any_rejected, longest_wait = table.amax(0).tolist()
         named = dict(zip(numbers, means, strict=True))
         return Gathered(named, seconds, longest_wait, int(stopped_by), any_rejected > 0)

@@ -5,7 +5,7 @@ without a word: each of them would let a run wait for ever, on a machine that is
 what it begins (`doing`); a thread ends the process where nothing new has been said for `train.patience_minutes`.
 
 Only the time in which this process itself could run counts: one that was stopped for a night, or whose machine
-slept, has all its patience left.
+slept, has all its patience left, and all its `train.max_minutes`, which are told by `running_time`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,31 @@ FOR_OTHERS = 1.1
 # Torch's own patience with a collective operation, in ours: it ends with a traceback.
 FOR_TORCH = 1.5
 
+# The watch looks at the clock every second. Where it could not for so long, the process was stopped; for less, a call
+# into a library may have kept it from looking.
+STOPPED_SECONDS = 10.0
 SECONDS_TO_SPEAK = 10.0  # a terminal may hang as well
+
+
+class _Looks:
+    """Of one watch: when it last looked at the clock, and for how many seconds the process had been stopped by then."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic(), 0.0  # one value, since two threads read it
+
+    def look(self) -> None:
+        """What the watch does every second."""
+        self._last = self._now()
+
+    def running_time(self) -> float:
+        """Seconds of the clock, but for those in which the process was stopped; also before the watch has noticed."""
+        now, stopped = self._now()
+        return now - stopped
+
+    def _now(self) -> tuple[float, float]:
+        before, stopped = self._last  # first: a stop between the two lines then counts
+        now = time.monotonic()
+        return now, stopped + (now - before if now - before > STOPPED_SECONDS else 0.0)
 
 
 @dataclass
@@ -42,6 +66,8 @@ class _Activity:
     what: str = "starting"
     timed: bool = True
     signs_of_life: int = 0
+    looks: _Looks | None = None
+    """Of the watch, while there is one."""
 
 
 _now = _Activity()
@@ -53,6 +79,15 @@ def doing(what: str, timed: bool = True) -> None:
     What is not `timed` may take as long as it takes, as a download may.
     """
     _now.what, _now.timed, _now.signs_of_life = what, timed, _now.signs_of_life + 1
+
+
+def running_time() -> float:
+    """Seconds of a clock that stands still while this process is stopped: by Ctrl-Z, or for another job.
+
+    Only in a process that is watched; in others it is a plain clock.
+    """
+    looks = _now.looks
+    return time.monotonic() if looks is None else looks.running_time()
 
 
 def collective_timeout(minutes: float) -> timedelta:
@@ -67,16 +102,20 @@ def watching(minutes: float, end: Callable[[int], object] = os._exit) -> Iterato
     Its data workers are ended with it. `end` takes the exit code; it must not wait for anything, as `sys.exit` would.
     """
     over = threading.Event()
+    _now.looks = _Looks()
     threading.Thread(target=_watch, args=(minutes, over, end), daemon=True).start()
     try:
         yield
     finally:
         over.set()
+        _now.looks = None
 
 
 def _watch(minutes: float, over: threading.Event, end: Callable[[int], object]) -> None:
     seen, seconds, before = _now.signs_of_life, 0.0, time.monotonic()
     while not over.wait(TICK_SECONDS):
+        if looks := _now.looks:
+            looks.look()
         now = time.monotonic()
         seconds, before = seconds + min(now - before, 2 * TICK_SECONDS), now
         if seen != _now.signs_of_life or not _now.timed:

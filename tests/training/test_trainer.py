@@ -705,6 +705,20 @@ def test_the_wait_of_the_slowest_process_counts(tmp_path, images):
     assert trainer.train_step(next(trainer.steps(Stop())))["waited_seconds"] == 9
 
 
+def test_a_stop_of_this_process_or_of_another_takes_no_minutes_of_training(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(
+        "latentcodec.training.exchange.running_time", lambda: 7.0
+    )  # a clock that stands still
+    trainer = start(small(tmp_path / "run", images, max_steps=2))
+    waited = torch.tensor([3600.0, 0, 0, 0])  # the notes of a process that waited an hour for this one
+    gather = trainer.accelerator.gather
+    trainer.accelerator.gather = lambda row: gather(
+        torch.cat([row, torch.cat([row[:, :-4], waited[None]], 1)])
+    )
+    trainer.train_step(next(trainer.steps(Stop())))
+    assert trainer.state.seconds == 0
+
+
 def test_an_alarm_sounds_when_the_discriminator_has_won(tmp_path, images):
     config = everything(small(tmp_path / "run", images))
     config = replace(config, discriminator=replace(config.discriminator, alarm_after_steps=2))

@@ -17,7 +17,7 @@ from small_runs import small, write_config, write_images
 from latentcodec.sources.encoded import EncodedSource
 from latentcodec.training import watchdog
 from latentcodec.training.loop import main
-from latentcodec.training.watchdog import OTHERS, READING, doing, watching
+from latentcodec.training.watchdog import OTHERS, READING, doing, running_time, watching
 
 PATIENCE_SECONDS = 120  # of a test
 MINUTES = 0.002  # 0.12 seconds
@@ -90,6 +90,22 @@ def test_the_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
     over.set()
     thread.join()
     assert codes == []
+
+
+def test_the_clock_of_training_stands_still_while_the_process_is_stopped(monkeypatch):
+    clock = itertools.count(step=0.0)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
+    with watched(monkeypatch):
+        begin = running_time()
+        clock = itertools.count(5, 0)  # a step that is slow, and no stop
+        assert running_time() - begin == 5
+        assert soon(lambda: watchdog._now.looks._last[0] == 5)
+        clock = itertools.count(3605, 0)
+        assert running_time() - begin == 5  # whether the watch has noticed, or not yet
+        assert soon(lambda: watchdog._now.looks._last[0] == 3605)
+        clock = itertools.count(3606, 0)
+        assert running_time() - begin == 6
+    assert running_time() == 3606
 
 
 def test_nothing_is_watched_after_the_run(monkeypatch):
