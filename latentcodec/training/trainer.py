@@ -33,7 +33,7 @@ from latentcodec.training.hardware import settled, take_hardware
 from latentcodec.training.journal import Journal
 from latentcodec.training.losses.adversary import Adversary
 from latentcodec.training.losses.objective import Objective
-from latentcodec.training.same_inputs import require_same_images
+from latentcodec.training.same_inputs import fingerprints, require_same_codecs, require_same_images
 from latentcodec.training.signals import StopRequest
 from latentcodec.training.start import model as begin
 from latentcodec.training.watchdog import doing
@@ -68,6 +68,7 @@ class Trainer:
         if parent is not None and config.finish.parent_share:
             kept = {name: value.clone() for name, value in parent.state_dict().items()}
         teacher = begin.load_teacher(config.model, accelerator.device, self.hardware.precision == "bf16")
+        self.codecs = fingerprints(parent, teacher)
         channels = begin.image_channels(config.model, parent)
         f, whole = begin.downsampling_factors(config.model, parent, teacher)
         smallest = preflight.smallest_crop(config, whole)
@@ -104,6 +105,7 @@ class Trainer:
             self.checkpoint()
         else:
             self.found.require_same({"ema": state.ema.state_dict()}, {})
+            require_same_codecs(self.found, self.codecs)
             require_same_images(self.found, self.images)
             for line in preflight.changed_settings(before, self.config, self.found.step):
                 self.journal.say(line)
@@ -174,6 +176,7 @@ class Trainer:
                 "config": asdict(config),
                 "images": self.images.counts,
                 "image_digest": self.images.digest,
+                "codecs": self.codecs,
             }
             settings["machine"] = self.hardware.record()
             settings["processes"] = self.hardware.processes

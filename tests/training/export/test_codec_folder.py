@@ -353,6 +353,33 @@ def test_a_share_of_the_parents_weights_goes_into_the_codec_that_is_scored_and_s
     assert result["psnr"] == pytest.approx(evaluate(codec, trainer.held_out.images).mean("psnr"), abs=1e-4)
 
 
+@pytest.mark.parametrize("key", ["from_pretrained", "teacher"])
+def test_another_parent_or_teacher_under_the_same_name_is_refused_and_nothing_overwritten(
+    tmp_path, key, monkeypatch
+):
+    images = write_images(tmp_path / "images")
+    LatentCodec(random_vae(latent_channels=4)).save_pretrained(tmp_path / "codec")
+    config = small(tmp_path / "run", images, max_steps=4)
+    config = replace(config, model=replace(config.model, **{key: str(tmp_path / "codec")}))
+    train(start(config), stop_at=2)
+    start(config)  # the same one
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    torch.manual_seed(1)  # a run sets it as well
+    LatentCodec(random_vae(latent_channels=4)).save_pretrained(tmp_path / "codec")
+    with pytest.raises(
+        ValueError, match=rf"model\.{key} names another codec .*Bring back the codec of before"
+    ):
+        start(config)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(
+        "latentcodec.training.trainer.fingerprints", lambda *_: {}
+    )  # as a checkpoint of before has it
+    older = replace(config, output_dir=str(tmp_path / "older"))
+    start(older)
+    monkeypatch.undo()
+    assert start(older).codecs
+
+
 @pytest.mark.parametrize("model", [{}, dict(from_pretrained="x", adapt=AdaptConfig(latent_channels=8))])
 def test_a_share_of_a_parent_that_is_not_there_is_refused(tmp_path, model):
     config = small(tmp_path / "run", tmp_path)
