@@ -279,9 +279,8 @@ def _family_to_replace(vae: Any) -> Family | None:
     try:
         return family_of(vae)
     except TypeError:
-        has_frames = any(
-            isinstance(module, nn.Conv3d) for module in vae.modules()
-        )  # pipelines call it with more
+        # What has frames is called with their number too.
+        has_frames = any(isinstance(module, nn.Conv3d) for module in vae.modules())
         is_similar = {"latent_channels", "block_out_channels", "in_channels"} <= vae.config.keys()
         return KL if is_similar and not has_frames else None
 
@@ -296,7 +295,5 @@ def _moved(vae: Any, device: str | torch.device | None, dtype: torch.dtype | Non
     if device is not None:
         vae.to(usable_device(device))
     if dtype is not None:
-        nn.Module.to(
-            vae, dtype
-        )  # diffusers' own `to` warns of a cast, even if there is nothing that it would hurt
+        nn.Module.to(vae, dtype)  # diffusers' own `to` warns of a cast, also where it does no harm
     return vae

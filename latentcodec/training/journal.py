@@ -236,9 +236,8 @@ class Journal:
         lines = [
             "## Training",
             "",
-            f"- {step} steps of {self._batch} crops of "
-            f"{data.resolution} x {data.resolution}, {seconds / 60:.0f} minutes, on: "
-            + (data.path or f"the built-in drawn {data.drawn}"),
+            f"- {step} steps of {self._batch} crops of {data.resolution} x {data.resolution}, "
+            f"{seconds / 60:.0f} minutes, on: {data.path or f'the built-in drawn {data.drawn}'}",
             "- all settings: `config.yaml` beside the run's `metrics.jsonl`",
         ]
         if evaluation is not None:
