@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ import torch
 from torch.utils._triton import has_triton
 
 from latentcodec.codec import LatentCodec
-from latentcodec.files import locked, move_folder, write_new
-from latentcodec.leftovers import unfinished_name
-from latentcodec.loading import CONFIG
+from latentcodec.files import write_new
 from latentcodec.machine import DTYPES, OVERRIDE, fast_dtype, is_fast, physical_cores, usable_device
 from latentcodec.ops.native.build import library
+from latentcodec.store.codec_copy import put_codec, require_no_other_codec
 from latentcodec.store.decoding import naming_lost_workers
 from latentcodec.store.encoding import OF_TORCH, Receipt, ShardEncoder
 from latentcodec.store.finishing import Unfinished, finish
@@ -83,8 +81,8 @@ def prepare(
     A store that is there is gone on with: an unfinished one with the shards that are missing, a finished one with the
     pictures that it does not have. `imported`: `raw` or `normalised`, where `sources` are folders of another program's
     files of latents. `elsewhere`: other machines encode, as those of Ray do, and a GPU need not be on this one. Raises
-    StoreError where it was begun with other settings, and ValueError for settings or sources
-    that do not fit.
+    StoreError where it was begun with other settings, or the folder holds somebody else's `codec`, and ValueError for
+    settings or sources that do not fit.
     """
     out = Path(out).expanduser()
     model = codec if isinstance(codec, LatentCodec) else LatentCodec.from_pretrained(codec)
@@ -100,11 +98,14 @@ def prepare(
     _check_numbers(min_side=min_side, shard_size=shard_size, check=sampled, batch=batch, threads=threads)
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; a store is a folder")
+    has_codec = (out / CODEC).exists()  # asked before the plan, which other processes save before the codec
     before = Plan.load(out) if any((out / PLAN_FOLDER).glob("[0-9]*.arrow")) else None
+    if before is None and has_codec and keep_codec:
+        require_no_other_codec(model, out)
     told = [_told(source) for source in sources]
     if before is not None and _is_gone_on_with(out, before, settings, told, elsewhere):
         if save and keep_codec:
-            _keep_codec(model, out)
+            put_codec(model, out)
         return before
     machine = _machine(device, batch, threads, precision, elsewhere)
     plan = make_plan(told, settings, machine, columns, shard_size, sampled, normalisation_of(model), before)
@@ -112,7 +113,7 @@ def prepare(
         if plan is not before:
             plan = _published(plan, out, elsewhere)
         if keep_codec:  # once the plan says which codec it is
-            _keep_codec(model, out)
+            put_codec(model, out)
     return plan
 
 
@@ -260,34 +261,3 @@ def _published(plan: Plan, out: Path, elsewhere: bool) -> Plan:
     if not elsewhere:
         _say_what_differs(out, Plan(same))
     return theirs
-
-
-def _keep_codec(codec: LatentCodec, out: Path) -> None:
-    """A copy of the codec in the store, whole or not at all; one that is damaged, or of another codec, is replaced."""
-    if _is_copy(out / CODEC, codec):
-        return
-    with locked(out):
-        if _is_copy(out / CODEC, codec):  # by now
-            return
-        beside = out / unfinished_name()
-        try:
-            codec.save_pretrained(beside)
-            shutil.rmtree(out / CODEC, ignore_errors=True)
-            move_folder(beside, out / CODEC, CONFIG)
-        except OSError:
-            if not _is_copy(
-                out / CODEC, codec
-            ):  # else another process was faster, and there are no locks here
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _is_copy(folder: Path, codec: LatentCodec) -> bool:
-    """Whether a folder holds this codec."""
-    if not folder.is_dir():
-        return False
-    try:
-        return LatentCodec.from_pretrained(folder).fingerprint == codec.fingerprint
-    except (ValueError, OSError):
-        return False

@@ -330,6 +330,45 @@ def test_another_codec_than_the_plans_is_kept_out(photos, tmp_path, codec):
     encode(tmp_path / "store", workers=0)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["another codec", "a file"])
+def test_the_codec_folder_of_somebody_else_is_left_alone(photos, tmp_path, codec, what):
+    """As a training has one, in the folder of its run."""
+    folder = tmp_path / "run/codec"
+    if what == "a file":
+        folder.parent.mkdir()
+        folder.write_text("mine")
+    else:
+        tiny_codec(seed=1).save_pretrained(folder)
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match=r"run/codec: is there already.*--out.*--no-codec"):
+        prepare([str(photos)], tmp_path / "run", codec, **SMALL)
+    assert contents(tmp_path) == before
+    prepare([str(photos)], tmp_path / "run", codec, **SMALL, keep_codec=False)
+    assert encode(tmp_path / "run", codec, workers=0).index.items == 6
+
+
+def test_this_codec_may_lie_there_before_the_store(photos, tmp_path, codec):
+    codec.save_pretrained(tmp_path / "run/codec", card="mine")
+    assert make(photos, tmp_path / "run", codec).index.items == 6
+    assert (tmp_path / "run/codec/README.md").read_text() == "mine"
+
+
+def test_a_damaged_codec_is_not_replaced_together_with_files_of_others(photos, store, codec):
+    weights, note = (store / "codec" / name for name in ("diffusion_pytorch_model.safetensors", "note.txt"))
+    weights.write_bytes(b"cut")
+    note.write_text("mine")
+    with pytest.raises(StoreError, match=r"codec/note\.txt: no file of a codec.*move"):
+        make(photos, store, codec)
+    assert note.read_text() == "mine"
+    note.unlink()
+    make(photos, store, codec)
+    assert LatentStore(store).codec().fingerprint == codec.fingerprint
+
+
 # --- names and places
 
 
