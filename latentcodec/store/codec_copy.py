@@ -41,7 +41,9 @@ def put_codec(codec: LatentCodec, out: Path) -> None:
             shutil.rmtree(out / CODEC, ignore_errors=True)
             move_folder(beside, out / CODEC, CONFIG)
         except OSError:
-            if not _is_copy(out / CODEC, codec):  # else another process was faster, and there are no locks here
+            if not _is_copy(
+                out / CODEC, codec
+            ):  # else another process was faster, and there are no locks here
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)

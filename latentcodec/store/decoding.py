@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from latentcodec.pixels import UnreadableImage
 from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
+from latentcodec.store.faults import only_faults_of
 from latentcodec.store.format import Settings
 from latentcodec.store.items import CACHE, Columns, EntryReader
 from latentcodec.store.picture import Pixels, read_pixels
@@ -64,6 +65,8 @@ def decoded_batches(plan: Plan, shards: list[int], workers: int) -> Iterator[Dec
         collate_fn=_as_it_is,
     )
     for (shard, start, stop), pictures in zip(jobs, loader, strict=True):
+        if isinstance(pictures, OSError):
+            raise pictures
         yield DecodedBatch(shard, start == 0, stop == plan.rows(shard), pictures)
 
 
@@ -91,8 +94,11 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, number: int) -> list[Decoded]:
-        return decode_pictures(self.plan, *self.jobs[number])
+    def __getitem__(self, number: int) -> list[Decoded] | OSError:
+        try:
+            return decode_pictures(self.plan, *self.jobs[number])
+        except OSError as error:  # handed over as it is: torch would put a worker's traceback into its words
+            return error
 
 
 def decode_pictures(plan: Plan, shard: int, start: int, stop: int) -> list[Decoded]:
@@ -104,21 +110,24 @@ def decode_pictures(plan: Plan, shard: int, start: int, stop: int) -> list[Decod
 
 
 def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
-    """Reads one picture; one that cannot be read has a `reason`."""
-    entry = picture.entry
+    """Reads one picture; one that cannot be read has a `reason`. Raises OSError where its file is not at fault."""
     try:
-        if entry.kind == CACHE:
-            cached = read_cache(existing(entry.path))
-            caption, label = reader.caption_and_label(entry)
-            return Decoded(
-                picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label
-            )
-        pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)
-        caption, label = reader.caption_and_label(entry)
+        with only_faults_of(picture.entry):
+            return _read(picture, reader, settings)
     except UnreadableImage as error:
         return Decoded(picture, reason=str(error))
+
+
+def _read(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
+    entry = picture.entry
+    if entry.kind == CACHE:
+        cached = read_cache(existing(entry.path))
+        caption, label = reader.caption_and_label(entry)
+        return Decoded(picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label)
+    pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)
+    caption, label = reader.caption_and_label(entry)
     return Decoded(picture, pixels, None, pixels.original, pixels.crop, caption, label)
 
 
-def _as_it_is(pictures: list[Decoded]) -> list[Decoded]:
+def _as_it_is(pictures: list[Decoded] | OSError) -> list[Decoded] | OSError:
     return pictures

@@ -18,6 +18,7 @@ import pyarrow as pa
 from latentcodec.pixels import UnreadableImage, image_size
 from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
+from latentcodec.store.faults import only_faults_of
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
 from latentcodec.store.items import CACHE, Columns, Entry, EntryReader
 from latentcodec.store.listing import Listed, list_caches, list_entries
@@ -40,7 +41,7 @@ def make_plan(
     """A plan for the pictures of `sources` that the plan `before` does not have yet, as one more part of it.
 
     Where it has all of them, it is `before` itself. `sampled` pictures, evenly spread, are decoded again while
-    encoding. Raises ValueError where there is nothing to read.
+    encoding. Raises ValueError where there is nothing to read, and OSError where a source goes meanwhile.
     """
     listed = list_caches(sources) if settings.imported else list_entries(sources, columns)
     if before is not None:
@@ -82,10 +83,11 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
         if reason is not None:
             return reason
         try:
-            if entry.kind == CACHE:
-                _, h, w = read_cache(existing(entry.path)).latent.shape
-                return h * f, w * f
-            return image_size(reader.picture(entry), name=entry.path)
+            with only_faults_of(entry):
+                if entry.kind == CACHE:
+                    _, h, w = read_cache(existing(entry.path)).latent.shape
+                    return h * f, w * f
+                return image_size(reader.picture(entry), name=entry.path)
         except UnreadableImage as error:
             return str(error)
 
