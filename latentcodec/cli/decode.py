@@ -6,21 +6,21 @@ Shapes: B batch, C channels, H W pixels, c latent channels, h w latent cells.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentcodec.cli.names import Names
+from latentcodec.cli.names import Names, refuse_originals
 from latentcodec.cli.output import DONE, Device, Json, counting, number_of, say_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Decoded = tuple[int, Iterator[tuple[Path, Tensor]]]
-    """How many pictures there are, and (name within the folder, [1, C, H, W]) of each, decoded when it is asked for."""
+    Decoded = tuple[list[Path], list[str], Iterator[Tensor]]
+    """The name of each picture within the folder, the files that they came from, if any, and each as [1, C, H, W],
+    decoded when it is asked for."""
 
 
 def decode(
@@ -49,14 +49,15 @@ def decode(
     if not latents.exists():
         raise ValueError(f"{latents}: there is no such store, and no such file of latents")
     decoded = _of_store if latents.is_dir() else _of_file
-    count, pictures = decoded(latents, codec, usable_device(device), suffix)
-    total = count if first is None else min(first, count)
-    with counting(total, "picture") as advance:
-        for name, picture in islice(pictures, total):
-            save_image(picture, out / name)
+    names, originals, pictures = decoded(latents, codec, usable_device(device), suffix)
+    targets = [out / name for name in names[:first]]
+    refuse_originals(targets, originals)
+    with counting(len(targets), "picture") as advance:
+        for target, picture in zip(targets, pictures, strict=False):  # no more are decoded than are wanted
+            save_image(picture, target)
             advance(1, 0)
-    print(f"{number_of(total, 'picture')}: {out}")
-    say_json(as_json, {"items": total})
+    print(f"{number_of(len(targets), 'picture')}: {out}")
+    say_json(as_json, {"items": len(targets)})
     return DONE
 
 
@@ -72,13 +73,13 @@ def _of_store(folder: Path, given: str | None, device: torch.device, suffix: str
         codec = LatentCodec.from_pretrained(given, device=device)
         LatentStore(folder, codec)  # refuses another codec than the one that made the latents
     run_compiled(codec)
-    shards = (store.shard(number) for number, entry in enumerate(store.index.shards) if entry.items)
-    names = Names(
-        (source for shard in shards for source in shard.batch.column("source").unique().to_pylist()), suffix
-    )
-    return len(store), (
-        (names.of(item.source, item.id), codec.decode(item.latent[None].float(), size=item.size))
-        for item in store
+    filled = [number for number, entry in enumerate(store.index.shards) if entry.items]
+    keys = [key for number in filled for key in store.shard(number).pictures()]
+    names = Names((source for source, _ in keys), suffix)
+    return (
+        [names.of(*key) for key in keys],
+        [f"{source}/{name}" for source, name in keys],
+        (codec.decode(item.latent[None].float(), size=item.size) for item in store),
     )
 
 
@@ -94,4 +95,4 @@ def _of_file(path: Path, given: str | None, device: torch.device, suffix: str) -
     codec = run_compiled(LatentCodec.from_pretrained(given, device=device))
     numbers = [""] if len(z) == 1 else [f"-{number:04}" for number in range(len(z))]
     names = [Path(f"{path.stem}{number}{suffix}") for number in numbers]
-    return len(z), ((name, codec.decode(one[None])) for name, one in zip(names, z, strict=True))
+    return names, [], (codec.decode(one[None]) for one in z)

@@ -1,4 +1,4 @@
-"""File names for pictures that were made of other pictures: no two of one command share a file.
+"""File names for pictures that were made of other pictures: no two of one command share a file, none is an original's.
 
 Shapes: none.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
+
+from latentcodec.printable import existing
 
 LONGEST_NAME = 240  # bytes of UTF-8; file systems take 255, with the suffix
 
@@ -31,6 +33,13 @@ class Names:
         endings = (f"{path.name}{f'-{number}' if number else ''}{self.suffix}" for number in count())
         names = chain([f"{path.stem}{self.suffix}"], endings)
         return _free((folder / path.parent / name for name in names), self._taken)
+
+
+def refuse_originals(targets: Iterable[Path], originals: Iterable[str]) -> None:
+    """Raises ValueError where a file that is to be written is one of the pictures that it was made of."""
+    there = {target.resolve() for target in targets if target.exists()}
+    if there and (lost := next((path for path in originals if existing(path).resolve() in there), None)):
+        raise ValueError(f"{lost}: this picture would be overwritten by what comes of it; give another --out")
 
 
 def _free(names: Iterable[str | Path], taken: set[Path]) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentcodec.cli.names import Names
+from latentcodec.cli.names import Names, refuse_originals
 from latentcodec.cli.output import DONE, LOOK, Codec, Device, Json, say_json, warn
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def reconstruct(
     for line in refused:
         warn(f"left out: {line}")
     targets = _targets(entries, out)
+    refuse_originals(targets, (entry.path for entry in entries if entry.kind == "file"))
     reader = EntryReader(Columns(), with_captions=False)
     model = run_compiled(LatentCodec.from_pretrained(codec, device=usable_device(device)))
     scores, left_out = [], len(refused)

@@ -115,7 +115,7 @@ def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tup
         path = store / plan.file(number)
         shard = Shard(path, plan.settings, plan.shape(number))
         if wanted and wanted & set(shard.batch.column("id").to_pylist()):
-            keys = [f"{source}\t{name}" for source, name in _keys(shard)]
+            keys = [f"{source}\t{name}" for source, name in shard.pictures()]
             kept = [row for row, key in enumerate(keys) if key not in dropped]
             if len(kept) < len(shard):
                 about = {k: v for k, v in shard.about.items() if k not in ("format", "version")}
@@ -130,16 +130,11 @@ def _require_planned(plan: Plan, number: int, shard: Shard, dropped: set[str]) -
     left_out = {reject["path"] for reject in shard.about["rejects"]}
     wanted = [(entry.source, entry.id) for entry in planned
               if entry.path not in left_out and f"{entry.source}\t{entry.id}" not in dropped]  # fmt: skip
-    if _keys(shard) != wanted:
+    if shard.pictures() != wanted:
         raise StoreError(
             f"{shard.path}: holds other pictures than the plan gave this shard, as one of another store does; delete "
             "it and run the same `latentcodec encode` again"
         )
-
-
-def _keys(shard: Shard) -> list[tuple[str, str]]:
-    """(source, id) of every row."""
-    return list(zip(*(shard.batch.column(name).to_pylist() for name in ("source", "id")), strict=True))
 
 
 def _record_drops(store: Path, names: list[str]) -> None:

@@ -131,6 +131,10 @@ class Shard:
         """The value of one of the other columns: id, source, caption, label."""
         return self._texts[name](row)
 
+    def pictures(self) -> list[tuple[str, str]]:
+        """(source, id) of every row."""
+        return list(zip(*(self.batch.column(name).to_pylist() for name in ("source", "id")), strict=True))
+
     def is_intact(self, row: int) -> bool:
         """Whether a row has the checksum that was stored with it."""
         metadata = {name: self.batch.column(name)[row].as_py() for name, _ in METADATA}

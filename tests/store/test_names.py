@@ -85,3 +85,40 @@ def test_comparisons_do_not_overwrite_one_another_and_none_is_passed_over(tmp_pa
         written = [Path(line.rpartition("-> ")[2]) for line in capsys.readouterr().out.splitlines()[:-1]]
         assert {path.relative_to(tmp_path / "out").as_posix() for path in written} == expected
         assert all(path.is_file() for path in written)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["photos", "link", "photos/a.png"])
+def test_the_originals_are_not_overwritten(tmp_path, capsys, monkeypatch, out):
+    """Neither by what comes of a picture itself, nor of its neighbour: a.jpg, which comes first, would become a.png."""
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, name in enumerate(("a.jpg", "a.png") if out != "photos/a.png" else ("a.png",)):
+        Image.new("RGB", (16, 16), (number * 90,) * 3).save(photos / name)
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    prepare(["photos"], "store", tiny_codec(), size=16, **SMALL)
+    encode("store", workers=0)
+    commands = [["reconstruct", "photos", "--codec", "codec", "--out", out]]
+    if out != "photos/a.png":
+        commands.append(["decode", "store", "--out", out])
+    before = contents(photos)
+    for command in commands:
+        assert run(command) == 2
+        assert f"{photos}/a.png: this picture would be overwritten" in capsys.readouterr().err
+    assert contents(photos) == before
+
+
+def test_pictures_are_decoded_beside_their_originals_under_other_names(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (16, 16)).save(photos / "a.jpg")
+    prepare([str(photos)], tmp_path / "store", tiny_codec(), size=16, **SMALL)
+    encode(tmp_path / "store", workers=0)
+    for _ in range(2):  # the second time over its own
+        assert run(["decode", str(tmp_path / "store"), "--out", str(photos)]) == 0
+    assert {path.name for path in photos.iterdir()} == {"a.jpg", "a.png"}
