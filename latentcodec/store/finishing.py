@@ -38,7 +38,7 @@ def finish(store: str | Path, drop: Iterable[str] = (), progress: Progress | Non
 
     `drop`: ids of pictures (or `source/id`, where two sources have the same id) to be removed for good; they are not
     encoded again. `progress(done, shards)` is called after each shard. Raises Unfinished naming a shard that is
-    missing, and StoreError naming what is damaged, or not in the store.
+    missing, and StoreError naming what is damaged, not in the store, or in several sources.
     """
     store = Path(store)
     if names := list(drop):
@@ -143,9 +143,15 @@ def _record_drops(store: Path, names: list[str]) -> None:
     for name in names:
         if name not in found:
             raise StoreError(f"{store}: no picture {name!r} in this store (--drop)")
+        whole = sorted({f"{source}/{picture}" for source, picture in found[name]})
+        if len(whole) > 1:
+            raise StoreError(
+                f"{store}: {name!r} is in {len(whole)} sources; name it with its source, as {', '.join(whole[:4])} (--drop)"
+            )
+    keys = {f"{source}\t{picture}" for pictures in found.values() for source, picture in pictures}
     path = store / DROPPED
     with locked(store):  # or one of two processes would undo what the other added
-        dropped = _read_drops(path).union(*found.values())
+        dropped = _read_drops(path) | keys
         write_whole(path, (json.dumps(sorted(dropped), indent=1) + "\n").encode())
 
 

@@ -216,14 +216,14 @@ class Plan:
         """(source, id) of every picture, those left out included."""
         return {key for part in self.parts for key in _keys(part)}
 
-    def find(self, names: Iterable[str]) -> dict[str, set[str]]:
-        """name -> the keys, source and id joined by a tab, of the pictures with this id, or this `source/id`."""
+    def find(self, names: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
+        """name -> (source, id) of each picture with this id, or this `source/id`."""
         wanted = set(names)
-        found: dict[str, set[str]] = defaultdict(set)
+        found: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for part in self.parts:
             for source, name in _keys(part):
                 for spelling in {name, f"{source}/{name}"} & wanted:
-                    found[spelling].add(f"{source}\t{name}")
+                    found[spelling].add((source, name))
         return dict(found)
 
 

@@ -350,6 +350,18 @@ def test_a_dropped_picture_is_gone_and_stays_gone(tmp_path, codec):
         finish(out, drop=["missing.png"])
 
 
+def test_a_picture_that_two_sources_have_is_dropped_by_its_whole_name(tmp_path, codec):
+    one, other = (write_pictures(tmp_path / name, 2) for name in ("one", "other"))
+    make([one, other], tmp_path / "store", codec)
+    before = digest(tmp_path / "store")
+    with pytest.raises(StoreError, match=rf"'000.png' is in 2 sources; .*as {one}/000.png, {other}/000.png"):
+        finish(tmp_path / "store", drop=["000.png"])
+    assert digest(tmp_path / "store") == before
+    finish(tmp_path / "store", drop=[f"{other}/000.png"])
+    kept = [(item.source, item.id) for item in LatentStore(tmp_path / "store")]
+    assert kept == [(str(one), "000.png"), (str(one), "001.png"), (str(other), "001.png")]
+
+
 # --- refusals
 
 
