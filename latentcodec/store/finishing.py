@@ -110,11 +110,10 @@ def _known_entries(store: Path) -> Callable[[Shard], ShardEntry | None]:
 
 def _finished_shards(store: Path, plan: Plan, dropped: set[str]) -> Iterable[tuple[int, Shard]]:
     """Every shard, opened; those that hold a dropped row are written anew without it."""
-    wanted = {key.split("\t")[1] for key in dropped}
     for number in plan.shards:
         path = store / plan.file(number)
         shard = Shard(path, plan.settings, plan.shape(number))
-        if wanted and wanted & set(shard.batch.column("id").to_pylist()):
+        if dropped:
             keys = [f"{source}\t{name}" for source, name in shard.pictures()]
             kept = [row for row, key in enumerate(keys) if key not in dropped]
             if len(kept) < len(shard):
@@ -146,7 +145,8 @@ def _record_drops(store: Path, names: list[str]) -> None:
         whole = sorted({f"{source}/{picture}" for source, picture in found[name]})
         if len(whole) > 1:
             raise StoreError(
-                f"{store}: {name!r} is in {len(whole)} sources; name it with its source, as {', '.join(whole[:4])} (--drop)"
+                f"{store}: {name!r} is in {len(whole)} sources; name it with its source, as {', '.join(whole[:4])} "
+                "(--drop)"
             )
     keys = {f"{source}\t{picture}" for pictures in found.values() for source, picture in pictures}
     path = store / DROPPED

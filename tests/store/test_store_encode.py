@@ -362,6 +362,14 @@ def test_a_picture_that_two_sources_have_is_dropped_by_its_whole_name(tmp_path, 
     assert kept == [(str(one), "000.png"), (str(one), "001.png"), (str(other), "001.png")]
 
 
+def test_a_picture_with_a_tab_in_its_name_is_dropped(tmp_path, codec):
+    photos = write_pictures(tmp_path / "photos", 3)
+    (photos / "001.png").rename(photos / "a\tb.png")
+    make([photos], tmp_path / "store", codec)
+    assert finish(tmp_path / "store", drop=["a\tb.png"]).items == 2
+    assert [item.id for item in LatentStore(tmp_path / "store", check=True)] == ["000.png", "002.png"]
+
+
 # --- refusals
 
 
