@@ -80,7 +80,7 @@ def _checked(store: Path, progress: Progress | None) -> tuple[Index, bytes]:
     for number, shard in _finished_shards(store, plan, dropped):
         _require_planned(plan, number, shard, dropped)
         entries.append(known(shard) or checked_entry(store, shard))
-        rejects += shard.about["rejects"]
+        rejects += [{**reject, "shard": plan.file(number)} for reject in shard.about["rejects"]]
         samples += shard.about["samples"]
         if progress is not None:
             progress(len(entries), len(plan.shards))

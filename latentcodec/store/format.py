@@ -4,7 +4,7 @@
     STORE/plan/0000.arrow                     which picture belongs to which shard; 0001.arrow ...: added later
     STORE/shards/16x32x32/000000.arrow        Arrow IPC files, all latents of a shard of one shape c x h x w
     STORE/codec/                              the codec, an ordinary diffusers folder
-    STORE/rejects.jsonl                       pictures that were left out: {"path", "reason"}
+    STORE/rejects.jsonl                       pictures that were left out: {"path", "reason"}, and the "shard"
     STORE/dropped.json                        pictures that were removed, where there are any
 
 docs/store.md is the same for readers without this package. Writing is in `write.py`, reading in `read.py`, the number

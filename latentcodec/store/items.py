@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     id: str
     """Its path within its source, with forward slashes; for a data set `row N`."""
     source: str
-    """The folder, tar or data set that it came from: (source, id) names a picture."""
+    """The folder, tar or data set that it came from, as `Columns.source` has it: (source, id) names a picture."""
     kind: str
     """`file`, `tar`, `row`, or `cache` for a file of latents."""
     offset: int = 0
@@ -54,6 +54,19 @@ class Columns(NamedTuple):
     subset: str | None = None
     split: str = "train"
 
+    def source(self, name: str) -> str:
+        """What entries call a data set, ` [subset, split]` behind its name: its splits are other pictures.
+
+        The split that is taken by default is not named, as in stores from before others were.
+        """
+        if (self.subset, self.split) == (None, "train"):
+            return name
+        return f"{name} [{', '.join(filter(None, (self.subset, self.split)))}]"
+
+    def name(self, source: str) -> str:
+        """The data set of a source."""
+        return source.removesuffix(self.source(""))
+
 
 class EntryReader:
     """Gets bytes, caption and label of an entry; can be sent to another process."""
@@ -69,7 +82,9 @@ class EntryReader:
             return _read(entry.source, entry.offset, entry.length, entry.path)
         from latentcodec.sources.images import encoded_cell
 
-        return encoded_cell(self._row(entry)[_image_column(entry.source, self.columns)], entry.path)
+        return encoded_cell(
+            self._row(entry)[_image_column(self.columns.name(entry.source), self.columns)], entry.path
+        )
 
     def caption_and_label(self, entry: Entry) -> tuple[str | None, int | None]:
         """The text that belongs to the picture, stripped, and its class; None where there is none.
@@ -94,7 +109,7 @@ class EntryReader:
         return (caption.strip() if caption else None), label
 
     def _row(self, entry: Entry) -> dict[str, Any]:
-        return dataset_of(entry.source, self.columns)[entry.offset]
+        return dataset_of(self.columns.name(entry.source), self.columns)[entry.offset]
 
 
 def _caption_of_file(entry: Entry) -> str | None:

@@ -103,7 +103,7 @@ def prepare(
     if before is None and has_codec and keep_codec:
         require_no_other_codec(model, out)
     told = [_told(source) for source in sources]
-    if before is not None and _is_gone_on_with(out, before, settings, told, elsewhere):
+    if before is not None and _is_gone_on_with(out, before, settings, told, columns, elsewhere):
         if save and keep_codec:
             put_codec(model, out)
         return before
@@ -177,10 +177,13 @@ def _told(source: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else source
 
 
-def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[str], elsewhere: bool) -> bool:
+def _is_gone_on_with(
+    out: Path, begun: Plan, settings: Settings, sources: list[str], columns: Columns, elsewhere: bool
+) -> bool:
     """Whether a store that was begun has shards to do, before pictures are added to it.
 
-    Raises StoreError where it was begun with other settings, or is not finished and was begun with other sources.
+    Raises StoreError where it was begun with other settings, or is not finished and was begun with other sources, or
+    other columns or another split of them.
     """
     if differences := begun.settings.differences(settings):
         raise StoreError(f"{out}: this store was begun with {'; '.join(differences)}")
@@ -191,6 +194,12 @@ def _is_gone_on_with(out: Path, begun: Plan, settings: Settings, sources: list[s
             f"{out}: this store is not finished. Finish it first, with the sources {', '.join(planned)}; then other "
             "pictures can be added"
         )
+    for name, value in columns._asdict().items():
+        if (begun_with := begun.parts[-1].about["columns"][name]) != value:
+            raise StoreError(
+                f"{out}: this store is not finished. Finish it first, with the {name} {begun_with!r} that it was begun "
+                f"with, not {value!r}"
+            )
     if not elsewhere:
         _say_what_differs(out, begun)
     return True

@@ -78,9 +78,11 @@ def _listed_in(source: str, columns: Columns) -> Iterator[Listed]:
 
 def _rows(name: str, columns: Columns) -> list[Listed]:
     """The rows of a data set. Raises ValueError naming it where it cannot be read, or has no column of images."""
-    rows = len(dataset_of(name, columns))
-    width = len(str(rows))
-    return [Listed(Entry(f"row {row:0{width}}", name, "row", offset=row)) for row in range(rows)]
+    source = columns.source(name)
+    return [
+        Listed(Entry(f"row {row}", source, "row", offset=row))
+        for row in range(len(dataset_of(name, columns)))
+    ]
 
 
 def _file_entry(file: Path, folder: Path, kind: str = "file") -> Entry:

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from latentcodec.files import require_regular
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape, StoreError, shard_file
-from latentcodec.store.items import Entry
+from latentcodec.store.items import Columns, Entry
 
 PLAN_FOLDER = "plan"
 PART_FILE = re.compile(r"[0-9]+\.arrow")
@@ -66,6 +66,11 @@ class Part:
     def first(self) -> int:
         """Number of its first shard."""
         return self.about["first"]
+
+    @property
+    def rows(self) -> int:
+        """Pictures of its shards, which come first in the table; behind them are those that were left out."""
+        return sum(count for *_, count in self.about["shards"])
 
     def asks_for_the_same_as(self, other: Part) -> bool:
         """Whether both plan the same pictures in the same way, on whatever machine."""
@@ -205,30 +210,52 @@ class Plan:
         ]
 
     def rejects(self) -> list[dict[str, str]]:
-        """Pictures whose header could not be read, as rejects.jsonl lists them."""
-        found = []
+        """Pictures that were left out before any was encoded and are in no later part, as rejects.jsonl lists them."""
+        found: dict[tuple[str, str], dict[str, str]] = {}
         for part in self.parts:
-            left_out = part.table.slice(sum(count for *_, count in part.about["shards"])).to_pylist()
-            found += [{"path": _entry(row).path, "reason": row["reason"]} for row in left_out]
-        return found
+            for key in _as_listed(part, 0, part.rows) if found else ():
+                found.pop(key, None)
+            left_out = part.table.slice(part.rows).to_pylist()
+            lines = [{"path": _entry(row).path, "reason": row["reason"]} for row in left_out]
+            found |= zip(_as_listed(part, part.rows), lines, strict=True)
+        return list(found.values())
 
-    def keys(self) -> set[tuple[str, str]]:
-        """(source, id) of every picture, those left out included."""
-        return {key for part in self.parts for key in _keys(part)}
+    def accepted(self) -> set[tuple[str, str]]:
+        """(source, id) of every picture of a shard, as `list_entries` names them."""
+        return {key for part in self.parts for key in _as_listed(part, 0, part.rows)}
+
+    def left_out(self) -> set[tuple[str, str]]:
+        """(source, id) of every picture that a part has left out before any was encoded."""
+        return {key for part in self.parts for key in _as_listed(part, part.rows)}
 
     def find(self, names: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
         """name -> (source, id) of each picture with this id, or this `source/id`."""
         wanted = set(names)
         found: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for part in self.parts:
-            for source, name in _keys(part):
+            for source, name in _texts(part.table, "source", "id"):
                 for spelling in {name, f"{source}/{name}"} & wanted:
                     found[spelling].add((source, name))
         return dict(found)
 
 
-def _keys(part: Part) -> Iterator[tuple[str, str]]:
-    for batch in part.table.select(["source", "id"]).to_batches():
+def _as_listed(part: Part, start: int, stop: int | None = None) -> Iterator[tuple[str, str]]:
+    """(source, id) of the rows `start` to `stop` - 1, as a listing of today has them.
+
+    Earlier ones filled the numbers of a data set's rows up with zeros, and did not name its split.
+    """
+    columns = Columns(**part.about["columns"])
+    table = part.table.slice(start, None if stop is None else stop - start)
+    for source, name, kind in _texts(table, "source", "id", "kind"):
+        if kind == "row":
+            yield columns.source(columns.name(source)), f"row {int(name.removeprefix('row '))}"
+        else:
+            yield source, name
+
+
+def _texts(table: pa.Table, *names: str) -> Iterator[tuple[str, ...]]:
+    """Some columns, row by row."""
+    for batch in table.select(names).to_batches():
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 

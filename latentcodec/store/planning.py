@@ -40,20 +40,19 @@ def make_plan(
 ) -> Plan:
     """A plan for the pictures of `sources` that the plan `before` does not have yet, as one more part of it.
 
-    Where it has all of them, it is `before` itself. `sampled` pictures, evenly spread, are decoded again while
-    encoding. Raises ValueError where there is nothing to read, and OSError where a source goes meanwhile.
+    Those that it left out are tried again. Where nothing is new, it is `before` itself. `sampled` pictures, evenly
+    spread, are decoded again while encoding. Raises ValueError where there is nothing to read, and OSError where a
+    source goes meanwhile.
     """
     listed = list_caches(sources) if settings.imported else list_entries(sources, columns)
-    if before is not None:
-        known = before.keys()
-        listed = [item for item in listed if (item.entry.source, item.entry.id) not in known]
-        if not listed:
-            return before
-    entries = [item.entry for item in listed]
-    sizes = _sizes(listed, settings, columns)
+    accepted = before.accepted() if before else set()
+    listed = [item for item in listed if (item.entry.source, item.entry.id) not in accepted]
+    entries, sizes = _new(listed, _sizes(listed, settings, columns), before.left_out() if before else set())
+    if before is not None and not entries:
+        return before
     shards, order, reasons = _cut(entries, sizes, settings, shard_size)
-    accepted = sum(count for *_, count in shards)
-    samples = np.unique(np.linspace(0, accepted - 1, min(sampled, accepted)).round().astype(int)).tolist()
+    rows = sum(count for *_, count in shards)
+    samples = np.unique(np.linspace(0, rows - 1, min(sampled, rows)).round().astype(int)).tolist()
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -94,6 +93,18 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
     with warnings.catch_warnings(), ThreadPoolExecutor(HEADER_READERS) as pool:
         warnings.simplefilter("default")  # the plan must not depend on a filter that makes them errors
         return list(pool.map(size, listed))
+
+
+def _new(
+    listed: list[Listed], sizes: list[tuple[int, int] | str | None], left_out: set[tuple[str, str]]
+) -> tuple[list[Entry], list[tuple[int, int] | str | None]]:
+    """Entries and sizes without what was `left_out` before, by source and id, and still has a reason to be."""
+    kept = [
+        (item.entry, size)
+        for item, size in zip(listed, sizes, strict=True)
+        if not isinstance(size, str) or (item.entry.source, item.entry.id) not in left_out
+    ]
+    return [entry for entry, _ in kept], [size for _, size in kept]
 
 
 def _cut(
