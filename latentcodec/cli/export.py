@@ -19,6 +19,7 @@ def export(
     """Write a store in another format, one file for each shard.
 
     The shards are Arrow files, which pyarrow, `datasets` and polars read as they are; this is for tools that do not.
+    Run again, it writes the files anew whose shards have changed; beside each tar a .json says of which shard it is.
 
         latentcodec export latents --to parquet --out latents-parquet
     """
@@ -26,7 +27,7 @@ def export(
     from latentcodec.store.export import export as export_store
 
     opened = LatentStore(store)
-    with counting(len(opened.index.shards), "shard") as advance:
+    with counting(sum(entry.items > 0 for entry in opened.index.shards), "shard") as advance:
         files = export_store(opened, to, out, lambda done, total: advance(1, 0))
     print(f"{number_of(len(opened), 'picture')} in {number_of(len(files), f'{to} file')}: {out}")
     say_json(as_json, {"items": len(opened), "files": len(files)})

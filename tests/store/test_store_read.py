@@ -14,7 +14,7 @@ from stores import SMALL, tiny_codec, write_pictures
 from torch.utils.data import DataLoader
 
 from latentcodec.pixels import load_image
-from latentcodec.store import EncodeBatch, LatentStore, StoreError, encode, prepare, verify
+from latentcodec.store import EncodeBatch, LatentStore, StoreError, encode, finish, prepare, verify
 from latentcodec.store.caches import read_cache
 from latentcodec.store.export import export
 from latentcodec.store.quantize import TORCH, dequantize, quantize
@@ -121,6 +121,46 @@ def test_exports_hold_the_same_latents(photos, tmp_path, codec, dtype):
     assert len(names) == 11
     with pytest.raises(ValueError, match="parquet or webdataset"):
         export(store, "zarr", tmp_path)
+
+
+@pytest.mark.parametrize("to", ["parquet", "webdataset"])
+def test_an_export_that_is_there_stays_only_where_it_is_of_this_store(photos, tmp_path, codec, to):
+    """Not where pictures were dropped since, nor where it is another store's, or damaged."""
+
+    def exported(store):
+        before = {file: file.stat().st_ino for file in out.glob("*/*") if file.suffix != ".json"}
+        files = export(LatentStore(store), to, out)
+        return files, [file for file in files if before.get(file) != file.stat().st_ino]
+
+    def pictures(files):
+        if to == "parquet":
+            return [name for file in files for name in pq.read_table(file)["id"].to_pylist()]
+        found = []
+        for file in files:
+            with tarfile.open(file) as tar:
+                names = [member for member in tar if member.name.endswith(".json")]
+                found += [json.loads(tar.extractfile(member).read())["id"] for member in names]
+        return found
+
+    def expected(store):
+        return [item.id for item in LatentStore(store)]
+
+    out, one, other = tmp_path / "out", tmp_path / "one", tmp_path / "other"
+    make(photos, one, codec)
+    files, written = exported(one)
+    assert (len(written), exported(one)) == (3, (files, []))
+    finish(one, drop=["005.png"])
+    assert exported(one) == (files, files[1:2])
+    assert pictures(files) == expected(one)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    if to == "parquet":  # a tar has no end to tell it by
+        assert exported(one)[1] == files[:1]
+    make(write_pictures(tmp_path / "others", 11, first=20), other, codec)
+    assert exported(other)[1] == files
+    assert pictures(files) == expected(other)
+    finish(other, drop=expected(other)[8:])
+    with pytest.raises(ValueError, match=rf"{files[2]}: no file of this export; delete it"):
+        exported(other)
 
 
 # --- items and batches
