@@ -35,22 +35,31 @@ def list_entries(sources: Iterable[str], columns: Columns = Columns()) -> list[L
 
     Raises ValueError naming the source where there is nothing to read, and for a picture that is named twice.
     """
-    listed = [item for source in sources for item in _listed_in(source, columns)]
-    seen: set[tuple[str, str]] = set()
-    for entry, _ in listed:
-        if (key := (entry.source, entry.id)) in seen:
-            raise ValueError(f"{entry.path}: named twice; give each folder, file or data set once")
-        seen.add(key)
-    return listed
+    return _once([item for source in sources for item in _listed_in(source, columns)])
 
 
 def list_caches(folders: Iterable[str]) -> list[Listed]:
-    """Every file of latents below `folders`. Raises ValueError naming a folder that holds none."""
+    """Every file of latents below `folders`.
+
+    Raises ValueError naming a folder that holds none, and for a file that is named twice.
+    """
     listed = []
     for name in folders:
         folder = Path(name).expanduser().resolve()
         listed += [Listed(_file_entry(file, folder, CACHE)) for file in find_caches(folder)]
-    return listed
+    return _once(listed)
+
+
+def _once(listed: list[Listed]) -> list[Listed]:
+    """Without what one source leaves out and another reads. Raises ValueError naming a picture that is there twice."""
+    read: set[str] = set()
+    for entry in (item.entry for item in listed if item.reason is None):
+        if entry.path in read:
+            raise ValueError(
+                f"{entry.path}: named twice; give each folder, file or data set once, and no folder within another"
+            )
+        read.add(entry.path)
+    return [item for item in listed if item.reason is None or item.entry.path not in read]
 
 
 def _listed_in(source: str, columns: Columns) -> Iterator[Listed]:

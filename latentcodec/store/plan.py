@@ -211,22 +211,22 @@ class Plan:
 
     def rejects(self) -> list[dict[str, str]]:
         """Pictures that were left out before any was encoded and are in no later part, as rejects.jsonl lists them."""
-        found: dict[tuple[str, str], dict[str, str]] = {}
+        found: dict[str, dict[str, str]] = {}
         for part in self.parts:
-            for key in _as_listed(part, 0, part.rows) if found else ():
-                found.pop(key, None)
+            for path in _as_listed(part, 0, part.rows) if found else ():
+                found.pop(path, None)
             left_out = part.table.slice(part.rows).to_pylist()
             lines = [{"path": _entry(row).path, "reason": row["reason"]} for row in left_out]
             found |= zip(_as_listed(part, part.rows), lines, strict=True)
         return list(found.values())
 
-    def accepted(self) -> set[tuple[str, str]]:
-        """(source, id) of every picture of a shard, as `list_entries` names them."""
-        return {key for part in self.parts for key in _as_listed(part, 0, part.rows)}
+    def accepted(self) -> set[str]:
+        """The path of every picture of a shard, as `list_entries` has it."""
+        return {path for part in self.parts for path in _as_listed(part, 0, part.rows)}
 
-    def left_out(self) -> set[tuple[str, str]]:
-        """(source, id) of every picture that a part has left out before any was encoded."""
-        return {key for part in self.parts for key in _as_listed(part, part.rows)}
+    def left_out(self) -> set[str]:
+        """The path of every picture that a part has left out before any was encoded."""
+        return {path for part in self.parts for path in _as_listed(part, part.rows)}
 
     def find(self, names: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
         """name -> (source, id) of each picture with this id, or this `source/id`."""
@@ -239,8 +239,8 @@ class Plan:
         return dict(found)
 
 
-def _as_listed(part: Part, start: int, stop: int | None = None) -> Iterator[tuple[str, str]]:
-    """(source, id) of the rows `start` to `stop` - 1, as a listing of today has them.
+def _as_listed(part: Part, start: int, stop: int | None = None) -> Iterator[str]:
+    """The paths of the rows `start` to `stop` - 1, as a listing of today has them.
 
     Earlier ones filled the numbers of a data set's rows up with zeros, and did not name its split.
     """
@@ -248,9 +248,8 @@ def _as_listed(part: Part, start: int, stop: int | None = None) -> Iterator[tupl
     table = part.table.slice(start, None if stop is None else stop - start)
     for source, name, kind in _texts(table, "source", "id", "kind"):
         if kind == "row":
-            yield columns.source(columns.name(source)), f"row {int(name.removeprefix('row '))}"
-        else:
-            yield source, name
+            source, name = columns.source(columns.name(source)), f"row {int(name.removeprefix('row '))}"
+        yield Entry(name, source, kind).path
 
 
 def _texts(table: pa.Table, *names: str) -> Iterator[tuple[str, ...]]:

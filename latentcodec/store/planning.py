@@ -46,7 +46,7 @@ def make_plan(
     """
     listed = list_caches(sources) if settings.imported else list_entries(sources, columns)
     accepted = before.accepted() if before else set()
-    listed = [item for item in listed if (item.entry.source, item.entry.id) not in accepted]
+    listed = [item for item in listed if item.entry.path not in accepted]
     entries, sizes = _new(listed, _sizes(listed, settings, columns), before.left_out() if before else set())
     if before is not None and not entries:
         return before
@@ -96,13 +96,13 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
 
 
 def _new(
-    listed: list[Listed], sizes: list[tuple[int, int] | str | None], left_out: set[tuple[str, str]]
+    listed: list[Listed], sizes: list[tuple[int, int] | str | None], left_out: set[str]
 ) -> tuple[list[Entry], list[tuple[int, int] | str | None]]:
-    """Entries and sizes without what was `left_out` before, by source and id, and still has a reason to be."""
+    """Entries and sizes without what was `left_out` before, by path, and still has a reason to be."""
     kept = [
         (item.entry, size)
         for item, size in zip(listed, sizes, strict=True)
-        if not isinstance(size, str) or (item.entry.source, item.entry.id) not in left_out
+        if not isinstance(size, str) or item.entry.path not in left_out
     ]
     return [entry for entry, _ in kept], [size for _, size in kept]
 

@@ -303,3 +303,39 @@ def test_a_picture_that_a_shard_has_left_out_comes_back_with_the_shard(tmp_path)
     (out / reject["shard"]).unlink()
     found, rejects = encoded(photos, out, size=16)
     assert ([name for _, name in found], rejects) == (["a.png", "b.png"], [])
+
+
+# --- the same twice
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """A folder with pictures, and latents of another program, in it and in a folder within."""
+    for name, grey in (("a", 10), ("b", 20), ("sub/c", 30)):
+        path = tmp_path / f"photos/{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".png").write_bytes(picture(grey))
+        np.savez(path.with_suffix(".npz"), latents=np.zeros((4, 8, 8), np.float32))
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("inner", ["", "sub"])
+@pytest.mark.parametrize(("imported", "suffix"), [(None, "png"), ("raw", "npz")])
+def test_a_picture_that_two_sources_hold_is_refused(nested, tmp_path, inner, imported, suffix):
+    with pytest.raises(ValueError, match=rf"photos/.*\.{suffix}: named twice.*no folder within another"):
+        prepare(
+            [str(nested), str(nested / inner)], tmp_path / "store", tiny_codec(), imported=imported, **SMALL
+        )
+
+
+@pytest.mark.parametrize("imported", [None, "raw"])
+def test_a_folder_within_one_that_a_store_has_brings_nothing_new(nested, tmp_path, imported):
+    found, _ = encoded(nested, tmp_path / "store", imported=imported)
+    assert len(found) == 3
+    assert encoded(nested / "sub", tmp_path / "store", imported=imported)[0] == found
+
+
+def test_a_tar_beside_pictures_may_be_named_together_with_its_folder(nested):
+    shard = tar(nested / "one.tar", [("t.png", picture(90))])
+    listed = list_entries([str(nested), str(shard)])
+    assert (greys(listed), left_out(listed)) == ([10, 20, 30, 90], {})
