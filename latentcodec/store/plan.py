@@ -168,11 +168,6 @@ class Plan:
         """The numbers of all shards."""
         return range(len(self._places))
 
-    @property
-    def items(self) -> int:
-        """Pictures in all shards, broken ones that no header betrayed included."""
-        return sum(count for _, _, count in self._places)
-
     def shape(self, shard: int) -> Shape:
         """c, h, w of a shard's latents."""
         return self._shapes[shard]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -128,6 +129,19 @@ def test_a_dry_run_writes_nothing(place, tmp_path, call):
     assert line["bytes"] == pytest.approx(5 * 4 * 64 * 2, rel=1)
     assert line["seconds"] >= 0
     assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_counts_what_is_still_to_do(place, store, tmp_path, call):
+    arguments = ("encode", place / "photos", "--codec", place / "codec", *ENCODE, "--dry-run", "--json")
+    code, out, _ = call(*arguments, "--out", store)
+    line = last(out)
+    assert (code, line["items"], line["shards"], line["bytes"], line["seconds"]) == (0, 0, 0, 0, 0)
+    shutil.copytree(store, tmp_path / "store")
+    next((tmp_path / "store").glob("shards/*/000002.arrow")).unlink()
+    line = last(call(*arguments, "--out", tmp_path / "store")[1])
+    assert (line["items"], line["shards"]) == (1, 1)
+    assert line["bytes"] == pytest.approx(4 * 64 * 2, rel=1)
+    assert line["seconds"] > 0
 
 
 def test_a_dry_run_measures_as_the_plan_will_encode(place, tmp_path, call, monkeypatch):
