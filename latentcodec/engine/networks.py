@@ -21,13 +21,11 @@ from latentcodec.vae.networks import Decoder, Encoder
 class _OnEngine(nn.Module):
     """What both networks have in common."""
 
-    conv_in: nn.Conv2d
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """All that moves parameters comes by here: a recording would keep its memory on the device that they leave."""
-        device = self.conv_in.weight.device
+        device = next(self.parameters()).device
         super()._apply(fn, recurse)
-        if self.conv_in.weight.device != device:
+        if next(self.parameters()).device != device:
             forget(self)
         return self
 

@@ -71,7 +71,8 @@ class Engine:
         the network was built with get the plain modules.
         """
         return (
-            self.allows(x, network.conv_in.weight)
+            type(network.conv_in) is nn.Conv2d  # what took its place may have no weight
+            and self.allows(x, network.conv_in.weight)
             and not has_hooks(network)
             and all(
                 is_plain(module, BLOCKS) for child in network.children() for module in modules_within(child)
@@ -84,6 +85,7 @@ class Engine:
         """Whether strips may compute on such an input, here and now; `first` is the weight that it meets first."""
         return (
             is_ordinary(x)
+            and x.dtype == first.dtype  # else torch's own error
             and x.is_floating_point()
             and x.ndim == 4
             and x.shape[1]
@@ -154,6 +156,7 @@ class Engine:
             and self.keep_packed
             and self.max_memory is None
             and x.dtype == torch.float32
+            and all(p.dtype == torch.float32 for p in network.parameters())  # what a checksum reads
             and len(x) * largest * x.dtype.itemsize <= STRIP_BYTES["cpu"]
             and isinstance(self.kernels(x), NativeKernels)
             and all(weight.numel() <= KEPT_VALUES for weight in network.parameters())

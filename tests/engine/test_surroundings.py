@@ -123,6 +123,28 @@ def test_another_number_of_channels_is_torchs_own_error(sides, channels):
             sides[1].decode(torch.rand(2, channels, 22, 18))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_input_of_another_dtype_is_torchs_own_error(sides, dtype):
+    """Not a sum over twice the memory that the weights have."""
+    for side in sides:
+        for weights, given in ((dtype, torch.float32), (torch.float32, dtype)):
+            nn.Module.to(side, weights)
+            for _ in range(3):
+                with torch.no_grad(), pytest.raises(RuntimeError, match="should be the same"):
+                    side.encode(torch.rand(X, dtype=given))
+                with torch.no_grad(), pytest.raises(RuntimeError, match="should be the same"):
+                    side.decode(torch.rand(Z, dtype=given))
+
+
+def test_weights_of_several_dtypes_are_not_recorded(sides):
+    """A sum over a recording's weights reads values of four bytes."""
+    network, z = sides[1].decoder, torch.randn(Z)
+    stages = [(22 << i, 18 << i, stage) for i, stage in enumerate(network.up_blocks)]
+    assert network.engine._is_recordable(network, z, stages)
+    nn.Module.to(network.conv_out, torch.bfloat16)
+    assert not network.engine._is_recordable(network, z, stages)
+
+
 def test_an_empty_batch_has_empty_gradients(sides):
     for side in sides:
         x = torch.empty(0, 32, 22, 18).to(memory_format=torch.channels_last).requires_grad_()
