@@ -40,9 +40,14 @@ def torch_layers_are_replaced() -> bool:
     hooks = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
     return (
         bool(hooks or all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
-        or any(layer.forward.__module__ != layer.__module__ for layer in LAYERS if layer is not nn.ModuleList)
-        or nn.Conv2d._conv_forward.__module__ != nn.Conv2d.__module__
+        or any(_is_of_others(layer, layer.forward) for layer in LAYERS if layer is not nn.ModuleList)
+        or _is_of_others(nn.Conv2d, nn.Conv2d._conv_forward)
     )
+
+
+def _is_of_others(layer: type[nn.Module], method: Any) -> bool:
+    """Whether a method was not written where its class was; `functools.wraps` copies the name of that module."""
+    return method.__module__ != layer.__module__ or hasattr(method, "__wrapped__")
 
 
 def has_plain_parameters(module: nn.Module) -> bool:

@@ -11,7 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import has_hooks, has_plain_parameters, is_plain_convolution
+from latentcodec.engine.checks import (
+    has_hooks,
+    has_plain_parameters,
+    is_plain_convolution,
+    torch_layers_are_replaced,
+)
 from latentcodec.ops.functional import applies_to, conv3x3, norm_silu, suits_winograd, upsample_conv
 from latentcodec.vae import layers
 from latentcodec.vae.layers import LayerTypes
@@ -19,7 +24,7 @@ from latentcodec.vae.layers import LayerTypes
 
 def norm_act(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
     """activation(norm(x)); [B, C, H, W] -> [B, C, H, W]."""
-    if not (applies_to(x) and _is_fusible(norm, activation) and x.shape[1] == norm.num_channels):
+    if not (_may_replace_layers(x) and _is_fusible(norm, activation) and x.shape[1] == norm.num_channels):
         return activation(norm(x))
     return norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
@@ -27,12 +32,14 @@ def norm_act(x: Tensor, norm: nn.GroupNorm, activation: nn.Module) -> Tensor:
 def _is_fusible(norm: nn.GroupNorm, activation: nn.Module) -> bool:
     if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or not has_plain_parameters(norm):
         return False
+    if norm.weight is None or norm.bias is None:
+        return False
     return not (has_hooks(norm) or has_hooks(activation))
 
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(x); [B, C, H, W] -> [B, C', H, W]."""
-    if applies_to(x) and _is_plain_conv2d(layer) and suits_winograd(x, layer.weight):
+    if _may_replace_layers(x) and _is_plain_conv3x3(layer) and suits_winograd(x, layer.weight):
         return conv3x3(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
@@ -53,13 +60,20 @@ class Upsample(layers.Upsample):
     """Nearest neighbour times two and the convolution after it, as one transposed convolution."""
 
     def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        if output_size is None and applies_to(hidden_states) and _is_plain_conv2d(self.conv):
+        if output_size is None and _may_replace_layers(hidden_states) and _is_plain_conv3x3(self.conv):
             return upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
         return super().forward(hidden_states, output_size)
 
 
-def _is_plain_conv2d(layer: nn.Module) -> bool:
+def _may_replace_layers(x: Tensor) -> bool:
+    return applies_to(x) and not torch_layers_are_replaced()
+
+
+def _is_plain_conv3x3(layer: nn.Module) -> bool:
+    """Whether it keeps the size of a map, as both functions for it assume."""
     if type(layer) is not nn.Conv2d or has_hooks(layer):
+        return False
+    if (layer.weight.shape[2:], layer.stride, layer.padding) != ((3, 3), (1, 1), (1, 1)):
         return False
     return is_plain_convolution(layer) and has_plain_parameters(layer)
 

@@ -4,6 +4,7 @@ Arguments by position and by name, block by block, under transforms of torch.fun
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -284,6 +285,42 @@ def test_a_class_of_torch_whose_code_was_replaced_is_obeyed(name, monkeypatch, s
     with torch.no_grad():
         close(vae.decoder(torch.ones(Z)), reference.decoder(torch.ones(Z)))
     assert not strips
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(nn.Conv2d, "_conv_forward"), (nn.Conv2d, "forward"), (nn.GroupNorm, "forward"), (nn.SiLU, "forward")],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_replaced_code_that_copies_the_name_of_its_module_is_obeyed(kind, name, grad, monkeypatch, strips):
+    sides = pair(CONFIGS["sd"])
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def scaled(self, *args):
+        return 1.5 * original(self, *args)
+
+    z = torch.randn(2, 4, 16, 16).to(memory_format=torch.channels_last)
+    for side in sides:
+        side.to(memory_format=torch.channels_last)
+    monkeypatch.setattr(kind, name, scaled)
+    with torch.set_grad_enabled(grad):
+        theirs, ours = (side.decoder(z).detach() for side in sides)
+    close(ours, theirs)
+    assert not strips
+
+
+def test_hooks_on_all_modules_change_results_with_gradients():
+    sides = [side.to(memory_format=torch.channels_last) for side in pair(CONFIGS["sd"])]
+    z = torch.randn(2, 4, 16, 16).to(memory_format=torch.channels_last)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: 1.5 * y if isinstance(module, nn.GroupNorm) else None
+    )
+    try:
+        theirs, ours = (side.decoder(z).detach() for side in sides)
+    finally:
+        handle.remove()
+    close(ours, theirs)
 
 
 def test_hooks_on_all_modules_are_heard(strips):

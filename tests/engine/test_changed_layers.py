@@ -61,6 +61,14 @@ def swapped_by_loading(vae):
 CHANGES = {
     "a convolution without padding": set_to("decoder.conv_in", padding=(0, 0)),
     "a convolution with more padding": set_to("decoder.conv_in", padding=(2, 2)),
+    "padding that moves to the next convolution": lambda vae: (
+        set_to(CONV, padding=(0, 0))(vae),
+        set_to(CONV.replace("conv1", "conv2"), padding=(2, 2))(vae),
+    ),
+    "a sequence as first layer": lambda vae: (
+        replaced("decoder.conv_in", lambda: nn.Sequential(nn.Conv2d(4, 32, 3, padding=1)))(vae),
+        nn.Module.to(vae, "cpu"),
+    ),
     "a stride": set_to("decoder.conv_out", stride=(2, 2)),
     "padding on top of the class's": set_to("encoder.down_blocks.0.downsamplers.0.conv", padding=(1, 1)),
     "a 5x5 convolution": replaced("decoder.conv_out", lambda: nn.Conv2d(16, 3, 5, padding=2)),
@@ -103,6 +111,33 @@ def test_a_layer_that_was_changed_gives_the_numbers_of_the_class(name):
     for seed in (1, 2, 3):
         for theirs, ours in zip(*(results(side, seed) for side in sides), strict=True):
             assert relative_error(ours, theirs) <= 2e-5
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_layer_that_was_changed_gives_the_numbers_of_the_class_with_gradients(name):
+    """In channels_last, where functions of ours compute in place of layers."""
+    assert library() is not None
+    sides = pair(CONFIG)
+    optimize_vae(sides[1])
+    outcomes = []
+    for side in sides:
+        torch.manual_seed(1)
+        CHANGES[name](side.to(memory_format=torch.channels_last))
+        torch.manual_seed(2)
+        x, z = torch.rand(2, 3, 44, 36) * 2 - 1, torch.randn(2, 4, 22, 18)
+        x, z = (value.to(memory_format=torch.channels_last).requires_grad_() for value in (x, z))
+        y = side.encode(x).latent_dist.parameters, side.decode(z).sample
+        outcomes.append([*y, *torch.autograd.grad([value.square().mean() for value in y], (x, z))])
+    for theirs, ours in zip(*outcomes, strict=True):
+        assert relative_error(ours, theirs) <= 1e-4
+
+
+def test_a_stride_that_the_class_cannot_add_up_is_torchs_own_error_with_gradients():
+    for vae in pair(CONFIG):
+        vae.to(memory_format=torch.channels_last)
+        set_to(CONV.replace("conv1", "conv2"), stride=(2, 2), padding=(0, 0))(vae)
+        with pytest.raises(RuntimeError, match="must match the size"):
+            vae.decode(torch.randn(2, 4, 22, 18).to(memory_format=torch.channels_last))
 
 
 def test_a_shortcut_that_is_missing_is_torchs_own_error():
