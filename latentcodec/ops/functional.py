@@ -138,11 +138,10 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # since a gradient of this gradient will be asked for
-            y = F.silu(F.group_norm(x, ctx.groups, weight, bias, ctx.eps))
-            wanted = [value for value in (x, weight, bias) if value.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None
+        if _needs_formulas_of_torch(dy):
+            with torch.enable_grad():
+                y = F.silu(F.group_norm(x, ctx.groups, weight, bias, ctx.eps))
+            return *_gradients_of_torch(y, (x, weight, bias), dy), None, None
         rows, dy = x.detach().permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1).contiguous()
         dx, dweight, dbias = fastest_kernels(x.device.type).gradients(dy, rows, weight, *ctx.known)
         return dx.permute(0, 3, 1, 2), dweight, dbias, None, None
@@ -166,12 +165,12 @@ class _WinogradConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # since a gradient of this gradient will be asked for
-            y = F.conv2d(F.interpolate(x, scale_factor=2.0) if ctx.doubles else x, weight, bias, padding=1)
-            wanted = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            needed = (value is not None and value.requires_grad for value in (x, weight, bias))
-            return *(next(found) if is_needed else None for is_needed in needed), None
+        if _needs_formulas_of_torch(dy):
+            with torch.enable_grad():
+                y = F.conv2d(
+                    F.interpolate(x, scale_factor=2.0) if ctx.doubles else x, weight, bias, padding=1
+                )
+            return *_gradients_of_torch(y, (x, weight, bias), dy), None
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
@@ -182,6 +181,22 @@ class _WinogradConv(torch.autograd.Function):
         elif ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
         return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
+
+
+def _needs_formulas_of_torch(dy: Tensor) -> bool:
+    """Whether a gradient of this gradient will be asked for, or dy is many at once, whose memory nobody can read.
+
+    `torch.vmap` makes one kind of these, `torch.autograd.grad(..., is_grads_batched=True)` the other.
+    """
+    known = torch._C._functorch
+    return torch.is_grad_enabled() or known.is_batchedtensor(dy) or known.is_legacy_batchedtensor(dy)
+
+
+def _gradients_of_torch(y: Tensor, inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[Tensor | None]:
+    """Of y, which torch computed from `inputs`; None for those that need none."""
+    wanted = [value for value in inputs if value is not None and value.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
+    return [next(found) if value is not None and value.requires_grad else None for value in inputs]
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, doubles: bool) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from stock_pairs import config, pair
 from torch import nn
 
 from latentcodec.engine.layers import conv
-from latentcodec.ops.functional import conv3x3, suits_winograd, upsample_conv
+from latentcodec.ops.functional import conv3x3, norm_silu, suits_winograd, upsample_conv
 from latentcodec.ops.native import weight_gradient
+from latentcodec.ops.native.build import library
 from latentcodec.ops.native.winograd import Scheme
 
 
@@ -162,6 +163,30 @@ def test_gradients_of_gradients_are_torch_s(pair_of_functions):
         seconds.append(torch.autograd.grad(first.square().sum(), (x, weight)))
     for ours, theirs in zip(*seconds, strict=True):
         close(ours, theirs)
+
+
+def norm_silu_4(x, weight, bias):
+    return norm_silu(x, weight, bias, 4, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "function", [conv3x3, upsample_conv, norm_silu_4], ids=lambda function: function.__name__
+)
+@pytest.mark.parametrize("is_transform", [False, True], ids=["is_grads_batched", "vmap"])
+def test_many_gradients_at_once_are_those_one_by_one(function, is_transform):
+    assert library() is not None
+    x = torch.randn(1, 16, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    shape = (16,) if function is norm_silu_4 else (16, 16, 3, 3)
+    given = x, torch.randn(shape, requires_grad=True), torch.randn(16, requires_grad=True)
+    y = function(*given)
+    dys = torch.randn(3, *y.shape)
+    one_by_one = [torch.autograd.grad(y, given, dy, retain_graph=True) for dy in dys]
+    if is_transform:
+        found = torch.vmap(lambda dy: torch.autograd.grad(y, given, dy, retain_graph=True))(dys)
+    else:
+        found = torch.autograd.grad(y, given, dys, retain_graph=True, is_grads_batched=True)
+    for ours, *theirs in zip(found, *one_by_one, strict=True):
+        close(ours, torch.stack(theirs))
 
 
 def test_other_layers_and_inputs_get_torch_s_convolution():
