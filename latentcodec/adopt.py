@@ -35,17 +35,11 @@ from diffusers.models.attention_processor import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from latentcodec.engine.checks import has_hooks
 from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
-from latentcodec.engine.networks import EngineDecoder, EngineEncoder
+from latentcodec.engine.networks import EngineDecoder, EngineEncoder, is_on_engine
 from latentcodec.engine.plan import Engine, forget
-from latentcodec.engine.sharing import (
-    require_parameters_of,
-    share_paddings,
-    share_parameters,
-    share_processors,
-)
+from latentcodec.engine.sharing import require_as_built, require_parameters_of, share_paddings, take_over
 from latentcodec.machine import exact_convolutions, is_fast
 from latentcodec.ops.convolutions import form_of
 from latentcodec.ops.native.build import library_if_built
@@ -71,6 +65,9 @@ EQUAL_PROCESSORS: tuple[type, ...] = (
     XFormersAttnProcessor,
 )
 """diffusers' processors that compute softmax(q k^T / sqrt(C)) v, each by other means: our layer gives their numbers."""
+
+NETWORKS = ("encoder", "decoder")
+ADOPT_FIRST = "optimise the VAE first, then add hooks or adapters, change layers or offload it"
 
 
 def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
@@ -98,19 +95,16 @@ def adopt(vae: Any) -> Any:
     hooks, adapters, gradients, a compiler): there the class cuts them, as it does without us.
 
     Raises TypeError, listing the covered classes, for another one, and ValueError for a VAE whose encoder or decoder
-    was changed (an adapter was added, layers were replaced), since such a model is no longer the one its config
-    describes, or has hooks on layers that would be replaced, which would be lost.
+    was changed (an adapter was added, layers were replaced or set otherwise), since such a model is no longer the one
+    its config describes, or has hooks on layers that would be replaced, which would be lost.
     """
     if family_of(vae).has_frames:
         _adopt_images(vae)
-    elif not (isinstance(vae.encoder, EngineEncoder) and isinstance(vae.decoder, EngineDecoder)):
+    elif theirs := [part for part in NETWORKS if not is_on_engine(getattr(vae, part))]:
         if not padding_modes(vae):  # diffusers hands on our key, and does not follow it
             set_padding_mode(vae, vae.config.get(PADDING_KEY, "zeros"))
-        with torch.device("meta"):  # only the structure: the parameters come from vae
-            encoder, decoder = EngineEncoder(vae.config), EngineDecoder(_decoder_config(vae.config))
-        _replace_networks(vae, encoder, decoder)
-        vae._tiled_encode = _OwnMethod(_encode_whole, vae)
-        vae.tiled_decode = _OwnMethod(_decode_whole, vae)
+        _replace_networks(vae, theirs, *_networks_for(vae), EQUAL_PROCESSORS, ADOPT_FIRST)
+        _replace_methods(vae, _tiled_encode=_encode_whole, tiled_decode=_decode_whole)
     return vae
 
 
@@ -156,15 +150,16 @@ def optimize_vae(
 def restore_vae(vae: Any) -> Any:
     """Undo `adopt` and `optimize_vae`: diffusers' own encoder and decoder on the same parameters, and its tiling.
 
-    In place; returns `vae`. Raises TypeError, listing the covered classes, for another one.
+    In place; returns `vae`. Raises TypeError, listing the covered classes, for another one, and ValueError, before
+    anything is changed, where layers were replaced or set otherwise or have hooks, which would be lost.
     """
-    family = family_of(vae)
+    family_of(vae)  # for its error
     for network in (vae.encoder, vae.decoder):
         forget(network)  # whoever still holds it, and with frames it stays the VAE's
-    if not family.has_frames and isinstance(vae.encoder, EngineEncoder):
-        with torch.device("meta"):
-            stock = _stock(family.name, vae.config)
-        _replace_networks(vae, stock.encoder, stock.decoder)
+    if ours := [part for part in NETWORKS if is_on_engine(getattr(vae, part))]:
+        new, built = _networks_for(vae)
+        processors = tuple(kind for kind in EQUAL_PROCESSORS if kind is not FusedAttnProcessor2_0)
+        _replace_networks(vae, ours, built, new, processors, "undo that first, then restore the VAE")
     for name in ("_tiled_encode", "tiled_decode", "_encode", "_decode", "image_networks"):
         vae.__dict__.pop(name, None)
     return vae
@@ -197,26 +192,31 @@ def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replace_networks(vae: Any, encoder: nn.Module, decoder: nn.Module) -> None:
-    """Let `encoder` and `decoder` take over the parameters and the state of those that `vae` has.
+def _networks_for(vae: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Encoder and decoder as its class builds them for this config, and ours: only the structure, without memory."""
+    with torch.device("meta"):
+        ours = {"encoder": EngineEncoder(vae.config), "decoder": EngineDecoder(_decoder_config(vae.config))}
+        stock = _stock(family_of(vae).name, vae.config)
+    return {part: getattr(stock, part) for part in ours}, ours
 
-    Raises ValueError where hooks are on layers that would be replaced, as offloading puts them there.
-    """
-    for name, module in (*vae.encoder.named_modules(), *vae.decoder.named_modules()):
-        if has_hooks(module):
-            raise ValueError(
-                f"a hook, or a forward of its own, is on the VAE's {name or type(module).__name__}, and would be lost: "
-                "optimise the VAE first, then add hooks or offload it"
-            )
-    for new, old in ((encoder, vae.encoder), (decoder, vae.decoder)):
-        share_parameters(new, old)
-        share_processors(new, old, EQUAL_PROCESSORS)
-        share_paddings(new, old)
-        new.train(old.training)
-        new.gradient_checkpointing = old.gradient_checkpointing
-        if old.gradient_checkpointing:
-            new._gradient_checkpointing_func = old._gradient_checkpointing_func
-    vae.encoder, vae.decoder = encoder, decoder
+
+def _replace_networks(
+    vae: Any, parts: list[str], built: Any, new: Any, processors: tuple[type, ...], cure: str
+) -> None:
+    """Let `new` networks take over from those that the VAE has, which must be as those that were `built`."""
+    for part in parts:
+        require_as_built(getattr(vae, part), built[part], part, cure)
+        take_over(new[part], getattr(vae, part), processors)
+    for part in parts:
+        setattr(vae, part, new[part])
+
+
+def _replace_methods(vae: Any, **functions: Callable[..., Any]) -> None:
+    """Let this VAE call ours in place of its class's methods; those that a derived class has of its own stay."""
+    kind = CLASSES[family_of(vae).name]
+    for name, function in functions.items():
+        if getattr(type(vae), name) is getattr(kind, name):
+            setattr(vae, name, _OwnMethod(function, vae))
 
 
 def _runs_on_engine(network: nn.Module, x: Tensor) -> bool:
@@ -248,8 +248,8 @@ def _adopt_images(vae: Any) -> None:
         return
     with torch.device("meta"):
         stock = _stock(family_of(vae).name, vae.config)
-    for part in ("encoder", "decoder"):
-        require_parameters_of(getattr(stock, part), getattr(vae, part))
+    for part in NETWORKS:
+        require_parameters_of(getattr(stock, part), getattr(vae, part), ADOPT_FIRST)
     vae.image_networks = ImageNetworks(
         ImageEncoder(vae.encoder),
         ImageDecoder(vae.decoder),
@@ -258,8 +258,7 @@ def _adopt_images(vae: Any) -> None:
         family_of(vae).patch(vae.config),
         frozenset(type(module) for module in stock.modules()),
     )
-    vae._encode = _OwnMethod(_encode_frames, vae)
-    vae._decode = _OwnMethod(_decode_frames, vae)
+    _replace_methods(vae, _encode=_encode_frames, _decode=_decode_frames)
 
 
 def _encode_frames(vae: Any, x: Tensor) -> Tensor:

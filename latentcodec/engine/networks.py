@@ -62,3 +62,8 @@ class EngineDecoder(_OnEngine, Decoder):
 
     def norm_out(self, x: Tensor) -> Tensor:
         return norm_act(x, self.conv_norm_out, self.conv_act)
+
+
+def is_on_engine(network: nn.Module) -> bool:
+    """Whether it is one of these networks, or wraps one."""
+    return any(isinstance(module, _OnEngine) for module in network.modules())
