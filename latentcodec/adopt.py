@@ -296,8 +296,10 @@ def stock_copy(vae: Any, dtype: torch.dtype) -> Any:
 
 
 def _stock(name: str, config: Mapping[str, Any]) -> Any:
-    """A new object of the class, without the key that diffusers would warn of; it pads with zeros."""
-    return CLASSES[name].from_config({key: value for key, value in config.items() if key != PADDING_KEY})
+    """A new object of the class, without others' keys, which diffusers would warn of; it pads with zeros."""
+    kind = CLASSES[name]
+    known = kind._get_init_keys(kind)
+    return kind.from_config({key: value for key, value in config.items() if key in known or key[0] == "_"})
 
 
 def _print_differences(vae: Any) -> None:

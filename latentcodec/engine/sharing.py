@@ -29,7 +29,7 @@ def require_as_built(network: nn.Module, fresh: nn.Module, part: str, cure: str)
     `part` is the network's name in the VAE, `cure` what to do.
     """
     expected = dict(fresh.named_modules(remove_duplicate=False))
-    found = {
+    found: dict[str, tuple[nn.Module, nn.Module | None]] = {
         ".".join(filter(None, (part, name))): (module, expected.get(name))
         for name, module in network.named_modules(remove_duplicate=False)
     }

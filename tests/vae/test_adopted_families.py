@@ -1,6 +1,7 @@
 """Every covered class, adopted and optimised, gives diffusers' own numbers: images, batches, clips, and back again."""
 
 import copy
+import logging
 import pickle
 import re
 
@@ -263,6 +264,19 @@ def test_what_changes_no_number_is_adopted():
     vae.set_attn_processor(SlicedAttnProcessor(2))
     vae.to(memory_format=torch.channels_last)
     assert type(restore_vae(optimize_vae(vae))) is SMALL["kl"][0]
+
+
+def test_keys_of_a_derived_class_are_adopted_without_a_warning(caplog):
+    vae = small_vae("kl")
+    vae.register_to_config(extra=1)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        restore_vae(optimize_vae(vae))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert vae.config["extra"] == 1
 
 
 @pytest.mark.parametrize("method", ["_encode", "_decode"])
