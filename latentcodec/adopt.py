@@ -14,17 +14,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    AutoencoderKLQwenImage21,
-    AutoencoderKLWan,
-)
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -39,23 +31,13 @@ from latentcodec.engine.images import ImageNetworks
 from latentcodec.engine.memory import parse_bytes
 from latentcodec.engine.networks import EngineDecoder, EngineEncoder, is_on_engine
 from latentcodec.engine.plan import Engine, forget
-from latentcodec.engine.sharing import require_as_built, require_parameters_of, share_paddings, take_over
-from latentcodec.machine import exact_convolutions, is_fast
-from latentcodec.ops.convolutions import form_of
+from latentcodec.engine.sharing import require_as_built, require_parameters_of, take_over
 from latentcodec.ops.native.build import library_if_built
+from latentcodec.stock import CLASSES, new_stock, print_differences
 from latentcodec.vae.causal import ImageDecoder, ImageEncoder
-from latentcodec.vae.families import FLUX2, KL, QWEN_IMAGE, QWEN_IMAGE_21, WAN, family_named, family_of
+from latentcodec.vae.families import KL, family_named, family_of
 from latentcodec.vae.networks import check_widths
 from latentcodec.vae.padding import PADDING_KEY, padding_modes, set_padding_mode
-
-CLASSES: dict[str, Any] = {
-    KL.name: AutoencoderKL,
-    FLUX2.name: AutoencoderKLFlux2,
-    QWEN_IMAGE.name: AutoencoderKLQwenImage,
-    WAN.name: AutoencoderKLWan,
-    QWEN_IMAGE_21.name: AutoencoderKLQwenImage21,
-}
-"""By the names of `vae/families.py`."""
 
 EQUAL_PROCESSORS: tuple[type, ...] = (
     AttnProcessor,
@@ -81,7 +63,7 @@ def build(config: Mapping[str, Any], name: str = KL.name) -> Any:
     if unknown - {PADDING_KEY}:
         raise ValueError(f"{name} has no configuration key {', '.join(sorted(unknown))}")
     check_widths(config)
-    vae = _stock(name, config)
+    vae = new_stock(name, config)
     set_padding_mode(vae, config.get(PADDING_KEY, "zeros"))
     return adopt(vae)
 
@@ -140,10 +122,7 @@ def optimize_vae(
     if vae.device.type == "cpu":
         library_if_built()  # from now on, where it must be compiled
     if check:
-        with torch.random.fork_rng(
-            [vae.device] if vae.device.type == "cuda" else []
-        ):  # the caller's numbers stay
-            _print_differences(vae)
+        print_differences(vae)
     return vae
 
 
@@ -196,7 +175,7 @@ def _networks_for(vae: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Encoder and decoder as its class builds them for this config, and ours: only the structure, without memory."""
     with torch.device("meta"):
         ours = {"encoder": EngineEncoder(vae.config), "decoder": EngineDecoder(_decoder_config(vae.config))}
-        stock = _stock(family_of(vae).name, vae.config)
+        stock = new_stock(family_of(vae).name, vae.config)
     return {part: getattr(stock, part) for part in ours}, ours
 
 
@@ -247,7 +226,7 @@ def _adopt_images(vae: Any) -> None:
     if "image_networks" in vae.__dict__:
         return
     with torch.device("meta"):
-        stock = _stock(family_of(vae).name, vae.config)
+        stock = new_stock(family_of(vae).name, vae.config)
     for part in NETWORKS:
         require_parameters_of(getattr(stock, part), getattr(vae, part), ADOPT_FIRST)
     vae.image_networks = ImageNetworks(
@@ -281,49 +260,3 @@ def _decode_frames(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
         return type(vae)._decode(vae, z, return_dict=return_dict)
     image = image.clamp(-1.0, 1.0)[:, :, None]
     return DecoderOutput(sample=image) if return_dict else (image,)
-
-
-# ---- what both need
-
-
-def stock_copy(vae: Any, dtype: torch.dtype) -> Any:
-    """The same weights, in `dtype`, in an object of the class as diffusers builds it, in evaluation mode."""
-    stock = _stock(family_of(vae).name, vae.config)
-    stock.load_state_dict(vae.state_dict())
-    share_paddings(stock, vae)
-    nn.Module.to(stock, vae.device, dtype)  # diffusers' own `to` warns about casting
-    return stock.eval()
-
-
-def _stock(name: str, config: Mapping[str, Any]) -> Any:
-    """A new object of the class, without others' keys, which diffusers would warn of; it pads with zeros."""
-    kind = CLASSES[name]
-    known = kind._get_init_keys(kind)
-    return kind.from_config({key: value for key, value in config.items() if key in known or key[0] == "_"})
-
-
-def _print_differences(vae: Any) -> None:
-    """How far `vae`, and diffusers' own class in the same dtype, are from that class in float32."""
-    family, config = family_of(vae), vae.config
-    exact, stock = stock_copy(vae, torch.float32), stock_copy(vae, vae.dtype)
-    # diffusers' class may take an hour in an emulated format
-    pixels = 256 if is_fast(vae.dtype, vae.device) else 64
-    frames, side = (1,) if family.has_frames else (), pixels // family.raw_factor(config)
-    x = torch.rand(1, family.image_channels(config), *frames, pixels, pixels, device=vae.device) * 2 - 1
-    z = torch.randn(1, family.raw_channels(config), *frames, side, side, device=vae.device)
-    for what, value in (("encode", x), ("decode", z)):
-        results = []
-        for model in (exact, vae, stock):
-            given = value.to(model.dtype)
-            with torch.no_grad(), exact_convolutions() if model is exact else nullcontext():
-                result = model._encode(given) if what == "encode" else model.decode(given).sample
-            results.append(result.float())
-        expected, ours, theirs = results
-        errors = [(y - expected).abs().max() / (expected.max() - expected.min()) for y in (ours, theirs)]
-        print(
-            f"{what} in {vae.dtype}: {errors[0]:.1e} of the range from diffusers in float32"
-            f" (diffusers itself in {vae.dtype}: {errors[1]:.1e})"
-        )
-    for name, layer in vae.named_modules():
-        if (form := form_of(layer)) is not None:
-            print(f"  {name}: {form}")

@@ -16,10 +16,10 @@ import huggingface_hub
 from diffusers.utils import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from latentcodec.adopt import CLASSES
 from latentcodec.finite import require_finite
 from latentcodec.model_folder import CONFIG, check_folder, check_numbers, only_variant, variant_of
 from latentcodec.single_file import load_single_file
+from latentcodec.stock import CLASSES
 from latentcodec.vae.families import KL, covered
 from latentcodec.vae_config import check_config, class_named_in
 

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from latentcodec.adopt import CLASSES, build
+from latentcodec.adopt import build
+from latentcodec.stock import CLASSES
 from latentcodec.vae.families import FAMILIES, KL, family_named
 from latentcodec.vae.networks import DOWN_BLOCKS, UP_BLOCKS
 from latentcodec.vae.padding import PADDING_KEY

@@ -16,6 +16,7 @@ FLOORS = [
     {"control_groups", "leftovers"},
     {"extras", "files", "finite", "machine", "openmp", "printable", "randomness", "vae", "ops"},
     {"pixels", "engine", "model_card", "model_folder", "offloading"},
+    {"stock"},
     {"sources", "adopt", "latents"},
     {"vae_config"},
     {"single_file"},

@@ -22,10 +22,12 @@ class _OnEngine(nn.Module):
     """What both networks have in common."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """All that moves parameters comes by here: a recording would keep its memory on the device that they leave."""
-        device = next(self.parameters()).device
+        """All that moves parameters comes by here: recordings and prepared weights would stay, of no use to anybody."""
+        before = next(self.parameters())
+        device, dtype = before.device, before.dtype
         super()._apply(fn, recurse)
-        if next(self.parameters()).device != device:
+        after = next(self.parameters())
+        if (after.device, after.dtype) != (device, dtype):
             forget(self)
         return self
 

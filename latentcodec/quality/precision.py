@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentcodec.adopt import stock_copy
 from latentcodec.latents import decode_raw, posterior_parameters
 from latentcodec.machine import exact_convolutions
 from latentcodec.quality.metrics import psnr
+from latentcodec.stock import stock_copy
 from latentcodec.vae.families import downsampling_factor
 
 LARGEST_FLOAT16 = 65504.0

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentcodec.adopt import build, optimize_vae, stock_copy
+from latentcodec.adopt import build, optimize_vae
 from latentcodec.codec import LatentCodec
 from latentcodec.engine.memory import free_memory
 from latentcodec.speed import peers
+from latentcodec.stock import stock_copy
 from latentcodec.vae.families import SAME_UNLESS_GIVEN, Config, Family, family_of
 from latentcodec.vae_config import check_config, class_named_in
 

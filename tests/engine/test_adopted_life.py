@@ -10,7 +10,8 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from diffusers.models.autoencoders.vae import DecoderOutput
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vae"))
 from small_vaes import small_vae
@@ -108,6 +109,29 @@ def test_what_was_prepared_of_weights_goes_with_the_engine():
         assert layers
         restore_vae(vae)
         assert not [layer for layer in layers if layer in convolutions._prepared]
+
+
+@pytest.mark.parametrize("move", [lambda vae: vae.to("meta"), lambda vae: vae.bfloat16()])
+def test_what_was_prepared_of_weights_goes_when_they_become_others(move):
+    vae = optimize_vae(small_vae("kl"))
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 4, 4))
+    layers = [layer for layer in vae.modules() if layer in convolutions._prepared]
+    assert layers
+    move(vae)
+    assert not [layer for layer in layers if layer in convolutions._prepared]
+
+
+def test_a_derived_class_cuts_tiles_in_its_own_way():
+    class Seamed(AutoencoderKL):
+        def tiled_decode(self, z, return_dict=True):
+            return DecoderOutput(sample=torch.zeros(1))
+
+    vae = optimize_vae(Seamed.from_config(small_vae("kl").config).eval())
+    vae.enable_tiling()
+    vae.tile_latent_min_size = 4
+    with torch.no_grad():
+        assert vae.decode(torch.randn(1, 4, 12, 12)).sample.shape == (1,)
 
 
 def test_a_decoder_that_was_put_back_is_adopted_again():

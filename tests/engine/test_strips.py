@@ -15,8 +15,7 @@ from stock_pairs import ALL_MAPS, CONFIGS, config, differences, pair, whole_and_
 from torch import nn
 from torch._inductor.exc import InductorError
 
-from latentcodec import adopt as adopting
-from latentcodec.adopt import adopt, optimize_vae, restore_vae, stock_copy
+from latentcodec.adopt import adopt, optimize_vae, restore_vae
 from latentcodec.engine import plan
 from latentcodec.engine.plan import Engine
 from latentcodec.engine.strips import StripPass
@@ -24,6 +23,7 @@ from latentcodec.machine import is_fast
 from latentcodec.ops import onednn, pointwise
 from latentcodec.ops.native.build import library
 from latentcodec.ops.pointwise import REFERENCE_KERNELS, Moments, sums
+from latentcodec.stock import stock_copy
 
 WHOLE = 1 << 30  # bytes: the image is one strip
 
@@ -401,7 +401,7 @@ def test_the_check_compares_with_exact_float32_on_gpus_too(monkeypatch):
             network.register_forward_pre_hook(note)
         return copied
 
-    monkeypatch.setattr(adopting, "stock_copy", watched)
+    monkeypatch.setattr("latentcodec.stock.stock_copy", watched)
     optimize_vae(AutoencoderKL(**CONFIGS["f4"]).eval(), check=True)
     assert precisions == ["ieee", "tf32"] * 2
 
