@@ -9,8 +9,10 @@ import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,6 +43,24 @@ class Decoded(NamedTuple):
     reason: str | None = None
     """Why it is left out; None where it is not."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent as arrays, which go through the worker's pipe.
+
+        torch sends a tensor through /dev/shm, where a full one (containers have 64 MiB) loses the batch in silence, and
+        takes an open file for each, of which a process may have 1,024.
+        """
+        pixels = None if self.pixels is None else (self.pixels.x.numpy(), *self.pixels[1:])
+        latent = None if self.latent is None else self.latent.numpy()
+        return _received, (self.planned, pixels, latent, *self[3:])
+
+
+def _received(
+    planned: Planned, pixels: tuple[Any, ...] | None, latent: np.ndarray | None, *others: Any
+) -> Decoded:
+    """A picture as it was before it was sent."""
+    x = None if pixels is None else Pixels(torch.from_numpy(pixels[0]), *pixels[1:])
+    return Decoded(planned, x, None if latent is None else torch.from_numpy(latent), *others)
+
 
 class DecodedBatch(NamedTuple):
     """What is encoded at once."""
@@ -64,8 +84,11 @@ def decoded_batches(plan: Plan, shards: list[int], workers: int) -> Iterator[Dec
         prefetch_factor=BATCHES_AHEAD if workers and jobs else None,
         collate_fn=_as_it_is,
     )
-    for (shard, start, stop), pictures in zip(jobs, loader, strict=True):
-        if isinstance(pictures, OSError):
+    batches = iter(loader)
+    for shard, start, stop in jobs:
+        pictures = next(batches)
+        if isinstance(pictures, Exception):
+            del batches  # which ends the workers: an error would hold them, and torch waits for each
             raise pictures
         yield DecodedBatch(shard, start == 0, stop == plan.rows(shard), pictures)
 
@@ -86,7 +109,10 @@ def naming_lost_workers() -> Iterator[None]:
 
 
 class _Batches(Dataset):
-    """The batches (shard, first, last + 1) by number."""
+    """The batches (shard, first, last + 1) by number.
+
+    An error that is told in a line is given instead of raised: what a worker raises comes inside its traceback.
+    """
 
     def __init__(self, plan: Plan, jobs: list[tuple[int, int, int]]) -> None:
         self.plan, self.jobs = plan, jobs
@@ -94,10 +120,10 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, number: int) -> list[Decoded] | OSError:
+    def __getitem__(self, number: int) -> list[Decoded] | ValueError | OSError:
         try:
             return decode_pictures(self.plan, *self.jobs[number])
-        except OSError as error:  # handed over as it is: torch would put a worker's traceback into its words
+        except (ValueError, OSError) as error:
             return error
 
 
@@ -129,5 +155,5 @@ def _read(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
     return Decoded(picture, pixels, None, pixels.original, pixels.crop, caption, label)
 
 
-def _as_it_is(pictures: list[Decoded] | OSError) -> list[Decoded] | OSError:
-    return pictures
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -289,6 +289,33 @@ def test_workers_change_nothing(many, tmp_path, codec):
     assert digest(tmp_path / "store") == expected
 
 
+def test_workers_need_no_file_and_no_shared_memory_for_each_picture(tmp_path, codec):
+    photos = write_pictures(tmp_path / "photos", 20)
+    prepare([str(photos)], tmp_path / "store", codec, **SMALL | dict(batch=20, shard_size=20))
+
+    def work():
+        signal.alarm(30)  # a batch that is lost is waited for
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 15,) * 2)
+        encode(tmp_path / "store", codec, workers=1)
+
+    assert in_process(work) == 0
+    assert len(LatentStore(tmp_path / "store")) == 20
+
+
+@pytest.mark.parametrize("error", [ValueError("rows: no such column"), PermissionError(13, "no", "rows")])
+def test_an_error_in_a_worker_is_the_line_that_it_is_without_one(tmp_path, codec, monkeypatch, error):
+    def refused(*arguments):
+        raise error
+
+    photos = write_pictures(tmp_path / "photos", 2)
+    prepare([str(photos)], tmp_path / "store", codec, **SMALL)
+    monkeypatch.setattr("latentcodec.store.decoding.decode", refused)
+    for workers in (0, 1):
+        with pytest.raises(type(error)) as raised:
+            encode(tmp_path / "store", codec, workers=workers)
+        assert str(raised.value) == str(error)
+
+
 def test_ranks_of_launchers():
     assert rank_and_world({}) == (0, 1)
     assert rank_and_world({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
