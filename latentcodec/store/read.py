@@ -76,6 +76,9 @@ class LatentStore:
         if codec is not None:
             self._require(codec if isinstance(codec, str) else codec.fingerprint)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # what it maps, another process maps itself
+
     def _require(self, given: str) -> None:
         if given != self.fingerprint:
             raise StoreError(

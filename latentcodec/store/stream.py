@@ -73,7 +73,8 @@ class LatentBatches(IterableDataset):
             raise ValueError(f"batch_size {batch_size}: at least 1")
         self.rank, self.world = rank_and_world(rank=rank, world=world)
         self.store, self.batch_size, self.shuffle, self.seed = store, batch_size, shuffle, seed
-        self.drop_last, self.epoch, self.first = drop_last, 0, 0
+        self.drop_last = drop_last
+        self._begin = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, and the first batch of it
         settings = store.index.settings
         self.draw = settings.posterior != "mode" if draw is None else draw
         self.mirror = settings.mirrored if mirror is None else mirror
@@ -89,6 +90,15 @@ class LatentBatches(IterableDataset):
         if not drop_last and self.world > 1:
             raise ValueError("drop_last=False is for one rank: other ranks would get fewer batches")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin.share_memory_()  # a copy's own
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose batches come, as `set_epoch` and a loaded state set it."""
+        return int(self._begin[0])
+
     @property
     def global_batch(self) -> int:
         """Pictures of one step, over all ranks."""
@@ -102,7 +112,7 @@ class LatentBatches(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Begins another epoch at its first batch; the epoch of a loaded state goes on after that state's batch."""
         if epoch != self.epoch:
-            self.epoch, self.first = epoch, 0
+            self._go_to(epoch, 0)
 
     def state_after(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What to save so that training goes on with the batch after this one."""
@@ -131,19 +141,24 @@ class LatentBatches(IterableDataset):
         ]
         if differences:
             raise ValueError(f"this state belongs to another stream of batches: {'; '.join(differences)}")
-        self.epoch, self.first = state["epoch"], state["step"]
+        self._go_to(state["epoch"], state["step"])
+
+    def _go_to(self, epoch: int, first: int) -> None:
+        """Sets epoch and first batch, for workers too that stay from epoch to epoch: they share this memory."""
+        self._begin.copy_(torch.tensor([epoch, first]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        batches = self._batches()
-        for step in range(self.first + number, len(batches), workers):
+        epoch, first = self._begin.tolist()  # once: while this epoch is read the next one may be set
+        batches = self._batches(epoch)
+        for step in range(first + number, len(batches), workers):
             mine = batches[step][self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            yield self._read(mine, step)
+            yield self._read(mine, epoch, step)
 
-    def _batches(self) -> list[np.ndarray]:
-        """The picture numbers of each global batch of the epoch."""
-        random = np.random.default_rng([Purpose.ORDER, self.seed, self.epoch])
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        """The picture numbers of each global batch of an epoch."""
+        random = np.random.default_rng([Purpose.ORDER, self.seed, epoch])
         size, batches = self.global_batch, []
         for pictures in _by_shape(self.store):
             order = random.permutation(pictures) if self.shuffle else pictures
@@ -153,13 +168,13 @@ class LatentBatches(IterableDataset):
                 batches.append(order[whole:])
         return [batches[i] for i in random.permutation(len(batches))] if self.shuffle else batches
 
-    def _read(self, pictures: np.ndarray, step: int) -> dict[str, Any]:
+    def _read(self, pictures: np.ndarray, epoch: int, step: int) -> dict[str, Any]:
         batch = self.store.batch(pictures.tolist())
         batch["index"], batch["step"] = torch.from_numpy(pictures), step
-        keys = (self.epoch * len(self.store) + pictures).tolist()  # one number for each picture of each epoch
+        keys = (epoch * len(self.store) + pictures).tolist()  # one number for each picture of each epoch
         others = {name: batch.pop(other) for name, other in MIRRORED.items() if other in batch}
         if self.mirror:
-            flips = torch.from_numpy(self._flips()[pictures])
+            flips = torch.from_numpy(self._flips(epoch)[pictures])
             for name, other in others.items():
                 batch[name] = torch.where(flips[:, None, None, None], other, batch[name])
             batch["is_mirrored"] = flips
@@ -170,9 +185,9 @@ class LatentBatches(IterableDataset):
             )
         return batch
 
-    def _flips(self) -> np.ndarray:
-        """Which pictures are mirrored in this epoch, bool for each picture of the store."""
-        random = np.random.default_rng([Purpose.AUGMENTATION, self.seed, self.epoch])
+    def _flips(self, epoch: int) -> np.ndarray:
+        """Which pictures are mirrored in an epoch, bool for each picture of the store."""
+        random = np.random.default_rng([Purpose.AUGMENTATION, self.seed, epoch])
         return random.random(len(self.store)) < 0.5
 
 

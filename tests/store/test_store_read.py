@@ -2,8 +2,10 @@
 
 import io
 import json
+import pickle
 import random
 import tarfile
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pyarrow as pa
@@ -276,6 +278,33 @@ def test_the_loop_over_epochs_goes_on_where_a_loaded_state_was(store):
         later = store.dataset(2)
         later.load_state_dict(whole[stopped_at][1])
         assert [names for names, _ in loop(later)] == [names for names, _ in whole[stopped_at + 1 :]]
+
+
+def test_workers_that_stay_follow_the_epochs_and_a_loaded_state(store):
+    """The same loop with workers that live from epoch to epoch."""
+    stream = store.dataset(2)
+    state, whole = stream.state_after({"step": 1}), ids(stream)
+    stream.set_epoch(1)
+    whole = whole[2:], ids(stream)
+    later = pickle.loads(pickle.dumps(store.dataset(2)))
+    later.load_state_dict(state)
+    loader = DataLoader(later, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        later.set_epoch(epoch)
+        assert [batch["id"] for batch in loader] == whole[epoch]
+
+
+def test_a_stream_that_is_sent_to_a_worker_follows_the_epochs(store):
+    stream = store.dataset(2)
+    there = pickle.loads(ForkingPickler.dumps(stream))  # as workers get it that are spawned
+    stream.set_epoch(1)
+    assert there.epoch == 1
+    assert ids(there) == ids(stream)
+
+
+def test_a_store_that_was_read_can_be_sent_to_a_worker(store):
+    item = store[0]
+    assert torch.equal(pickle.loads(pickle.dumps(store))[0].latent, item.latent)
 
 
 def test_a_state_of_another_store_of_as_many_pictures_is_refused(store, tmp_path, codec):
