@@ -13,18 +13,24 @@ RANKS = (  # names of the rank, of the number of ranks, and of the rank among th
 
 
 def rank_and_world(
-    environment: Mapping[str, str] = os.environ, rank: int | None = None, world: int | None = None
+    environment: Mapping[str, str] = os.environ,
+    rank: int | None = None,
+    world: int | None = None,
+    arrays: bool = True,
 ) -> tuple[int, int]:
     """This process and their number, as torchrun, accelerate or SLURM tell them; (0, 1) where nobody does.
 
     What the caller knows, `rank` or `world`, comes first; with both the environment is not asked.
 
-    Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks. Raises
-    ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told, naming the
-    variable that holds no number, or whose counterpart is missing, and for a rank that so many processes do not have.
+    Tasks of a SLURM array are counted through: with 4 array tasks of 2 processes each there are 8 ranks. Without
+    `arrays` each task is by itself, as trainings are.
+
+    Raises ValueError for an array whose numbers do not follow one another in steps, since its ranks cannot be told,
+    naming the variable that holds no number, or whose counterpart is missing, and for a rank that so many processes do
+    not have.
     """
     if rank is None or world is None:
-        told_rank, told_world = _told(environment)
+        told_rank, told_world = _told(environment, arrays)
         rank, world = told_rank if rank is None else rank, told_world if world is None else world
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
@@ -42,7 +48,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
     return None
 
 
-def _told(environment: Mapping[str, str]) -> tuple[int, int]:
+def _told(environment: Mapping[str, str], arrays: bool) -> tuple[int, int]:
     rank, world = 0, 1
     for rank_name, world_name, _ in RANKS:
         if rank_name in environment and world_name in environment:
@@ -54,7 +60,7 @@ def _told(environment: Mapping[str, str]) -> tuple[int, int]:
                 f"{given} is {environment[given]} and {missing} is not set, so the part of this process in the work "
                 f"cannot be told: set both, unset {given}, or give --rank and --world"
             )
-    if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
+    if arrays and "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
         first, step, number, tasks = (
             _number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "STEP", "ID", "COUNT")
         )

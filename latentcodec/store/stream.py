@@ -21,6 +21,8 @@ from latentcodec.randomness import Purpose, keyed_normal
 from latentcodec.store.format import MIRRORED, Index, Shape
 from latentcodec.store.ranks import rank_and_world
 
+LACKING = ("index", "drop_last", "draw", "mirror")  # what states of earlier versions do not say
+
 
 class Store(Protocol):
     """What a stream needs of a LatentStore."""
@@ -71,7 +73,7 @@ class LatentBatches(IterableDataset):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1")
-        self.rank, self.world = rank_and_world(rank=rank, world=world)
+        self.rank, self.world = rank_and_world(rank=rank, world=world, arrays=False)
         self.store, self.batch_size, self.shuffle, self.seed = store, batch_size, shuffle, seed
         self.drop_last = drop_last
         self._begin = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, and the first batch of it
@@ -123,6 +125,9 @@ class LatentBatches(IterableDataset):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "global_batch": self.global_batch,
+            "drop_last": self.drop_last,
+            "draw": self.draw,
+            "mirror": self.mirror,
             "epoch": self.epoch,
             "step": batch["step"] + 1,
         }
@@ -133,11 +138,11 @@ class LatentBatches(IterableDataset):
         Raises ValueError naming what differs.
         """
         here = self.state_after({"step": -1})
+        told = {name: here[name] for name in LACKING} | state
         differences = [
-            f"{name} {state.get(name)!r}, here {here[name]!r}"
-            for name in ("store", "index", "items", "seed", "shuffle", "global_batch")
-            if state.get(name, here[name] if name == "index" else None)
-            != here[name]  # which earlier states lack
+            f"{name} {told.get(name)!r}, here {value!r}"
+            for name, value in here.items()
+            if name not in ("epoch", "step") and told.get(name) != value
         ]
         if differences:
             raise ValueError(f"this state belongs to another stream of batches: {'; '.join(differences)}")

@@ -317,8 +317,25 @@ def test_a_state_of_another_store_of_as_many_pictures_is_refused(store, tmp_path
     state = stream.state_after({"step": 0})
     with pytest.raises(ValueError, match="another stream of batches: index"):
         other.dataset(2).load_state_dict(state)
-    del state["index"]  # as earlier versions saved it
+    for name in ("index", "drop_last", "draw", "mirror"):
+        del state[name]  # as earlier versions saved it
     stream.load_state_dict(state)
+
+
+def test_a_state_of_other_batches_is_refused(drawn):
+    state = drawn.dataset(2).state_after({"step": 0})
+    for name in ("drop_last", "draw", "mirror"):
+        with pytest.raises(ValueError, match=f"another stream of batches: {name} True, here False$"):
+            drawn.dataset(2, **{name: False}).load_state_dict(state)
+
+
+def test_each_task_of_an_array_of_trainings_sees_all_pictures(store, monkeypatch):
+    for name, value in (("ID", 2), ("MIN", 0), ("STEP", 1), ("COUNT", 4)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert (store.dataset(2).rank, store.dataset(2).world) == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (store.dataset(2).rank, store.dataset(2).world) == (1, 2)
 
 
 def test_a_batch_that_nothing_fills_is_refused(store):
