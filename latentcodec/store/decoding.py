@@ -22,7 +22,7 @@ from latentcodec.store.caches import read_cache
 from latentcodec.store.faults import only_faults_of
 from latentcodec.store.format import Settings
 from latentcodec.store.items import CACHE, Columns, EntryReader
-from latentcodec.store.picture import Pixels, read_pixels
+from latentcodec.store.picture import Pixels, planned_shape, read_pixels
 from latentcodec.store.plan import Plan, Planned
 
 BATCHES_AHEAD = 2  # that each worker keeps ready
@@ -147,7 +147,9 @@ def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded
 def _read(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
     entry = picture.entry
     if entry.kind == CACHE:
-        cached = read_cache(existing(entry.path))
+        cached, wanted = read_cache(existing(entry.path)), planned_shape(picture.expected, settings)
+        if (found := tuple(cached.latent.shape)) != wanted:
+            raise UnreadableImage(f"{entry.path}: a latent {found}, {wanted} is what this store was planned for")
         caption, label = reader.caption_and_label(entry)
         return Decoded(picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label)
     pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)

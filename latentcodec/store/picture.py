@@ -83,6 +83,11 @@ def latent_shape(size: tuple[int, int], settings: Settings) -> Shape:
     return settings.latent_channels, -(-size[0] // f), -(-size[1] // f)
 
 
+def planned_shape(original: tuple[int, int] | None, settings: Settings) -> Shape:
+    """c, h, w that a plan has for a picture of H, W = `original`; None where one size is for all."""
+    return latent_shape(target_size(original or (0, 0), settings), settings)
+
+
 def read_pixels(
     source: str | bytes, name: str, settings: Settings, expected: tuple[int, int] | None
 ) -> Pixels:

@@ -22,7 +22,7 @@ from latentcodec.store.faults import only_faults_of
 from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
 from latentcodec.store.items import CACHE, Columns, Entry, EntryReader
 from latentcodec.store.listing import Listed, list_caches, list_entries
-from latentcodec.store.picture import latent_shape, target_size
+from latentcodec.store.picture import planned_shape
 from latentcodec.store.plan import COLUMNS, Part, Plan, plan_digest
 
 HEADER_READERS = 8  # threads that read the headers of pictures
@@ -84,7 +84,12 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
         try:
             with only_faults_of(entry):
                 if entry.kind == CACHE:
-                    _, h, w = read_cache(existing(entry.path)).latent.shape
+                    c, h, w = read_cache(existing(entry.path)).latent.shape
+                    if c != settings.latent_channels:
+                        raise UnreadableImage(
+                            f"{entry.path}: a latent of {c} channels, those of this codec have "
+                            f"{settings.latent_channels}"
+                        )
                     return h * f, w * f
                 return image_size(reader.picture(entry), name=entry.path)
         except UnreadableImage as error:
@@ -119,7 +124,7 @@ def _cut(
             reasons[number] = size
             left_out.append(number)
         else:
-            groups[latent_shape(target_size(size or (0, 0), settings), settings)].append(number)
+            groups[planned_shape(size, settings)].append(number)
     shards, order = [], []
     for shape, members in sorted(groups.items()):
         for start in range(0, len(members), shard_size):

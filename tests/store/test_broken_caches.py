@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from stores import SMALL, tiny_codec
 
 from latentcodec.pixels import UnreadableImage
+from latentcodec.store import LatentStore, encode, prepare
 from latentcodec.store.caches import read_cache, read_latents
 
 GOOD = np.zeros((4, 8, 8), np.float32)
@@ -52,3 +54,19 @@ def test_what_is_no_file_of_latents_is_named(tmp_path, suffix, content):
     for read in (read_cache, read_latents):
         with pytest.raises(ValueError, match=rf"a\{suffix}: cannot be read"):
             read(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("imported", ["raw", "normalised"])
+def test_latents_of_another_shape_than_the_codec_or_the_plan_has_are_left_out_by_name(tmp_path, imported):
+    cache, out, codec = tmp_path / "cache", tmp_path / "store", tiny_codec()
+    cache.mkdir()
+    for name, channels in (("good", 4), ("later", 4), ("of one", 1), ("of sixteen", 16)):
+        np.savez(cache / f"{name}.npz", latents=np.ones((channels, 8, 8), np.float32))
+    prepare([str(cache)], out, codec, imported=imported, **SMALL)
+    np.savez(cache / "later.npz", latents=np.ones((4, 6, 8), np.float32))
+    encode(out, codec, workers=0)
+    assert [item.id for item in LatentStore(out)] == ["good.npz"]
+    reasons = (out / "rejects.jsonl").read_text()
+    assert f"{cache}/of one.npz: a latent of 1 channels, those of this codec have 4" in reasons
+    assert f"{cache}/of sixteen.npz: a latent of 16 channels" in reasons
+    assert f"{cache}/later.npz: a latent (4, 6, 8), (4, 8, 8) is what this store was planned for" in reasons
