@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -243,6 +244,11 @@ def latent_columns(settings: Settings, shape: Shape) -> list[LatentColumn]:
         else pa.list_(pa.field("item", value, nullable=False), c * h * w)
     )
     return [LatentColumn(n, stored, f"{n}_scale" if settings.dtype == "int8" else None) for n in names]
+
+
+def row_bytes(settings: Settings, shape: Shape) -> int:
+    """What the latents of one picture take, all columns together; without the scales of int8."""
+    return len(latent_columns(settings, shape)) * math.prod(shape) * ITEM_BYTES[settings.dtype]
 
 
 def shard_schema(settings: Settings, shape: Shape) -> pa.Schema:

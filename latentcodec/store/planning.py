@@ -19,12 +19,13 @@ from latentcodec.pixels import UnreadableImage, image_size
 from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
 from latentcodec.store.faults import only_faults_of
-from latentcodec.store.format import FORMAT, VERSION, Settings, Shape
+from latentcodec.store.format import FORMAT, VERSION, Settings, Shape, row_bytes
 from latentcodec.store.items import CACHE, Columns, Entry, EntryReader
 from latentcodec.store.listing import Listed, list_caches, list_entries
 from latentcodec.store.picture import planned_shape
 from latentcodec.store.plan import COLUMNS, Part, Plan, plan_digest
 
+SHARD_BYTES = 512 << 20  # of latents in a shard, of which a process holds several copies while it writes
 HEADER_READERS = 8  # threads that read the headers of pictures
 
 
@@ -87,8 +88,8 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
                     c, h, w = read_cache(existing(entry.path)).latent.shape
                     if c != settings.latent_channels:
                         raise UnreadableImage(
-                            f"{entry.path}: a latent of {c} channels, those of this codec have "
-                            f"{settings.latent_channels}"
+                            f"{entry.path}: a latent {(c, h, w)}, those of this codec have "
+                            f"{settings.latent_channels} channels"
                         )
                     return h * f, w * f
                 return image_size(reader.picture(entry), name=entry.path)
@@ -115,7 +116,10 @@ def _new(
 def _cut(
     entries: list[Entry], sizes: list[tuple[int, int] | str | None], settings: Settings, shard_size: int
 ) -> tuple[list[list[int]], list[int], list[str | None]]:
-    """The shards as [c, h, w, rows], the entries' numbers in the order of the plan, and why an entry is left out."""
+    """The shards as [c, h, w, rows], the entries' numbers in the order of the plan, and why an entry is left out.
+
+    A shard has `shard_size` pictures at most, and `SHARD_BYTES` of latents, or one picture.
+    """
     groups: dict[Shape, list[int]] = defaultdict(list)
     reasons: list[str | None] = [None] * len(entries)
     left_out = []
@@ -127,8 +131,9 @@ def _cut(
             groups[planned_shape(size, settings)].append(number)
     shards, order = [], []
     for shape, members in sorted(groups.items()):
-        for start in range(0, len(members), shard_size):
-            shards.append([*shape, len(members[start : start + shard_size])])
+        most = max(1, min(shard_size, SHARD_BYTES // row_bytes(settings, shape)))
+        for start in range(0, len(members), most):
+            shards.append([*shape, len(members[start : start + most])])
         order += members
     return shards, order + left_out, reasons
 

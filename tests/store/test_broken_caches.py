@@ -67,6 +67,6 @@ def test_latents_of_another_shape_than_the_codec_or_the_plan_has_are_left_out_by
     encode(out, codec, workers=0)
     assert [item.id for item in LatentStore(out)] == ["good.npz"]
     reasons = (out / "rejects.jsonl").read_text()
-    assert f"{cache}/of one.npz: a latent of 1 channels, those of this codec have 4" in reasons
-    assert f"{cache}/of sixteen.npz: a latent of 16 channels" in reasons
+    assert f"{cache}/of one.npz: a latent (1, 8, 8), those of this codec have 4 channels" in reasons
+    assert f"{cache}/of sixteen.npz: a latent (16, 8, 8)" in reasons
     assert f"{cache}/later.npz: a latent (4, 6, 8), (4, 8, 8) is what this store was planned for" in reasons

@@ -95,6 +95,13 @@ def test_every_shard_holds_one_shape(tmp_path, codec):
     assert verify(tmp_path / "store").ok
 
 
+def test_a_shard_of_large_pictures_holds_fewer(tmp_path, codec, monkeypatch):
+    photos, out = write_pictures(tmp_path / "photos", 9, sizes=((32, 32), (96, 96))), tmp_path / "store"
+    monkeypatch.setattr("latentcodec.store.planning.SHARD_BYTES", 4 * 4 * 8 * 8 * 2 * 3)  # of 3 small ones
+    plan = prepare([str(photos)], out, codec, **SMALL, posterior="mean and std", mirrored=True)
+    assert [(plan.shape(n)[1], plan.rows(n)) for n in plan.shards] == [(8, 3), (8, 2)] + [(24, 1)] * 4
+
+
 def test_sources_of_every_kind_hold_the_same_pictures(tmp_path, codec):
     datasets = pytest.importorskip("datasets")
     photos = write_pictures(tmp_path / "photos", 4, captions=True)
