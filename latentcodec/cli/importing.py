@@ -25,7 +25,7 @@ def import_caches(
         ),
     ],
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, int8 or float8.")] = "float16",
-    shard_size: Annotated[int, typer.Option(help="Pictures of a shard.")] = 1024,
+    shard_size: Annotated[int, typer.Option(help="Pictures of a shard at most.")] = 1024,
     as_json: Json = False,
 ) -> int:
     """Bring latents that another program has cached into a store.

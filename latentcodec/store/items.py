@@ -117,8 +117,10 @@ def _caption_of_file(entry: Entry) -> str | None:
         if entry.kind == "tar":
             if entry.caption_length < 0:
                 return None
-            return _read(entry.source, entry.caption_offset, entry.caption_length, entry.path).decode()
-        return read_regular(existing(entry.path).with_suffix(CAPTION_SUFFIX)).decode()
+            text = _read(entry.source, entry.caption_offset, entry.caption_length, entry.path)
+        else:
+            text = read_regular(existing(entry.path).with_suffix(CAPTION_SUFFIX))
+        return text.decode("utf-8-sig")  # editors of Windows put a mark in front
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

@@ -46,6 +46,8 @@ def make_plan(
     source goes meanwhile.
     """
     listed = list_caches(sources) if settings.imported else list_entries(sources, columns)
+    if before is None:
+        _refuse_columns(listed, columns)
     accepted = before.accepted() if before else set()
     listed = [item for item in listed if item.entry.path not in accepted]
     entries, sizes = _new(listed, _sizes(listed, settings, columns), before.left_out() if before else set())
@@ -69,6 +71,18 @@ def make_plan(
     table = _table(entries, sizes, reasons, order)
     about["digest"] = plan_digest(about, table)
     return Plan([*(before.parts if before else []), Part(table, about)])
+
+
+def _refuse_columns(listed: list[Listed], columns: Columns) -> None:
+    """Raises ValueError for the column of a data set where none of the pictures of a new store is of one."""
+    if any(entry.kind == "row" and reason is None for entry, reason in listed):
+        return
+    for name, column in (("caption", columns.caption), ("label", columns.label)):
+        if column is not None:
+            raise ValueError(
+                f"--{name}-column {column}: there are no columns in image and tar files, and no source is a data set; "
+                "leave it out"
+            )
 
 
 def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[tuple[int, int] | str | None]:

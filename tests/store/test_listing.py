@@ -79,6 +79,36 @@ def test_captions_of_a_tar_made_from_inside_a_folder_are_found(tmp_path):
     assert EntryReader(Columns(), with_captions=True).caption_and_label(entry) == ("a cat", None)
 
 
+def test_the_mark_that_editors_put_in_front_is_no_part_of_a_caption(tmp_path):
+    text = "a cat".encode("utf-8-sig")
+    (tmp_path / "b.png").write_bytes(picture(2))
+    (tmp_path / "b.txt").write_bytes(text)
+    shard = tar(tmp_path / "a.tar", [("a.png", picture(1)), ("a.txt", text)])
+    for item in list_entries([str(tmp_path / "b.png"), str(shard)]):
+        assert EntryReader(Columns(), with_captions=True).caption_and_label(item.entry) == ("a cat", None)
+
+
+@pytest.mark.parametrize("column", ["caption", "label"])
+def test_a_column_where_there_are_none_is_refused(tmp_path, column):
+    shard, out = tar(tmp_path / "a.tar", [("a.png", picture(1))]), tmp_path / "store"
+    columns = Columns(**{column: "kind"})
+    with pytest.raises(ValueError, match=f"--{column}-column kind: there are no columns in image and tar"):
+        prepare([str(shard)], out, tiny_codec(), columns=columns, **SMALL)
+    assert not out.exists()
+
+
+def test_pictures_without_columns_are_added_to_those_of_a_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("int64")})
+    cells = {"image": [{"bytes": picture(3), "path": None}], "kind": [7]}
+    datasets.Dataset.from_dict(cells, features=features).to_parquet(tmp_path / "set.parquet")
+    shard = tar(tmp_path / "a.tar", [("a.png", picture(1))])
+    for source in (tmp_path / "set.parquet", shard):
+        prepare([str(source)], tmp_path / "store", tiny_codec(), columns=Columns(label="kind"), **SMALL)
+        encode(tmp_path / "store", workers=0)
+    assert [item.label for item in LatentStore(tmp_path / "store")] == [7, None]
+
+
 @pytest.mark.parametrize("damage", ["header", "cut", "joined"])
 def test_a_tar_that_goes_on_behind_its_end_is_refused(tmp_path, damage):
     shard = tar(tmp_path / "a.tar", [(f"{k}.png", picture(k)) for k in (10, 20, 30)])
