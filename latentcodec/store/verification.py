@@ -1,4 +1,5 @@
-"""Whether a store is what its index says: every byte by the shard's digest, every row by its own checksum.
+"""Whether a store is what its index says: every byte by the shard's digest, every row by its own checksum,
+the codec by its fingerprint and the plan by its digest.
 
 The digest (sha256) says that a shard is damaged, the checksums which of its pictures are. What to do is said by whoever
 asked.
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentcodec.files import open_regular
-from latentcodec.store.format import Index, ShardEntry, StoreError
+from latentcodec.store.format import CODEC, Index, ShardEntry, StoreError
+from latentcodec.store.plan import PLAN_FOLDER, Plan
+from latentcodec.store.read import LatentStore
 from latentcodec.store.shard import Shard
 
 BLOCK_BYTES = 1 << 20
@@ -26,21 +29,23 @@ class Verification:
     """Rows that the index counts."""
     bad_shards: dict[str, list[str]] = field(default_factory=dict)
     """File of a shard -> what is wrong with it, the damaged pictures by name."""
+    bad_folders: dict[str, str] = field(default_factory=dict)
+    """`codec` or `plan` -> what is wrong with it."""
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        return not self.bad_shards
+        return not self.bad_shards and not self.bad_folders
 
 
 def verify(store: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Reads the whole store and compares it with its index.
+    """Reads the whole store, its codec and its plan too, and compares it with its index.
 
     `progress(done, shards)` is called after each shard. Raises StoreError where there is no index or it is damaged.
     """
     store = Path(store)
     index = Index.load(store)
-    result = Verification(index.items)
+    result = Verification(index.items, bad_folders=_bad_folders(store, index))
     for done, entry in enumerate(index.shards, 1):
         problems = shard_problems(store, index, entry)
         if problems:
@@ -48,6 +53,22 @@ def verify(store: str | Path, progress: Callable[[int, int], None] | None = None
         if progress is not None:
             progress(done, len(index.shards))
     return result
+
+
+def _bad_folders(store: Path, index: Index) -> dict[str, str]:
+    """What is wrong with the copy of the codec, where there is one, and with the plan, where the index knows its parts."""
+    bad = {}
+    if (store / CODEC).is_dir():
+        try:
+            LatentStore(store).codec()
+        except (ValueError, OSError) as error:
+            bad[CODEC] = f"{store / CODEC}: not the codec of these latents ({error})"
+    try:
+        if (parts := len(index.machine)) and parts > len(Plan.load(store).parts):
+            raise StoreError(f"{store / PLAN_FOLDER}: the index knows {parts} parts of the plan, some are missing")
+    except StoreError as error:
+        bad[PLAN_FOLDER] = str(error)
+    return bad
 
 
 def shard_problems(store: Path, index: Index, entry: ShardEntry) -> list[str]:

@@ -169,6 +169,10 @@ def test_damage_ends_with_3_and_names_the_picture(place, tmp_path, call):
     code, out, _ = call("verify", tmp_path / "store", "--json")
     assert (code, last(out)["bad_shards"]) == (3, ["shards/4x8x8/000001.arrow"])
     assert str(shard) in out
+    (tmp_path / "store/codec/config.json").write_text("{}")
+    (tmp_path / "store/plan/0000.arrow").unlink()
+    code, out, _ = call("verify", tmp_path / "store")
+    assert (code, out.splitlines()[-1].split(", ", 1)[1]) == (3, "damaged: 1 of 3 shards, codec, plan")
 
 
 def test_drop(place, tmp_path, call):

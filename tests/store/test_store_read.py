@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 from multiprocessing.reduction import ForkingPickler
 
@@ -401,6 +402,20 @@ def test_every_flipped_byte_of_a_shard_is_found(photos, tmp_path, codec):
         damaged(path, offset)
         assert not verify(tmp_path / "store").ok, offset
         path.write_bytes(content)
+
+
+def test_a_damaged_codec_and_a_lost_plan_are_found(photos, tmp_path, codec):
+    make(photos, tmp_path / "store", codec)
+    weights = tmp_path / "store/codec/diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    for damage in (content[:3000], content[:-1] + bytes([content[-1] ^ 1])):
+        weights.write_bytes(damage)
+        result = verify(tmp_path / "store")
+        assert (result.ok, result.bad_shards, list(result.bad_folders)) == (False, {}, ["codec"])
+    shutil.rmtree(tmp_path / "store/codec")  # as with --no-codec
+    assert verify(tmp_path / "store").ok
+    (tmp_path / "store/plan/0000.arrow").unlink()
+    assert verify(tmp_path / "store").bad_folders == {"plan": f"{tmp_path}/store: holds no plan of an encoding"}
 
 
 def test_an_index_that_lies(photos, tmp_path, codec):
