@@ -59,7 +59,7 @@ def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
 def write_new(path: Path, content: bytes) -> bool:
     """Writes as `write_whole` does, durably, but a file that is there already stays, and the answer is False.
 
-    Where there are no hard links the name is taken first and filled then: half a file can be seen, and is read back.
+    Raises `OSError` naming what stands where the folder belongs, or where the disk refuses.
     """
     beside = path.parent / unfinished_name()
     try:
@@ -68,13 +68,17 @@ def write_new(path: Path, content: bytes) -> bool:
         try:
             os.link(beside, path)
         except OSError as error:
-            if error.errno not in NO_LINK_HERE or os.path.lexists(path):
+            if error.errno not in NO_LINK_HERE:
                 raise
-            _warn(path, f"has no hard links ({error.strerror}): a file can be seen half written")
-            with path.open("xb"):
-                pass
-            _copy_over(beside, path, None)
-    except FileExistsError:
+            _warn(path, f"has no hard links ({error.strerror}): without locks too a file can be written twice")
+            with locked(path.parent):
+                if os.path.lexists(path):
+                    return False
+                move_file(beside, path)
+    except FileExistsError as error:
+        if not path.parent.is_dir():
+            reason = "a file, or a link to nothing, where a folder belongs"
+            raise NotADirectoryError(errno.ENOTDIR, reason, str(error.filename)) from error
         return False
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -260,12 +264,9 @@ def read_start(path: str | Path, count: int = 64) -> bytes:
         return b""
 
 
-def _copy_over(source: Path, target: Path, refusal: OSError | None) -> None:
+def _copy_over(source: Path, target: Path, refusal: OSError) -> None:
     """Replace `target` by the content of `source`, and read it back."""
-    if refusal is not None:
-        _warn(
-            target, f"renames no file ({refusal.strerror}): one that is being written can be seen half done"
-        )
+    _warn(target, f"renames no file ({refusal.strerror}): one that is being written can be seen half done")
     content = source.read_bytes()
     with suppress(FileNotFoundError):
         target.unlink()  # some let files be written once only

@@ -20,6 +20,7 @@ from latentcodec.files import (
     move_folder,
     open_regular,
     write_files,
+    write_new,
     write_whole,
 )
 from latentcodec.printable import printable
@@ -97,6 +98,26 @@ def test_where_no_file_is_renamed_it_is_copied_and_that_is_said(number, tmp_path
     with pytest.warns(FileSystemWarning, match="renames no file"):
         write_whole(tmp_path / "a", b"content")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"content"}
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_without_hard_links_a_new_file_is_whole_or_not_there(number, tmp_path, monkeypatch):
+    refusing(monkeypatch, "link", number)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        for module, name in ((os, "replace"), (files, "_copy_over")):
+            killed.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.warns(FileSystemWarning, match="no hard links"):
+            write_new(tmp_path / "a", b"content")
+    assert not list(tmp_path.iterdir())
+    assert write_new(tmp_path / "a", b"content")
+    assert not write_new(tmp_path / "a", b"another")  # though the link is refused for another reason
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"content"}
+
+
+def test_a_link_to_nothing_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "store").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match=r"a link to nothing, where a folder belongs: '.*/store'"):
+        write_new(tmp_path / "store/plan/a", b"content")
 
 
 @pytest.mark.parametrize("number", [*REFUSALS, errno.EXDEV, errno.EMFILE])

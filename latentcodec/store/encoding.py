@@ -97,8 +97,9 @@ class ShardEncoder:
         stays.
         """
         todo = [shard for shard in shards if not (self.store / self.plan.file(shard)).is_file()]
+        missing = set(todo)
         for shard in shards:
-            if shard not in set(todo):
+            if shard not in missing:
                 yield Receipt(shard, False, self.plan.rows(shard), 0)
         if not todo:
             return
