@@ -70,7 +70,9 @@ def write_new(path: Path, content: bytes) -> bool:
         except OSError as error:
             if error.errno not in NO_LINK_HERE:
                 raise
-            _warn(path, f"has no hard links ({error.strerror}): without locks too a file can be written twice")
+            _warn(
+                path, f"has no hard links ({error.strerror}): without locks too a file can be written twice"
+            )
             with locked(path.parent):
                 if os.path.lexists(path):
                     return False

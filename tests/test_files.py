@@ -45,6 +45,10 @@ def refusing(monkeypatch, name, number, only=lambda *_: True):
     monkeypatch.setattr(os, name, refuse)
 
 
+def killed(*arguments):
+    raise KeyboardInterrupt
+
+
 def write_all(folder):
     for i in range(3):
         write_whole(folder / str(i), b"content")
@@ -103,10 +107,10 @@ def test_where_no_file_is_renamed_it_is_copied_and_that_is_said(number, tmp_path
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
 def test_without_hard_links_a_new_file_is_whole_or_not_there(number, tmp_path, monkeypatch):
     refusing(monkeypatch, "link", number)
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as killing:
         for module, name in ((os, "replace"), (files, "_copy_over")):
-            killed.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.warns(FileSystemWarning, match="no hard links"):
+            killing.setattr(module, name, killed)
+        with pytest.warns(FileSystemWarning, match="no hard links"), pytest.raises(KeyboardInterrupt):
             write_new(tmp_path / "a", b"content")
     assert not list(tmp_path.iterdir())
     assert write_new(tmp_path / "a", b"content")

@@ -46,7 +46,9 @@ Std = Annotated[
 ]
 Mirrored = Annotated[bool, option("Store the latents of the mirrored pictures too.", panel=STORED)]
 NoCodec = Annotated[bool, option("Put no copy of the codec into the store.", "--no-codec", panel=STORED)]
-ShardSize = Annotated[int, option("Pictures of a shard at most; large ones make shards of 512 MiB.", panel=STORED)]
+ShardSize = Annotated[
+    int, option("Pictures of a shard at most; large ones make shards of 512 MiB.", panel=STORED)
+]
 Check = Annotated[int, option("Pictures that are decoded again, to measure the loss.", panel=STORED)]
 ImageColumn = Annotated[str | None, option("Column with the pictures.", panel=SOURCE)]
 CaptionColumn = Annotated[str | None, option("Column with the captions.", panel=SOURCE)]

@@ -149,7 +149,9 @@ def _read(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
     if entry.kind == CACHE:
         cached, wanted = read_cache(existing(entry.path)), planned_shape(picture.expected, settings)
         if (found := tuple(cached.latent.shape)) != wanted:
-            raise UnreadableImage(f"{entry.path}: a latent {found}, {wanted} is what this store was planned for")
+            raise UnreadableImage(
+                f"{entry.path}: a latent {found}, {wanted} is what this store was planned for"
+            )
         caption, label = reader.caption_and_label(entry)
         return Decoded(picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label)
     pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)

@@ -100,10 +100,9 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
             with only_faults_of(entry):
                 if entry.kind == CACHE:
                     c, h, w = read_cache(existing(entry.path)).latent.shape
-                    if c != settings.latent_channels:
+                    if c != (channels := settings.latent_channels):
                         raise UnreadableImage(
-                            f"{entry.path}: a latent {(c, h, w)}, those of this codec have "
-                            f"{settings.latent_channels} channels"
+                            f"{entry.path}: a latent {(c, h, w)}, those of this codec have {channels} channels"
                         )
                     return h * f, w * f
                 return image_size(reader.picture(entry), name=entry.path)

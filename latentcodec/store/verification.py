@@ -56,8 +56,8 @@ def verify(store: str | Path, progress: Callable[[int, int], None] | None = None
 
 
 def _bad_folders(store: Path, index: Index) -> dict[str, str]:
-    """What is wrong with the copy of the codec, where there is one, and with the plan, where the index knows its parts."""
-    bad = {}
+    """What is wrong with the copy of the codec, where there is one, and with a plan whose parts the index knows."""
+    bad: dict[str, str] = {}
     if (store / CODEC).is_dir():
         try:
             LatentStore(store).codec()
@@ -65,7 +65,9 @@ def _bad_folders(store: Path, index: Index) -> dict[str, str]:
             bad[CODEC] = f"{store / CODEC}: not the codec of these latents ({error})"
     try:
         if (parts := len(index.machine)) and parts > len(Plan.load(store).parts):
-            raise StoreError(f"{store / PLAN_FOLDER}: the index knows {parts} parts of the plan, some are missing")
+            raise StoreError(
+                f"{store / PLAN_FOLDER}: the index knows {parts} parts of the plan, some are missing"
+            )
     except StoreError as error:
         bad[PLAN_FOLDER] = str(error)
     return bad

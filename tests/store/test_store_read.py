@@ -415,7 +415,9 @@ def test_a_damaged_codec_and_a_lost_plan_are_found(photos, tmp_path, codec):
     shutil.rmtree(tmp_path / "store/codec")  # as with --no-codec
     assert verify(tmp_path / "store").ok
     (tmp_path / "store/plan/0000.arrow").unlink()
-    assert verify(tmp_path / "store").bad_folders == {"plan": f"{tmp_path}/store: holds no plan of an encoding"}
+    assert verify(tmp_path / "store").bad_folders == {
+        "plan": f"{tmp_path}/store: holds no plan of an encoding"
+    }
 
 
 def test_an_index_that_lies(photos, tmp_path, codec):
