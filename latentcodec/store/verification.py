@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentcodec.files import open_regular
+from latentcodec.printable import UNDECODED
 from latentcodec.store.format import CODEC, Index, ShardEntry, StoreError
 from latentcodec.store.plan import PLAN_FOLDER, Plan
 from latentcodec.store.read import LatentStore
@@ -58,7 +59,9 @@ def verify(store: str | Path, progress: Callable[[int, int], None] | None = None
 def _bad_folders(store: Path, index: Index) -> dict[str, str]:
     """What is wrong with the copy of the codec, where there is one, and with a plan whose parts the index knows."""
     bad: dict[str, str] = {}
-    if (store / CODEC).is_dir():
+    if (store / CODEC).is_dir() and not UNDECODED.search(
+        str(store)
+    ):  # under such names no weights can be opened
         try:
             LatentStore(store).codec()
         except (ValueError, OSError) as error:
