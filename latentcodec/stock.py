@@ -44,10 +44,14 @@ def stock_copy(vae: Any, dtype: torch.dtype) -> Any:
 
 
 def new_stock(name: str, config: Mapping[str, Any]) -> Any:
-    """A new object of the class, without others' keys, which diffusers would warn of; it pads with zeros."""
+    """A new object of the class, which pads with zeros, from those keys of `config` that its constructor takes.
+
+    diffusers would warn of others, and passes over the values of those that were given by position to `config`'s own
+    object: its `_use_default_values` names them.
+    """
     kind = CLASSES[name]
     known = kind._get_init_keys(kind)
-    return kind.from_config({key: value for key, value in config.items() if key in known or key[0] == "_"})
+    return kind.from_config({key: value for key, value in config.items() if key in known})
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay: all of these are drawn on the CPU

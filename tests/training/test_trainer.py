@@ -730,7 +730,7 @@ def test_an_alarm_sounds_when_the_discriminator_has_won(tmp_path, images):
 
 
 def test_shards_of_two_optimizers_are_refused_and_not_tried(tmp_path, images, monkeypatch):
-    sharded = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType.FSDP)
+    sharded = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType.FSDP, log_with=[])
     monkeypatch.setattr("latentcodec.training.preflight.Accelerator", lambda **_: sharded)
     with pytest.raises(ValueError, match=r"FSDP cannot train .*torchrun"):
         new_trainer(small(tmp_path / "run", images))

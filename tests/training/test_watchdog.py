@@ -232,6 +232,7 @@ def test_a_process_of_the_run_that_has_died_is_said_in_one_line(tmp_path, begin)
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quietly", [True, False])
 def test_a_lost_worker_whose_pipe_has_closed_is_not_said_again_by_its_signal(quietly):
     script = (
