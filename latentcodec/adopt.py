@@ -198,13 +198,13 @@ def _replace_methods(vae: Any, **functions: Callable[..., Any]) -> None:
             setattr(vae, name, _OwnMethod(function, vae))
 
 
-def _runs_on_engine(network: nn.Module, x: Tensor) -> bool:
+def _engine_applies(network: nn.Module, x: Tensor) -> bool:
     return isinstance(network, EngineEncoder | EngineDecoder) and network.engine.applies(network, x)
 
 
 def _encode_whole(vae: Any, x: Tensor) -> Tensor:
     """What diffusers would encode in tiles, and does where the engine steps aside: [B, C, H, W] -> [B, 2s, h, w]."""
-    if not _runs_on_engine(vae.encoder, x):
+    if not _engine_applies(vae.encoder, x):
         return cast(Tensor, type(vae)._tiled_encode(vae, x))
     moments: Tensor = vae.encoder(x)
     return moments if vae.quant_conv is None else vae.quant_conv(moments)
@@ -212,7 +212,7 @@ def _encode_whole(vae: Any, x: Tensor) -> Tensor:
 
 def _decode_whole(vae: Any, z: Tensor, return_dict: bool = True) -> Any:
     """What diffusers would decode in tiles, and does where the engine steps aside: [B, s, h, w] -> [B, C, H, W]."""
-    if not _runs_on_engine(vae.decoder, z):
+    if not _engine_applies(vae.decoder, z):
         return type(vae).tiled_decode(vae, z, return_dict=return_dict)
     image = vae.decoder(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
     return DecoderOutput(sample=image) if return_dict else (image,)

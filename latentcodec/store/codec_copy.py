@@ -41,9 +41,8 @@ def put_codec(codec: LatentCodec, out: Path) -> None:
             shutil.rmtree(out / CODEC, ignore_errors=True)
             move_folder(beside, out / CODEC, CONFIG)
         except OSError:
-            if not _is_copy(
-                out / CODEC, codec
-            ):  # else another process was faster, and there are no locks here
+            # Where there are no locks, another process may have been faster.
+            if not _is_copy(out / CODEC, codec):
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)

@@ -50,7 +50,9 @@ def make_plan(
         _refuse_columns(listed, columns)
     accepted = before.accepted() if before else set()
     listed = [item for item in listed if item.entry.path not in accepted]
-    entries, sizes = _new(listed, _sizes(listed, settings, columns), before.left_out() if before else set())
+    entries, sizes = _without_known_rejects(
+        listed, _sizes(listed, settings, columns), before.left_out() if before else set()
+    )
     if before is not None and not entries:
         return before
     shards, order, reasons = _cut(entries, sizes, settings, shard_size)
@@ -114,7 +116,7 @@ def _sizes(listed: list[Listed], settings: Settings, columns: Columns) -> list[t
         return list(pool.map(size, listed))
 
 
-def _new(
+def _without_known_rejects(
     listed: list[Listed], sizes: list[tuple[int, int] | str | None], left_out: set[str]
 ) -> tuple[list[Entry], list[tuple[int, int] | str | None]]:
     """Entries and sizes without what was `left_out` before, by path, and still has a reason to be."""

@@ -59,9 +59,8 @@ def verify(store: str | Path, progress: Callable[[int, int], None] | None = None
 def _bad_folders(store: Path, index: Index) -> dict[str, str]:
     """What is wrong with the copy of the codec, where there is one, and with a plan whose parts the index knows."""
     bad: dict[str, str] = {}
-    if (store / CODEC).is_dir() and not UNDECODED.search(
-        str(store)
-    ):  # under such names no weights can be opened
+    can_be_opened = not UNDECODED.search(str(store))  # else no library opens weights there
+    if (store / CODEC).is_dir() and can_be_opened:
         try:
             LatentStore(store).codec()
         except (ValueError, OSError) as error:

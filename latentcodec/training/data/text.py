@@ -44,9 +44,8 @@ LEAST_CONTRAST = 60  # levels between the brightness of text and that of its pag
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
 EMPTY_SHARE = 0.25  # of the pages: no text at all
 LINES_SHARE = 0.25  # of the pages: line art, half of them without text
-FONTS_OPEN = (
-    256  # that a process keeps, each of one file and size: all those of several hundred files fill memory
-)
+# That a process keeps, each of one file and size. All sizes of several hundred files would take half a gigabyte.
+FONTS_OPEN = 256
 SHADED_SHARE = 0.5  # of the empty pages: shades from one colour to another; the others are flat
 
 
