@@ -78,7 +78,9 @@ def _found(source: str, subfolder: str | None) -> Any:
 
 def _from_folder(folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no folder of a VAE ({covered()}): it holds no {CONFIG}")
+        inner = folder / "codec"  # as the folder of a run or of a store has one
+        advice = f"; give {inner}" if (inner / CONFIG).is_file() else ""
+        raise ValueError(f"{folder} is no folder of a VAE ({covered()}): it holds no {CONFIG}{advice}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} holds no .safetensors weights; pickled .bin files are not loaded, they can run code"

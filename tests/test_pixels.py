@@ -673,7 +673,7 @@ def test_images_are_found_in_subfolders_in_order_and_hidden_ones_left_out(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("nowhere", "no such folder"), ("empty", "no image"), ("a.png", "folder")]
+    ("kind", "words"), [("nowhere", "no such folder"), ("empty", "no image"), ("a.png", "is no folder")]
 )
 def test_a_folder_without_images_is_refused_by_name(kind, words, tmp_path):
     (tmp_path / "empty").mkdir()

@@ -45,7 +45,8 @@ def decode(
 
     suffix = f".{form.lower().lstrip('.')}"
     if suffix not in WRITERS:
-        raise ValueError(f"--format {form}: {', '.join(name[1:] for name in WRITERS)}")
+        *names, final = (name[1:] for name in WRITERS)
+        raise ValueError(f"--format {form}: give {', '.join(names)} or {final}")
     if not latents.exists():
         raise ValueError(f"{latents}: there is no such store, and no such file of latents")
     decoded = _of_store if latents.is_dir() else _of_file
@@ -88,9 +89,9 @@ def _of_file(path: Path, given: str | None, device: torch.device, suffix: str) -
     from latentcodec.codec import LatentCodec, run_compiled
     from latentcodec.store.caches import read_latents
 
+    z = read_latents(path)  # first: a picture needs no codec to be refused
     if given is None:
         raise ValueError(f"{path}: a file of latents does not say which codec made it; give --codec")
-    z = read_latents(path)
     z = z[None] if z.ndim == 3 else z
     codec = run_compiled(LatentCodec.from_pretrained(given, device=device))
     numbers = [""] if len(z) == 1 else [f"-{number:04}" for number in range(len(z))]

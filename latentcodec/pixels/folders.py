@@ -72,8 +72,10 @@ def find_images(folder: str | Path) -> list[Path]:
 
 def search_folder(folder: str | Path) -> Found:
     """What `find_images` finds, beside what it leaves out. Raises `ValueError` where a folder cannot be listed."""
-    if not Path(folder).is_dir():
+    if not Path(folder).exists():
         raise ValueError(f"{folder}: there is no such folder")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: is no folder; give one")
     found = Found()
     for entry in _files(folder):
         suffix = Path(entry.name).suffix.lower()

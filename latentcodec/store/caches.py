@@ -47,8 +47,10 @@ class Cached(NamedTuple):
 
 def find_caches(folder: Path) -> list[Path]:
     """The cache files below a folder, sorted. Raises ValueError where there is none."""
-    if not folder.is_dir():
+    if not folder.exists():
         raise ValueError(f"{folder}: there is no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder; give one")
     found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"{folder}: holds no {', '.join(SUFFIXES)} file")

@@ -38,7 +38,7 @@ def export(
     folder with other such files, OSError where the disk refuses.
     """
     if to not in FORMATS:
-        raise ValueError(f"--to {to}: {' or '.join(FORMATS)}")
+        raise ValueError(f"--to {to}: give {' or '.join(FORMATS)}")
     is_of, write, suffix = (
         (_is_parquet_of, _write_parquet, ".parquet") if to == "parquet" else (_is_tar_of, _write_tar, ".tar")
     )

@@ -156,11 +156,11 @@ def _check_choices(settings: Settings, precision: str | None) -> None:
     if settings.dtype not in TORCH:
         raise ValueError(f"--dtype {settings.dtype}: latents are stored as {', '.join(TORCH)}")
     if settings.imported not in (None, "raw", "normalised"):
-        raise ValueError(f"--latents {settings.imported}: raw or normalised")
+        raise ValueError(f"--latents {settings.imported}: give raw or normalised")
     if settings.posterior not in ("mode", "mean and std"):
         raise ValueError(f"posterior {settings.posterior!r}: 'mode' or 'mean and std'")
     if precision not in (None, *DTYPES):
-        raise ValueError(f"--precision {precision}: {' or '.join(DTYPES)}")
+        raise ValueError(f"--precision {precision}: give {' or '.join(DTYPES)}")
 
 
 def _check_numbers(**numbers: int | None) -> None:

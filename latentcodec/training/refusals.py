@@ -35,6 +35,8 @@ def refusal(error: str, kinds: Mapping[str, Any]) -> str:
             parts = unknown.groupdict()
             section = f"{parts['section']}." if parts.get("section") else ""
             return _no_such(section + parts["key"], kinds)
+    if missing := re.search(r"the following arguments are required: (\S+)", error):
+        return f"--{missing[1]} must be given; --help says what it is"
     keys = [key for key in re.findall(r'key "([^"]+)"', error) if key in kinds]
     if not keys:
         return " ".join(error.split())

@@ -308,7 +308,15 @@ def test_export_and_import(place, store, tmp_path, call):
             "begun with size None, not 16",
         ),
         (("verify", "{photos}"), "holds no index.json"),
-        (("decode", "{store}", "--out", "{new}", "--format", "gif"), "--format gif"),
+        (
+            ("decode", "{store}", "--out", "{new}", "--format", "gif"),
+            "--format gif: give png, jpg, jpeg or webp",
+        ),
+        (("decode", "{photos}/001.png", "--out", "{new}"), "001.png: latents are read from"),
+        (
+            ("encode", "{photos}", "--codec", "{store}", "--out", "{new}"),
+            "no config.json; give {store}/codec",
+        ),
         (("decode", "{store}", "--out", "{new}", "--codec", "photo-f8c4"), "made by the codec"),
         (("export", "{store}", "--to", "csv", "--out", "{new}"), "--to csv"),
         (("finish", "{photos}"), "holds no plan"),
@@ -340,7 +348,7 @@ def test_a_mistake_is_one_line_and_code_2(place, store, tmp_path, call, argument
     places = {"photos": place / "photos", "codec": place / "codec", "store": store, "new": tmp_path / "new"}
     code, _, err = call(*(argument.format(**places) for argument in arguments))
     assert code == 2
-    assert words in err
+    assert words.format(**places) in err
     assert len(err.strip().splitlines()) == 1
 
 
