@@ -45,8 +45,8 @@ def decode(
 
     suffix = f".{form.lower().lstrip('.')}"
     if suffix not in WRITERS:
-        *names, final = (name[1:] for name in WRITERS)
-        raise ValueError(f"--format {form}: give {', '.join(names)} or {final}")
+        *others, final = (name[1:] for name in WRITERS)
+        raise ValueError(f"--format {form}: give {', '.join(others)} or {final}")
     if not latents.exists():
         raise ValueError(f"{latents}: there is no such store, and no such file of latents")
     decoded = _of_store if latents.is_dir() else _of_file
