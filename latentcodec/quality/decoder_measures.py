@@ -17,6 +17,7 @@ from latentcodec.quality.metrics import psnr
 
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # deviations, in units of the latents' own
 BATCH_PIXELS = 2**19  # decoded in one call: eight windows of 256 pixels
+SMALLEST_VARIANCE = 1e-12  # of images in [-1, 1]; one level in one pixel of a megapixel is more
 PERFECT = 100.0  # dB; an image that comes back unchanged would have infinitely many, which no mean could hold
 BLOCK = 16  # cells a side that share their 256 levels in `int8_in_blocks`
 
@@ -80,9 +81,13 @@ def decibels(x: Tensor, y: Tensor) -> Tensor:
     return psnr(from_uint8(to_uint8(x)), y).clamp(max=PERFECT)
 
 
-def decoder_spread(x: Tensor, y: Tensor) -> float:
-    """Variance over the images of the decoded means y [N, C, H, W] over that of the images x; collapsed: about 0."""
-    return (y.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean().clamp(min=1e-12)).item()
+def decoder_spread(x: Tensor, y: Tensor) -> float | None:
+    """Variance over the images of the decoded means y [N, C, H, W] over that of the images x; collapsed: about 0.
+
+    None where the images do not differ, as a single one does not: nothing can be said of their decoded means then.
+    """
+    variance = x.var(0, unbiased=False).mean()
+    return (y.var(0, unbiased=False).mean() / variance).item() if variance > SMALLEST_VARIANCE else None
 
 
 def channel_drops(

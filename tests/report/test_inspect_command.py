@@ -1,6 +1,7 @@
 """`latentcodec inspect CODEC --images`: verdicts on the screen, one page, its result, and one line for programs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_mistake_is_one_line_and_code_2(place, tmp_path, capsys, arguments, wo
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_of_one_image_alone_no_collapse_is_said(place, tmp_path, capsys):
+    """Its decoded mean cannot vary from image to image, whatever the decoder makes of latents."""
+    for name, count in (("one", 1), ("copies", 3)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            shutil.copy(place / "images" / "0.png", tmp_path / name / f"{number}.png")
+        assert run(["inspect", str(place / "codec"), "--images", str(tmp_path / name), "--json"]) == 0
+        out = capsys.readouterr().out
+        assert json.loads(out.splitlines()[-1])["measures"]["decoder_spread"] is None
+        assert "the decoder draws nearly the same picture" not in out
 
 
 def test_another_codec_is_shown_beside_it_or_refused(place, tmp_path, capsys):
