@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from latentcodec.codec import LatentCodec
@@ -27,7 +26,7 @@ from latentcodec.quality.rate import ROUNDINGS
 from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.rate_distortion import table
-from latentcodec.sources.folders import FolderImages
+from latentcodec.sources.folders import FolderImages, ImageFiles
 
 RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # bits a pixel that the image formats are given
 
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     if several != {3}:
         raise ValueError(f"--codec: the image formats are made for 3 channels, not {sorted(several)}")
     found = FolderImages(options.images, channels=3)
-    images = [image[None] for _, image in found]
+    images = found.usable()
     report.print_left_out(found.left_out)
     curves = {name: codec_points(codec, images, name) for name, codec in codecs.items()}
     for form in options.formats:
@@ -89,10 +88,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def codec_points(codec: LatentCodec, images: Sequence[Tensor], name: str) -> list[dict[str, Any]]:
+def codec_points(codec: LatentCodec, images: ImageFiles, name: str) -> list[dict[str, Any]]:
     """A point for each precision: bits a pixel, PSNR, and what it is called."""
     found: dict[str, list[tuple[float, float]]] = {rounding: [] for rounding in ROUNDINGS}
-    for x in tqdm(images, desc=name, unit="image"):
+    for image in tqdm(images, desc=name, unit="image"):
+        x = image[None]
         z, pixels = codec.encode(x).cpu(), x.shape[-2] * x.shape[-1]
         for rounding, change in ROUNDINGS.items():
             rounded, bits = change(z)
@@ -101,10 +101,11 @@ def codec_points(codec: LatentCodec, images: Sequence[Tensor], name: str) -> lis
     return [point(rounding, values) for rounding, values in found.items()]
 
 
-def format_points(form: str, images: Sequence[Tensor]) -> list[dict[str, Any]]:
+def format_points(form: str, images: ImageFiles) -> list[dict[str, Any]]:
     """A point for each of `RATES`, where the format can be as small."""
     found: dict[float, list[tuple[float, float]]] = {rate: [] for rate in RATES}
-    for x in tqdm(images, desc=form, unit="image"):
+    for image in tqdm(images, desc=form, unit="image"):
+        x = image[None]
         pixels = x.shape[-2] * x.shape[-1]
         for rate in RATES:
             coded = image_codecs.code(x, form, int(rate * pixels / 8))

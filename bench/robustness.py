@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from latentcodec.report import results as report
 from latentcodec.report.build import write_result
 from latentcodec.report.pages.robustness import table
 from latentcodec.report.pictures import webp
-from latentcodec.sources.folders import FolderImages
+from latentcodec.sources.folders import FolderImages, ImageFiles
 
 NOISES = (0.05, 0.1, 0.2, 0.4)  # deviations of the noise, in units of the latents' own
 SHOWN = 2  # images on the page
@@ -83,8 +84,8 @@ def half(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=0.5, mode="bilinear")
 
 
-def measure(codec: Codec, images: Sequence[Tensor], f: int, what: str) -> dict[str, float]:
-    """Mean PSNR in dB on `images` [C, H, W] by what was done to the latents."""
+def measure(codec: Codec, images: ImageFiles | Sequence[Tensor], f: int, what: str) -> dict[str, float]:
+    """Mean PSNR in dB on `images` [C, H, W], which are looped over again and again, by what was done to the latents."""
     disturbances: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda z: z,
         "int8": int8,
@@ -96,12 +97,14 @@ def measure(codec: Codec, images: Sequence[Tensor], f: int, what: str) -> dict[s
     bar = tqdm(disturbances.items(), desc=what, unit="disturbance", leave=False)
     for name, disturb in bar:
         rows[name] = evaluate(Disturbed(codec, disturb), images).mean("psnr")
-    wholes = [even_cells(image, f) for image in images]
-    halves = [half(whole[None])[0] for whole in wholes]
-    pairs = list(zip(wholes, halves, strict=True))
-    scores = [evaluate(Halved(codec, whole[None]), [small]).mean("psnr") for whole, small in pairs]
-    rows["half-size image"] = evaluate(codec, halves).mean("psnr")
-    rows["half-size latents"] = sum(scores) / len(scores)
+    small, latents = [], []
+    for image in images:
+        whole = even_cells(image, f)[None]
+        halved = half(whole)[0]
+        small.append(evaluate(codec, [halved]).mean("psnr"))
+        latents.append(evaluate(Halved(codec, whole), [halved]).mean("psnr"))
+    rows["half-size image"] = sum(small) / len(small)
+    rows["half-size latents"] = sum(latents) / len(latents)
     return rows
 
 
@@ -126,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     f, c = codec.downsampling_factor, codec.latent_channels
     smallest = 2 * max(f, 16)  # halves hold SSIM's window
     folder = FolderImages(options.images, codec.image_channels, smallest)
-    images = [image for _, image in folder]
+    images = folder.usable()
     report.print_left_out(folder.left_out)
     klt = KLT.fit(images, f, c)
     own, linear = measure(codec, images, f, options.codec), measure(klt, images, f, "its KLT")
@@ -145,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
     report.print_table(*table(data))
     print(f"\n{len(images)} images; KLT fitted on them")
     name = report.stem([options.codec], data["hardware"], "robustness")
-    strips = [pictures(codec, even_cells(image, f)[None]) for image in images[:SHOWN]]
+    strips = [pictures(codec, even_cells(image, f)[None]) for image in islice(images, SHOWN)]
     files = write_result(data | {"strips": strips}, options.out, name)
     print("\n".join(files.values()))
     report.print_last_line(data | {"files": files})

@@ -65,15 +65,19 @@ class Windows:
     """[N, C, H, W]: the decoded means, clamped and in 8 bits."""
 
 
-def cut_windows(images: Sequence[Tensor], f: int, largest: int = WINDOW) -> tuple[Tensor, list[int]]:
+def cut_windows(
+    images: Sequence[Tensor], f: int, largest: int = WINDOW, sides: Sequence[int] | None = None
+) -> tuple[Tensor, list[int]]:
     """The middle of each image [C, H, W] -> [N, C, S, S], and the numbers of the images that were large enough.
 
     S is `largest` or, where half of the images are smaller, the median of their shorter sides, cut to a multiple of f.
-    Raises ValueError where there is no image, or none with a whole latent cell.
+    `sides`: the shorter sides in pixels of whole pictures, where the images are their middles of `largest` pixels; else
+    those of the images. Raises ValueError where there is no image, or none with a whole latent cell.
     """
     if not images:
         raise ValueError("there is no image to look at")
-    side = min(largest, int(median(min(image.shape[-2:]) for image in images))) // f * f
+    shorter = [min(image.shape[-2:]) for image in images] if sides is None else sides
+    side = min(largest, int(median(shorter))) // f * f
     if side == 0:
         raise ValueError(f"the images are smaller than one latent cell of {f} x {f} pixels")
     kept = [number for number, image in enumerate(images) if min(image.shape[-2:]) >= side]

@@ -22,7 +22,7 @@ from latentcodec.pixels import UnreadableImage, crop_middle, find_images, load_i
 from latentcodec.quality import image_codecs
 from latentcodec.quality import latent_measures as latents
 from latentcodec.quality.decoder_measures import Inspectable, Progress, decibels, decoded, no_progress
-from latentcodec.quality.health import Health, Windows, cut_windows, measure_health, passes
+from latentcodec.quality.health import WINDOW, Health, Windows, cut_windows, measure_health, passes
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
 from latentcodec.report.pictures import channel_picture, principal_colours, tiles, webp
@@ -57,21 +57,24 @@ def open_images(folder: Path, channels: int, f: int, limit: int | None = None) -
     """
     paths = find_images(folder)
     count = min(len(paths), limit or MOST_IMAGES)
-    images, kept, left_out = [], [], []
+    images, sides, kept, left_out = [], [], [], []
     budget = float(PIXELS)
     for path in (paths[i * len(paths) // count] for i in _spread(count)):
         try:
-            images.append(load_image(path, channels)[0])
-            kept.append(path)
+            image = load_image(path, channels)[0]
         except UnreadableImage as error:
             left_out.append(str(error))
             continue
-        budget -= min(min(images[-1].shape[-2:]), 256) ** 2
+        # A hundred photographs as a whole would fill the memory.
+        images.append(crop_middle(image, WINDOW).clone())
+        sides.append(min(image.shape[-2:]))
+        kept.append(path)
+        budget -= min(sides[-1], WINDOW) ** 2
         if limit is None and budget < 0:
             break
     if not images:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be used; the first: {left_out[0]}")
-    x, numbers = cut_windows(images, f)
+    x, numbers = cut_windows(images, f, sides=sides)
     if len(numbers) < len(kept):
         side = x.shape[-1]
         left_out += [

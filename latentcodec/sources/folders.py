@@ -6,6 +6,7 @@ Shapes: C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -46,3 +47,22 @@ class FolderImages:
             raise ValueError(
                 f"none of the {len(self.paths)} images in {self.folder} can be used; the first: {first}"
             )
+
+    def usable(self) -> ImageFiles:
+        """All images that can be used, found by reading each once; raises as iterating does."""
+        return ImageFiles([path for path, _ in self], self.channels)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images [C, H, W] in [-1, 1] that each loop reads anew, so that memory holds one at a time."""
+
+    paths: list[Path]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for path in self.paths:
+            yield load_image(path, self.channels)[0]

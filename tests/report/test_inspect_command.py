@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL
 
 from latentcodec.cli import run
 from latentcodec.codec import LatentCodec
-from latentcodec.pixels import save_image
+from latentcodec.pixels import load_image, save_image
+from latentcodec.quality.health import cut_windows
+from latentcodec.report import inspection
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,24 @@ def test_of_one_image_alone_no_collapse_is_said(place, tmp_path, capsys):
         out = capsys.readouterr().out
         assert json.loads(out.splitlines()[-1])["measures"]["decoder_spread"] is None
         assert "the decoder draws nearly the same picture" not in out
+
+
+def test_photographs_are_kept_no_larger_than_what_is_looked_at(tmp_path, monkeypatch):
+    for number, side in enumerate((300, 420, 200)):
+        save_image(torch.rand(1, 1, side, 500) * 2 - 1, tmp_path / f"{number}.png")
+    expected = cut_windows([load_image(tmp_path / f"{number}.png", 1)[0] for number in range(3)], 8)
+    given = []
+
+    def watched(images, f, sides=None):
+        given.extend(images)
+        return cut_windows(images, f, sides=sides)
+
+    monkeypatch.setattr(inspection, "cut_windows", watched)
+    opened = inspection.open_images(tmp_path, 1, 8)
+    assert max(image.untyped_storage().nbytes() for image in given) <= 4 * 256**2
+    order = [int(name[0]) for name in opened.names]
+    assert sorted(order) == expected[1]
+    assert torch.equal(opened.x[[order.index(number) for number in expected[1]]], expected[0])
 
 
 def test_another_codec_is_shown_beside_it_or_refused(place, tmp_path, capsys):

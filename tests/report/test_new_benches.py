@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentcodec.codec import LatentCodec
-from latentcodec.pixels import save_image
+from latentcodec.pixels import load_image, save_image
 from latentcodec.quality.features import frechet_distance, gaussian_like, pixel_statistics
 from latentcodec.report.build import write_page
 from latentcodec.report.results import write_json
@@ -57,6 +58,29 @@ def run(name, place, out, capsys, *more):
     page = Path(last["files"]["html"]).read_text()
     assert write_page(written, out, Path(last["files"]["html"]).stem).read_text() == page
     return last, page
+
+
+@pytest.mark.parametrize("name", ["rate_distortion", "robustness"])
+def test_a_folder_is_read_picture_by_picture(name, place, tmp_path, capsys, monkeypatch):
+    """As many photographs as people have would not fit into memory."""
+    bench, here, most = load(name), set(), 0
+
+    def watched(path, channels):
+        """An image on memory of numpy's, of which is seen when its last view is gone."""
+        nonlocal most
+        pixels = load_image(path, channels).numpy().copy()
+        here.add(id(pixels))
+        weakref.finalize(pixels, here.discard, id(pixels))
+        most = max(most, len(here))
+        return torch.from_numpy(pixels)
+
+    monkeypatch.setattr("latentcodec.sources.folders.load_image", watched)
+    more = ["--formats"] if name == "rate_distortion" else []
+    bench.main(
+        ["--codec", str(place / "codec"), "--images", str(place / "images"), "--out", str(tmp_path), *more]
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 8
+    assert most <= 3  # one that is used, one that is read, one that a loop has not let go of
 
 
 @pytest.mark.slow
