@@ -88,6 +88,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
             f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {list(x.shape[-2:])}"
         )
+    channels = zip(x.unbind(1), y.unbind(1), strict=True)  # one at a time, in a third of the memory
+    return torch.stack([_channel_ssim(a, b) for a, b in channels]).mean(0).float()
+
+
+def _channel_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """[B, H, W] in [-1, 1] twice -> [B] float64."""
     x, y = (x.double() + 1) / 2, (y.double() + 1) / 2
     mean_x, mean_y, square_x, square_y, product = _local_mean(torch.stack([x, y, x * x, y * y, x * y]))
     variance_x = (square_x - mean_x**2).clamp(min=0)  # rounding may go below
@@ -96,7 +102,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).flatten(1).mean(1).float()
+    return (luminance * structure).flatten(1).mean(1)
 
 
 def lpips_metric(net: str = "vgg", weights: str | Path | None = None) -> Metric:
