@@ -7,7 +7,7 @@ import torch
 
 from latentcodec.pixels import from_uint8
 from latentcodec.quality import image_codecs, text
-from latentcodec.quality.fidelity import colour_shift, interval, round_trips
+from latentcodec.quality.fidelity import colour_shift, interval, round_trips, student
 from latentcodec.quality.metrics import psnr
 
 
@@ -63,6 +63,20 @@ def test_the_interval_of_a_mean_covers_it_and_narrows():
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.15)
     assert interval(few.tolist())[1] - interval(few.tolist())[0] > 5 * (high - low)
     assert all(math.isnan(value) for value in interval([1.0]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+def test_the_interval_of_a_few_values_holds_their_mean_as_often_as_it_says(count):
+    """Resamples of two values are never outside of them, which half of all pairs have the mean between."""
+    generator = torch.Generator().manual_seed(count)
+    draws = torch.randn(200, count, generator=generator).tolist()
+    found = [interval(values) for values in draws]
+    assert sum(low <= 0 <= high for low, high in found) / len(found) > 0.9
+
+
+def test_students_deviations_are_those_of_the_tables():
+    expected = {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}
+    assert {freedom: student(freedom) for freedom in expected} == pytest.approx(expected, abs=0.004)
 
 
 class Darker:

@@ -60,7 +60,8 @@ def build(data: Mapping[str, Any]) -> Page:
 
 TABLE_CAPTION = (
     "PSNR: signal over error in decibels, more is better, 6 dB halve the error; the interval holds the mean over all "
-    "such images in about 95 of 100 cases (bootstrap). SSIM: 1 is equal. LPIPS: distance in the features of a network "
+    "such images in about 95 of 100 cases (bootstrap, widened where images are few). SSIM: 1 is equal. LPIPS: "
+    "distance in the features of a network "
     "trained on photographs, 0 is equal. KLT: PSNR of the linear transform of f x f blocks with the same c numbers for "
     "each. bits/px: 8 bits for each latent value. min and max: the worst image. infinite: at least one "
     "picture came back unchanged."
