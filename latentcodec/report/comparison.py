@@ -224,12 +224,20 @@ def _score_noises(a: Result, b: Result) -> dict[str, float]:
             {row["file"]: row for row in data["images"].get(entry["codec"], [])}
             for data, entry in ((a, before), (b, after))
         )
-        for metric in ("psnr", "ssim", "lpips"):
-            both = [n for n in mine if n in others and None not in (mine[n][metric], others[n][metric])]
-            low, high = interval([others[n][metric] - mine[n][metric] for n in both])
+        for metric in ("psnr", "ssim", "lpips", "psnr_over_klt"):
+            pairs = [(_score(mine[n], metric), _score(others[n], metric)) for n in mine if n in others]
+            low, high = interval([b - a for a, b in pairs if a is not None and b is not None])
             if not math.isnan(low):
                 noises[f"{name} {metric}"] = (high - low) / 2
     return noises
+
+
+def _score(row: Mapping[str, Any], metric: str) -> float | None:
+    """A metric of one image; None where it was not measured or is infinite."""
+    if metric != "psnr_over_klt":
+        return row[metric]
+    own, linear = row["psnr"], row.get("klt_psnr")
+    return None if own is None or linear is None else own - linear
 
 
 def _seed_noises(a: Result, b: Result) -> dict[str, float]:

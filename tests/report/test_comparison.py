@@ -225,6 +225,20 @@ def test_scores_are_compared_image_by_image():
     assert verdict_of(compare(scores(), scores(0.0, 0.3, 5)), "codec psnr")["verdict"] == ""
 
 
+def test_the_gain_over_the_klt_is_as_sure_as_the_score():
+    """It is the same difference of the same images, so chance explains as much of it."""
+    before, after = scores(), scores(0.0, 0.3, 5)
+    for data in (before, after):
+        rows = data["images"]["a"]
+        data["images"]["a"] = [row | {"klt_psnr": 29.0} for row in rows]
+        data["codecs"][0]["psnr_over_klt"] = data["codecs"][0]["psnr"]["mean"] - 29.0
+    after["codecs"][0]["psnr"]["mean"] -= 0.05
+    after["codecs"][0]["psnr_over_klt"] -= 0.05
+    changes = [verdict_of(compare(before, after), f"codec {key}") for key in ("psnr", "psnr_over_klt")]
+    assert [change["verdict"] for change in changes] == ["", ""]
+    assert changes[0]["noise"] == pytest.approx(changes[1]["noise"])
+
+
 def test_what_else_differs_is_named_and_what_cannot_be_compared_refused():
     result = compare(
         timing(commit="a", hardware={"device": "x"}), timing(commit="b", hardware={"device": "y"})
