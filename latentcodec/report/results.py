@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,13 +49,19 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, "+" behind it with changes; None outside of one."""
+    """The commit of the checkout that this package lies in, "+" behind it with changes; None outside of one.
+
+    None, too, where git is not installed, as in many containers.
+    """
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
+    program = shutil.which("git")
+    if program is None or not (folder / ".git").exists():
         return None
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, "-C", str(folder), *words], capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     head = git("rev-parse", "--short=12", "HEAD")
