@@ -172,7 +172,10 @@ def _compared(
             ("KLT, as many numbers", webp(linear)),
         ]
         if beside is not None:
-            choices.insert(2, (short_path(beside[0]), webp(reconstruct(beside[1], x[None])[0])))
+            name = short_path(beside[0])
+            taken = {label for label, _ in choices}  # as of a run's codec/, given from within its folder
+            label = f"{name}, beside it" if name in taken else name
+            choices.insert(2, (label, webp(reconstruct(beside[1], x[None])[0])))
         if len(x) in (1, 3) and x[0].numel() >= 64**2:
             most_bytes = windows.mean[i].numel()  # 8 bits each
             jpeg = image_codecs.code(x[None], "JPEG", most_bytes)
@@ -265,11 +268,13 @@ def _smaller(x: Tensor, side: int) -> Tensor:
 def training_curves(source: Path) -> dict[str, Any] | None:
     """nll, KL, learning rate and PSNR by step, from the metrics.jsonl of the run; None where there is none.
 
+    `source`: a run's folder, or one in it such as codec/; None for the name of a bundled codec or of one on the hub.
     Each curve has at most CURVE_POINTS points, each the median of its part of the run at the part's last step.
     """
     folder = source.parent if (source.parent / "metrics.jsonl").is_file() else source
     metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
+    # The name of a codec has no share in a run that the working folder happens to hold.
+    if not source.exists() or not metrics.is_file():
         return None
     whole = [line for line in metrics.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
     lines = [json.loads(line) for line in whole]  # the last one may be half written

@@ -106,12 +106,26 @@ def test_photographs_are_kept_no_larger_than_what_is_looked_at(tmp_path, monkeyp
     assert torch.equal(opened.x[[order.index(number) for number in expected[1]]], expected[0])
 
 
-def test_another_codec_is_shown_beside_it_or_refused(place, tmp_path, capsys):
+def test_a_bundled_codec_has_no_share_in_the_run_of_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "nll": 2.0}\n')
+    monkeypatch.chdir(tmp_path)
+    assert inspection.training_curves(Path("photo-f8c16")) is None
+    assert inspection.training_curves(Path("codec"))["curves"] == {"nll": [[1, 2.0]]}
+
+
+def test_another_codec_is_shown_beside_it_or_refused(place, tmp_path, capsys, monkeypatch):
     codec, images = str(place / "codec"), ["--images", str(place / "images")]
     assert run(["inspect", codec, *images, "--beside", codec, "--out", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("*.json")
     choices = [choice["label"] for choice in json.loads(written.read_text())["viewer"][0]["choices"]]
     assert choices[2].endswith("codec")
+    monkeypatch.chdir(place)  # where both are called "codec", and each still has its own pictures
+    assert run(["inspect", codec, *images, "--beside", "codec", "--out", str(tmp_path / "here")]) == 0
+    (written,) = (tmp_path / "here").glob("*.json")
+    choices = json.loads(written.read_text())["viewer"][0]["choices"]
+    assert [choice["label"] for choice in choices[:3]] == ["original", "codec", "codec, beside it"]
+    assert len({choice["picture"] for choice in choices}) == len(choices)
     assert run(["inspect", codec, "--beside", codec]) == 2
     assert "--beside" in capsys.readouterr().err
     stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
