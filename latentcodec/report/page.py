@@ -10,9 +10,11 @@ Shapes: C channels, H W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -152,12 +154,12 @@ class Page:
 
     def links(self, links: Mapping[str, str]) -> None:
         """Files beside this one, by what they are called."""
-        self._add("links", links=links)
+        self._add("links", links=_addresses(links))
 
     def link_first(self, links: Mapping[str, str]) -> None:
         """Files beside this one, by what they are called, above everything else; nothing where there are none."""
         if links:
-            self.blocks.insert(0, {"kind": "links", "links": links})
+            self.blocks.insert(0, {"kind": "links", "links": _addresses(links)})
 
     def render(self) -> str:
         """The whole document."""
@@ -165,3 +167,8 @@ class Page:
 
     def _add(self, kind: str, **content: Any) -> None:
         self.blocks.append({"kind": kind, **content})
+
+
+def _addresses(links: Mapping[str, str]) -> dict[str, str]:
+    """Paths as an address takes them: a # or a % in the name of a file would lead elsewhere."""
+    return {name: quote(os.fsencode(path)) for name, path in links.items()}

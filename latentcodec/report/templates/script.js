@@ -97,8 +97,9 @@ function makeSortable(table) {
     let rising = false;
     button.addEventListener("click", () => {
       rising = !rising;
-      const value = row => { const text = row.cells[column].textContent, number = parseFloat(text); return isNaN(number) ? text : number; };
-      const order = (a, b) => { const [x, y] = [value(a), value(b)]; return x < y ? -1 : x > y ? 1 : 0; };
+      const value = row => { const text = row.cells[column].textContent, number = text === "infinite" ? Infinity : parseFloat(text); return isNaN(number) ? text : number; };
+      const rank = x => typeof x === "number" ? 0 : 1;  // numbers before words such as "-", which compare with none
+      const order = (a, b) => { const [x, y] = [value(a), value(b)]; return rank(x) - rank(y) || (x < y ? -1 : x > y ? 1 : 0); };
       body.append(...[...body.rows].sort((a, b) => rising ? order(a, b) : order(b, a)));
       head.setAttribute("aria-sort", rising ? "ascending" : "descending");
     });
