@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.seeds < 1 or (options.steps is not None and options.steps < 1):
+        raise ValueError("--seeds and --steps: at least 1")
     budget = BUDGETS[options.setting]
     steps = options.steps or budget.steps
     report.require_folder(options.out)

@@ -30,7 +30,9 @@ from latentcodec.quality.metrics import psnr, reconstruct
 from latentcodec.report.results import print_last_line
 from latentcodec.sources.folders import FolderImages
 from latentcodec.sources.synthetic import SyntheticSource
+from latentcodec.vae.families import KL
 
+RGBA = 4  # channels
 PICTURES = 6
 SIDE = 256  # pixels
 SEED = 1  # of the drawn pictures: training draws those of seed 0
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     logging.set_verbosity_error()  # that no text encoder is saved is no news here
     codec = LatentCodec.from_pretrained(settings.codec)
+    require_fitting(codec, settings.codec)
     images = _images(settings.images, codec.image_channels)
     pipe = _pipeline(codec)
     rows: list[list[Tensor]] = [[], [], []]
@@ -71,6 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"diffusers alone, on the saved pipeline's VAE, differs by at most {difference:.1e} of a range of 2"
     )
     print_last_line({"images": len(images), "psnr": decibel, "largest_difference_to_diffusers": difference})
+
+
+def require_fitting(codec: LatentCodec, source: str) -> None:
+    """Raises ValueError for a codec that Stable Diffusion's pipeline cannot hold."""
+    if codec.family is not KL:
+        raise ValueError(
+            f"--codec {source}: Stable Diffusion's pipeline, which this is, takes an AutoencoderKL, not an "
+            f"{codec.family.name}"
+        )
+    if codec.image_channels == RGBA:
+        raise ValueError(
+            f"--codec {source}: diffusers takes pictures of 4 channels, such as RGBA, for latents"
+        )
 
 
 def _images(folder: str | None, channels: int) -> list[Tensor]:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.out.suffix not in SUFFIXES:
+    if options.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {options.out}: the name must end in {' or '.join(SUFFIXES)}")
     codec = LatentCodec.from_pretrained(options.codec)
     if codec.image_channels != 3:

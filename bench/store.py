@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", help="to measure what each number format costs")
     parser.add_argument("--images", type=Path, help=f"folder of photographs, of which {PICTURES} are decoded")
     settings = parser.parse_args(arguments)
+    if (settings.codec is None) != (settings.images is None):
+        parser.error("--codec and --images belong together: photographs are decoded by the codec")
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),

@@ -28,13 +28,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         for path in options.results:
-            if options.card or options.evaluation:
-                print((card_section if options.card else evaluation_block)(read_json(path)))
-                continue
-            print(write_page(read_json(path), options.out or path.parent, path.stem))
+            print(_made(path, options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _made(path: Path, options: argparse.Namespace) -> str:
+    """The section or the block that was asked for, or where the page of a result is now."""
+    data = read_json(path)
+    try:
+        if options.card or options.evaluation:
+            return (card_section if options.card else evaluation_block)(data)
+        return str(write_page(data, options.out or path.parent, path.stem))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path}: a result of another version of its bench, or edited since ({error!r}): measure again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -36,6 +36,13 @@ def test_a_loss_of_pictures_that_come_back_unchanged_is_null(tmp_path, capsys):
     strict_last_line((tmp_path / "store.json").read_text().replace("\n", ""))
 
 
+@pytest.mark.parametrize("half", [["--codec", "photo-f8c4"], ["--images", "photographs"]])
+def test_half_of_what_a_loss_needs_is_refused(half, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script("store").main(["--out", str(tmp_path), *half])
+    assert "--codec and --images belong together" in capsys.readouterr().err
+
+
 def test_decoding_and_encoding_together(tmp_path, capsys, monkeypatch):
     """Alone and together the model is put on the plan's device in one way."""
     placed = []

@@ -83,6 +83,13 @@ def test_a_folder_is_read_picture_by_picture(name, place, tmp_path, capsys, monk
     assert most <= 3  # one that is used, one that is read, one that a loop has not let go of
 
 
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--steps", "-1"]])
+def test_a_denoiser_that_would_learn_nothing_is_refused_before_anything_is_read(wrong, place, tmp_path):
+    arguments = ["--codec", str(place / "codec"), "--images", str(place / "images"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^diffusability.py: --seeds and --steps: at least 1"):
+        load("diffusability").main([*arguments, "--smoke", *wrong])
+
+
 @pytest.mark.slow
 def test_rate_distortion(place, tmp_path, capsys):
     last, page = run("rate_distortion", place, tmp_path, capsys, "--formats", "JPEG")
