@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import typer
 
@@ -81,4 +82,8 @@ def _failed(error: Exception, code: int) -> int:
 
 def main() -> None:
     """The entry point."""
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper) and out.errors == "strict":
+        # A console of few characters must not end a long command.
+        out.reconfigure(errors="backslashreplace")
     sys.exit(run())

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from image_sets import write_bad_files
 from safetensors.torch import save_file
 from stores import tiny_codec, write_pictures
 
-from latentcodec.cli import app, run
+from latentcodec.cli import app, main, run
 from latentcodec.cli.output import DEVICE, counting, number_of
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import load_image
@@ -482,6 +483,15 @@ def test_a_store_of_nothing_is_said(place, tmp_path, call):
 def test_a_wrong_option_is_code_2(call):
     assert call("encode", "--nonsense")[0] == 2
     assert call("nonsense")[0] == 2
+
+
+def test_a_console_of_few_characters_gets_escapes(monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="cp1252", errors="strict"))
+    monkeypatch.setattr("latentcodec.cli.run", lambda: print("\u2714 Healthy", flush=True))
+    with pytest.raises(SystemExit):
+        main()
+    assert written.getvalue().splitlines() == [rb"\u2714 Healthy"]
 
 
 @pytest.mark.slow
