@@ -109,8 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.seeds < 1 or (options.steps is not None and options.steps < 1):
-        raise ValueError("--seeds and --steps: at least 1")
+    for option in ("seeds", "steps"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value}: at least 1")
     budget = BUDGETS[options.setting]
     steps = options.steps or budget.steps
     report.require_folder(options.out)

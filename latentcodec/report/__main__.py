@@ -41,6 +41,8 @@ def _made(path: Path, options: argparse.Namespace) -> str:
         if options.card or options.evaluation:
             return (card_section if options.card else evaluation_block)(data)
         return str(write_page(data, options.out or path.parent, path.stem))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path}: a result of another version of its bench, or edited since ({error!r}): measure again"

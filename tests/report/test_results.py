@@ -32,4 +32,4 @@ def test_a_result_that_lacks_what_its_page_shows_is_one_line_and_code_2(kind, op
         command.main([str(tmp_path / "old.json"), *options])
     assert error.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith(f"error: {tmp_path / 'old.json'}: ")
