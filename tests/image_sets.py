@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from latentcodec.pixels import to_uint8
-from latentcodec.training.data.images import DataConfig, open_images
+from latentcodec.training.data.config import DataConfig
+from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
 
 # The library's cache goes to a folder that ends with the tests; its progress bars and its sleeps go nowhere.

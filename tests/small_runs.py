@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentcodec.training import loop
 from latentcodec.training.config import Config
-from latentcodec.training.data.images import DataConfig
+from latentcodec.training.data.config import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig

@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from latentcodec.model_folder import check_numbers
-from latentcodec.training.data.images import DataConfig
+from latentcodec.training.data.config import DataConfig
 from latentcodec.training.export.codec_folder import FinishConfig
 from latentcodec.training.losses.discriminator import DiscriminatorConfig
 from latentcodec.training.losses.regularizers import RegularizerConfig

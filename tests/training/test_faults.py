@@ -22,7 +22,8 @@ from latentcodec.training import console, environment, loop
 from latentcodec.training.checkpoint import newest
 from latentcodec.training.config import parse
 from latentcodec.training.data import stream
-from latentcodec.training.data.images import DataConfig, held_out, open_images
+from latentcodec.training.data.config import DataConfig
+from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.journal import Journal
 from latentcodec.training.loop import main
 from latentcodec.training.losses.terms import LossConfig

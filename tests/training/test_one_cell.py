@@ -9,7 +9,8 @@ from small_runs import small, start, train
 from latentcodec.codec import LatentCodec
 from latentcodec.quality.klt import KLT
 from latentcodec.training.config import parse
-from latentcodec.training.data.images import DataConfig, open_images
+from latentcodec.training.data.config import DataConfig
+from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
 from latentcodec.training.losses.terms import PIXEL_STEP, LossConfig, gaussian_nll
 from latentcodec.training.start.model import ModelConfig, TrainedCodec, new_vae

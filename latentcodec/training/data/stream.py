@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from latentcodec.sources.encoded import SourceFailed
 from latentcodec.sources.remote import RemoteSource
+from latentcodec.training.data.config import DataConfig
 from latentcodec.training.data.crops import Batch, Cropping, CropStream, RemoteCropStream
-from latentcodec.training.data.images import DataConfig, TrainingImages
+from latentcodec.training.data.images import TrainingImages
 from latentcodec.training.data.order import BucketedOrder, EpochOrder, Positions
 from latentcodec.training.data.text import find_fonts
 from latentcodec.training.progress import counted
@@ -99,7 +100,10 @@ def training_batches(
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
     text_share = config.text_share if drawn else 0.0
     fonts = tuple(find_fonts(config.text_fonts_left_out)) if text_share else ()
-    cropping = Cropping(images.seed, config.min_scale, config.flip, text_share, fonts, config.padding)
+    smallest, largest = config.text_sizes
+    cropping = Cropping(
+        images.seed, config.min_scale, config.flip, text_share, fonts, (smallest, largest), config.padding
+    )
     stream: Dataset[Batch | ValueError]
     far = False
     if isinstance(images.source, RemoteSource):

@@ -8,7 +8,8 @@ import torch
 from image_sets import config_of, numbers_in, plain, read, write_folder, write_set
 
 from latentcodec.sources.images import Place, open_source
-from latentcodec.training.data.images import DataConfig, held_out, open_images
+from latentcodec.training.data.config import DataConfig
+from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.data.stream import first_crops, training_batches
 
 

@@ -26,8 +26,9 @@ from image_sets import (
 
 from latentcodec.sources.encoded import EncodedSource, SourceFailed
 from latentcodec.training.data import crops
+from latentcodec.training.data.config import DataConfig
 from latentcodec.training.data.crops import Cropping, CropStream
-from latentcodec.training.data.images import DataConfig, held_out, open_images
+from latentcodec.training.data.images import held_out, open_images
 from latentcodec.training.data.order import EpochOrder
 from latentcodec.training.data.stream import Batches, training_batches
 
@@ -358,7 +359,8 @@ def test_only_the_wait_for_data_is_counted():
 
 ORPHAN_SCRIPT = """
 import sys
-from latentcodec.training.data.images import DataConfig, open_images
+from latentcodec.training.data.config import DataConfig
+from latentcodec.training.data.images import open_images
 from latentcodec.training.data.stream import training_batches
 images = open_images(DataConfig(workers=2, prefetch=1, resolution=16, val_images=0), 3, 0)
 batches = iter(training_batches(images, 2))
