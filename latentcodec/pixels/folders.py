@@ -72,10 +72,7 @@ def find_images(folder: str | Path) -> list[Path]:
 
 def search_folder(folder: str | Path) -> Found:
     """What `find_images` finds, beside what it leaves out. Raises `ValueError` where a folder cannot be listed."""
-    if not Path(folder).exists():
-        raise ValueError(f"{folder}: there is no such folder")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: is no folder; give one")
+    require_folder(folder)
     found = Found()
     for entry in _files(folder):
         suffix = Path(entry.name).suffix.lower()
@@ -89,6 +86,14 @@ def search_folder(folder: str | Path) -> Found:
     for items in (found.images, found.shards, found.left_out):
         items.sort()
     return found
+
+
+def require_folder(folder: str | Path) -> None:
+    """Raises ValueError naming it where there is nothing under this name, or no folder."""
+    if not Path(folder).exists():
+        raise ValueError(f"{folder}: there is no such folder")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: is no folder; give one")
 
 
 def is_read(suffix: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import median, stdev
 from typing import Any
 
-from latentcodec.quality.fidelity import interval
+from latentcodec.quality.fidelity import interval, student
 from latentcodec.report.results import short_path
 
 Result = Mapping[str, Any]
@@ -241,14 +241,19 @@ def _score(row: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _seed_noises(a: Result, b: Result) -> dict[str, float]:
-    """Of a mean over seeds: twice its standard error in both runs together, and no less than where nothing is known."""
+    """Of a mean over seeds: half of the 95 % interval of the difference, and no less than where nothing is known.
+
+    Student's, with as many degrees of freedom as there are seeds in both runs, less two: of two seeds each it is 4.3
+    standard errors wide.
+    """
     noises: dict[str, float] = {}
     for name, pair in _pairs(a, b).items():
         if any(entry["spread"] is None for entry in pair):  # of a single seed
             continue
-        error = math.hypot(*(entry["spread"] / math.sqrt(len(entry["seeds"])) for entry in pair))
+        seeds = [len(entry["seeds"]) for entry in pair]
+        error = math.hypot(*(entry["spread"] / math.sqrt(n) for entry, n in zip(pair, seeds, strict=True)))
         least = UNKNOWN_NOISE * max(entry["distance"] for entry in pair)
-        noises[f"{name} distance"] = max(2 * error, least)
+        noises[f"{name} distance"] = max(student(sum(seeds) - 2) * error, least)
         if all(entry["skill"] is not None for entry in pair):  # it is the distance, turned and scaled
             reach = min(entry["gaussian"] - entry["floor"] for entry in pair)
             noises[f"{name} skill"] = noises[f"{name} distance"] / reach

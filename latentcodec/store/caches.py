@@ -26,6 +26,7 @@ from torch import Tensor
 
 from latentcodec.files import open_regular, require_regular
 from latentcodec.pixels import UnreadableImage
+from latentcodec.pixels.folders import require_folder
 
 BROKEN = (  # what numpy, torch, pickle and zipfile raise for damaged, hostile and other files
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
@@ -46,11 +47,8 @@ class Cached(NamedTuple):
 
 
 def find_caches(folder: Path) -> list[Path]:
-    """The cache files below a folder, sorted. Raises ValueError where there is none."""
-    if not folder.exists():
-        raise ValueError(f"{folder}: there is no such folder")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder; give one")
+    """The cache files below a folder, sorted. Raises ValueError where there is none, or no folder."""
+    require_folder(folder)
     found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"{folder}: holds no {', '.join(SUFFIXES)} file")

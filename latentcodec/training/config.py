@@ -16,7 +16,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from latentcodec.model_folder import check_numbers
@@ -163,7 +162,7 @@ class ConfigFile(ActionConfigFile):
             raise ValueError(f"--config {path}: {error.strerror}") from error
         except ArgumentError as error:  # of a key or a value
             raise ValueError(f"--config {path}: {refusal(str(error), dict(_types(Config)))}") from error
-        except (TypeError, ValueError, yaml.YAMLError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"--config {path}: {error}") from error
 
 

@@ -57,9 +57,30 @@ for _tag, _pattern in NUMBERS.items():
 def read_settings(path: Path) -> dict[str, Any]:
     """The keys of a configuration file; it may be a pipe, and is read once.
 
-    Raises `OSError` where it cannot be read, and `ValueError` or `yaml.YAMLError` with the line of what is wrong.
+    Raises `OSError` where it cannot be read, and `ValueError` with the line of what is wrong.
     """
     text = path.read_text(encoding="utf-8")
+    try:
+        settings = _load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_in_one_line(error)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"line {line}: the character #x{error.character:04x}, which YAML forbids") from error
+    if not isinstance(settings, dict):  # of a text, errors would quote parts
+        raise ValueError("it holds no keys, such as output_dir: runs/a")
+    return settings
+
+
+def _in_one_line(error: yaml.MarkedYAMLError) -> str:
+    """Lines and faults; PyYAML's own words take several lines and name the file "<unicode string>"."""
+    parts = [(error.context_mark, error.context), (error.problem_mark, error.problem)]
+    said = "; ".join(f"line {mark.line + 1}: {what}" for mark, what in parts if mark and what)
+    return said.replace("found character '\\t' that cannot start any token", "a tab; indent with spaces")
+
+
+def _load(text: str) -> Any:
+    """What the text holds, without aliases, tags that are not YAML's own, and nesting without end."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         assert event.start_mark is not None  # of a text it is known
@@ -72,7 +93,4 @@ def read_settings(path: Path) -> dict[str, Any]:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"line {line}: more than {DEEPEST} levels of nesting")
-    settings = yaml.load(text, Loader=_Loader)  # a SafeLoader: no code runs
-    if not isinstance(settings, dict):  # of a text, errors would quote parts
-        raise ValueError("it holds no keys, such as output_dir: runs/a")
-    return settings
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: no code runs

@@ -147,14 +147,14 @@ def test_a_result_that_lacks_what_its_bench_writes_today_is_refused_in_one_line(
 
 
 def test_a_denoisers_distance_is_judged_by_the_spread_of_its_seeds():
-    """Two means of two seeds: twice the standard error of their difference is twice the spread."""
+    """Two seeds each: the standard error of the difference is the spread, Student's t of 2 degrees 4.303."""
     name = "codec distance"
-    assert verdict_of(compare(denoised(60, 3), denoised(65, 3)), name)["verdict"] == ""
-    change = verdict_of(compare(denoised(60, 3), denoised(67, 3)), name)
-    assert (change["verdict"], change["noise"]) == ("worse", pytest.approx(6))
+    assert verdict_of(compare(denoised(60, 3), denoised(72, 3)), name)["verdict"] == ""
+    change = verdict_of(compare(denoised(60, 3), denoised(73.5, 3)), name)
+    assert (change["verdict"], change["noise"]) == ("worse", pytest.approx(3 * 4.303, abs=0.01))
     assert verdict_of(compare(denoised(60, 0), denoised(61, 0)), name)["verdict"] == ""  # by chance equal
-    skills = denoised(60, 3, 0.5), denoised(60, 3, 0.42)  # a spread of 3 of 90 - 10 is 0.0375
-    assert verdict_of(compare(*skills), "codec skill")["noise"] == pytest.approx(6 / 80)
+    skills = denoised(60, 3, 0.5), denoised(60, 3, 0.33)  # a spread of 3 of 90 - 10 is 0.0375
+    assert verdict_of(compare(*skills), "codec skill")["noise"] == pytest.approx(3 * 4.303 / 80, abs=1e-3)
     assert verdict_of(compare(*skills), "codec skill")["verdict"] == "worse"
     assert verdict_of(compare(denoised(60, None), denoised(67, None)), name)["verdict"] == "worse"
 
