@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentcodec.codec import LatentCodec
+from latentcodec.store import LatentStore, encode, prepare
 
 SMALL = dict(shard_size=4, sampled=2, batch=2, threads=1, precision="float32")
 
@@ -46,6 +47,19 @@ def write_pictures(
         if captions:
             (folder / f"{number:03}.txt").write_text(f"picture {number}\n")
     return folder
+
+
+def make(sources, out, codec: LatentCodec, **options):
+    """Encodes one source, or a list of them, to a store in this process; gives the job."""
+    listed = sources if isinstance(sources, list) else [sources]
+    prepare([str(source) for source in listed], out, codec, **{**SMALL, **options})
+    return encode(out, codec, workers=0)
+
+
+def make_and_open(sources, out, codec: LatentCodec, **options) -> LatentStore:
+    """The same; gives the store."""
+    make(sources, out, codec, **options)
+    return LatentStore(out)
 
 
 def digest(store: Path) -> str:
