@@ -18,9 +18,7 @@ Linux only. pytest does not collect this script.
 """
 
 import argparse
-import atexit
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -34,12 +32,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from watched_training import AIM, FOLDER, FORK, REPORT, Start
+from kill_tally import Tally, compare, judge_start
+from killed_run import Run
+from watched_training import FORK, Start
 
 import latentcodec.training.loop  # noqa: F401 - whatever is forked has it then
-from latentcodec.training.checkpoint import newest
 
 SMALL = (
     "--model.block_out_channels [8,8,16] --model.latent_channels 4 --model.norm_num_groups 2 --model.init default "
@@ -49,142 +47,8 @@ SMALL = (
     "--train.checkpoint_every 3 --train.validate_every 10 --train.keep_last 1 --train.statistics_images 8 "
     "--finish.certificate_images 1"
 )
-CLOCKS = ("second", "minute")  # keys of metrics.jsonl that contain one of these tell the time
 PATIENCE_SECONDS = 300  # for a start to do something, and for an end
 ORPHAN_SECONDS = 10  # a process that outlives its launcher by more is an orphan
-
-Line = dict[str, Any]  # of metrics.jsonl
-
-
-@dataclass
-class Tally:
-    """What happened in all rounds: first the experiment, then the faults, which must stay 0."""
-
-    kills: int = 0
-    kills_in_the_start: int = 0
-    kills_in_the_steps: int = 0
-    kills_at_an_operation: int = 0
-    kinds_of_operations: int = 0
-    kinds_killed_at: int = 0
-    kills_with_a_checkpoint_of_a_step: int = 0
-    rounds_completed: int = 0
-    resumes: int = 0
-    numbers_compared: int = 0
-    exit_codes: Counter[int] = field(default_factory=Counter)
-
-    refused_resumes: int = 0
-    restarts_from_zero: int = 0
-    resumes_at_another_step: int = 0
-    checkpoints_lost: int = 0
-    polite_ends_without_checkpoint: int = 0
-    hangs: int = 0
-    orphans: int = 0
-    numbers_different: int = 0
-    lines_missing_or_extra: int = 0
-    files_different: int = 0
-    litter: int = 0
-
-    def faults(self) -> int:
-        """The sum of what must be 0."""
-        counts = list(vars(self).items())
-        first = list(vars(self)).index("refused_resumes")
-        return sum(count for _, count in counts[first:])
-
-    def print(self) -> None:
-        """The table."""
-        for name, count in vars(self).items():
-            shown = dict(sorted(count.items())) if isinstance(count, Counter) else count
-            print(f"{name.replace('_', ' '):36}{shown}")
-
-
-@dataclass
-class Run:
-    """One training in one folder, over all its starts."""
-
-    launcher: str
-    settings: list[str]
-    folder: Path
-    lines: list[str] = field(default_factory=list)  # metrics.jsonl as it was last read
-    written: list[Line] = field(default_factory=list)  # by all starts, also what a later one forgot
-    session: int = -1  # of the latest start
-
-    def __post_init__(self) -> None:
-        atexit.register(self.clear)
-
-    def clear(self) -> int:
-        """Kill what is alive of the run; returns how many processes that were."""
-        alive = self.processes()
-        for process in alive:
-            os.kill(process, signal.SIGKILL)
-        return len(alive)
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_suffix(".log")
-
-    @property
-    def report(self) -> Path:
-        return self.folder.with_suffix(".operations")
-
-    def start(self, aim: str | None = None) -> Start:
-        """Start the training, which stands still where it is told to."""
-        self.report.unlink(missing_ok=True)
-        environment = {FOLDER: str(self.folder), REPORT: str(self.report)} | ({AIM: aim} if aim else {})
-        started = Start(
-            self.launcher, [*self.settings, "--output_dir", str(self.folder)], environment, self.log
-        )
-        self.session = started.pid
-        return started
-
-    def processes(self) -> list[int]:
-        """The launcher, its workers and their data workers: by their session, or by the folder in their command."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if not entry.name.isdigit():
-                    continue
-                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                named = os.fsencode(self.folder) in (entry / "cmdline").read_bytes()
-            except OSError:
-                continue  # it has just ended
-            if state not in "ZX" and (
-                int(session) == self.session or (named and int(entry.name) != os.getpid())
-            ):
-                found.append(int(entry.name))
-        return found
-
-    def committed_step(self) -> int:
-        """Step of the newest checkpoint, 0 without one. A damaged one warns: a kill makes none."""
-        checkpoint = newest(self.folder / "checkpoints")
-        return checkpoint.step if checkpoint else 0
-
-    def has_stepped(self) -> bool:
-        """Whether metrics.jsonl ends with a line that it did not hold when it was last read."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        return bool(lines) and lines[-1] not in self.lines
-
-    def new_lines(self) -> list[Line]:
-        """What was written to metrics.jsonl since the last call."""
-        before, self.lines = self.lines, []
-        if self.metrics.exists():
-            self.lines = self.metrics.read_text().splitlines(keepends=True)
-        same = 0
-        while same < min(len(before), len(self.lines)) and before[same] == self.lines[same]:
-            same += 1
-        new = [json.loads(line) for line in self.lines[same:] if line.endswith("\n")]  # a kill can tear one
-        self.written += new
-        return new
-
-    def files(self) -> dict[str, str]:
-        """SHA-256 of every file left behind, except the checkpoints, by its relative path."""
-        paths = [path for path in self.folder.rglob("*") if path.is_file()]
-        names = {str(path.relative_to(self.folder)): path for path in paths}
-        committed = {name for name in names if name.startswith("checkpoints/step-")}
-        return {name: hashlib.sha256(names[name].read_bytes()).hexdigest() for name in {*names} - committed}
 
 
 @dataclass
@@ -306,42 +170,6 @@ def count_kill(moment: str, aim: str | None, found: int, killer: Killer, tally: 
         tally.kills_at_an_operation += 1
         killer.met.add(aim.partition(" ")[2])
         tally.kinds_killed_at = len(killer.met)
-
-
-def judge_start(found: int, steps: list[int], tally: Tally) -> None:
-    """A start must go on behind the checkpoint that it found. It says nothing if it was killed before."""
-    if found and steps:
-        tally.resumes += steps[0] == found + 1
-        tally.restarts_from_zero += steps[0] == 1
-        tally.resumes_at_another_step += steps[0] not in (1, found + 1)
-
-
-def compare(run: Run, peace: Run, tally: Tally) -> None:
-    """Hold a completed round against the run in peace."""
-
-    def exact(line: Line) -> dict[str, Any]:
-        timeless = {key: value for key, value in line.items() if not any(clock in key for clock in CLOCKS)}
-        return {key: value.hex() if isinstance(value, float) else value for key, value in timeless.items()}
-
-    def name(line: Line) -> tuple[Any, ...]:
-        return line["step"], "psnr" in line
-
-    expected = {name(line): exact(line) for line in peace.written}
-    for line in run.written:
-        numbers, truth = exact(line), expected.get(name(line), {})
-        tally.numbers_compared += len(numbers)
-        tally.numbers_different += sum(numbers.get(key) != truth.get(key) for key in {*numbers, *truth})
-    left = Counter(name(json.loads(line)) for line in run.lines)
-    wanted = Counter(expected.keys())
-    tally.lines_missing_or_extra += ((left - wanted) + (wanted - left)).total()
-    files, truth = run.files(), peace.files()
-    tally.litter += len(files.keys() - truth.keys())
-    tally.litter += sum(1 for _ in (run.folder / "checkpoints").iterdir()) > sum(
-        1 for _ in (peace.folder / "checkpoints").iterdir()
-    )
-    codec = [path for path in truth if path.startswith("codec/") and not path.endswith(".md")]
-    tally.files_different += len(truth.keys() - files.keys())
-    tally.files_different += sum(path in files and files[path] != truth[path] for path in codec)
 
 
 def parse() -> argparse.Namespace:
