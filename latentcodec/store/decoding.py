@@ -20,9 +20,9 @@ from latentcodec.pixels import UnreadableImage
 from latentcodec.printable import existing
 from latentcodec.store.caches import read_cache
 from latentcodec.store.faults import only_faults_of
-from latentcodec.store.format import Settings
+from latentcodec.store.format import Settings, Shape
 from latentcodec.store.items import CACHE, Columns, EntryReader
-from latentcodec.store.picture import Pixels, planned_shape, read_pixels
+from latentcodec.store.picture import Pixels, read_pixels
 from latentcodec.store.plan import Plan, Planned
 
 BATCHES_AHEAD = 2  # that each worker keeps ready
@@ -132,29 +132,33 @@ def decode_pictures(plan: Plan, shard: int, start: int, stop: int) -> list[Decod
     reader = EntryReader(Columns(**plan.part(shard).about["columns"]), plan.settings.captions is not None)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # what is stored must not depend on a filter that makes them errors
-        return [decode(picture, reader, plan.settings) for picture in plan.pictures(shard, start, stop)]
+        pictures, shape = plan.pictures(shard, start, stop), plan.shape(shard)
+        return [decode(picture, reader, plan.settings, shape) for picture in pictures]
 
 
-def decode(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
-    """Reads one picture; one that cannot be read has a `reason`. Raises OSError where its file is not at fault."""
+def decode(picture: Planned, reader: EntryReader, settings: Settings, shape: Shape) -> Decoded:
+    """Reads one picture of a shard whose latents have this shape; one that cannot be read has a `reason`.
+
+    Raises OSError where its file is not at fault.
+    """
     try:
         with only_faults_of(picture.entry):
-            return _read(picture, reader, settings)
+            return _read(picture, reader, settings, shape)
     except UnreadableImage as error:
         return Decoded(picture, reason=str(error))
 
 
-def _read(picture: Planned, reader: EntryReader, settings: Settings) -> Decoded:
+def _read(picture: Planned, reader: EntryReader, settings: Settings, shape: Shape) -> Decoded:
     entry = picture.entry
     if entry.kind == CACHE:
-        cached, wanted = read_cache(existing(entry.path)), planned_shape(picture.expected, settings)
-        if (found := tuple(cached.latent.shape)) != wanted:
+        cached = read_cache(existing(entry.path))
+        if (found := tuple(cached.latent.shape)) != shape:
             raise UnreadableImage(
-                f"{entry.path}: a latent {found}, {wanted} is what this store was planned for"
+                f"{entry.path}: a latent {found}, {shape} is what this store was planned for"
             )
         caption, label = reader.caption_and_label(entry)
         return Decoded(picture, None, cached.latent, cached.original or (0, 0), cached.crop, caption, label)
-    pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected)
+    pixels = read_pixels(reader.picture(entry), entry.path, settings, picture.expected, shape)
     caption, label = reader.caption_and_label(entry)
     return Decoded(picture, pixels, None, pixels.original, pixels.crop, caption, label)
 

@@ -10,6 +10,7 @@ Shapes: C channels, H W pixels, f downsampling factor.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,13 +69,27 @@ def target_size(original: tuple[int, int], settings: Settings) -> tuple[int, int
 
 
 def bucket(original: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
-    """The sides, multiples of `multiple`, of about `area` pixels, whose ratio is the nearest to the picture's."""
-    ratio = math.log(original[0] / original[1])
+    """H, W of the bucket whose ratio is the nearest to the picture's, in log scale; of two, the one nearer to `area`.
+
+    A picture that is turned by 90 degrees gets the same bucket, turned.
+    """
     longest = math.log(LONGEST_TO_SHORTEST)
-    ratio = max(-longest, min(longest, ratio))
-    height = max(multiple, multiple * round(math.sqrt(area * math.exp(ratio)) / multiple))
-    width = max(multiple, multiple * round(area / height / multiple))
-    return height, width
+    ratio = max(-longest, min(longest, math.log(original[0] / original[1])))
+
+    def far(sides: tuple[int, int]) -> tuple[float, float]:
+        height, width = sides
+        return round(abs(math.log(height / width) - ratio), 9), abs(math.log(height * width / area))
+
+    return min(_buckets(area, multiple), key=far)
+
+
+@cache
+def _buckets(area: int, multiple: int) -> list[tuple[int, int]]:
+    """Every side of whole multiples with the other side that gives about `area` pixels, either way round."""
+    most = max(1, round(math.sqrt(area * LONGEST_TO_SHORTEST) / multiple))
+    sides = [multiple * number for number in range(1, most + 1)]
+    pairs = [(side, multiple * max(1, round(area / side / multiple))) for side in sides]
+    return sorted({*pairs, *((width, height) for height, width in pairs)})
 
 
 def latent_shape(size: tuple[int, int], settings: Settings) -> Shape:
@@ -89,11 +104,16 @@ def planned_shape(original: tuple[int, int] | None, settings: Settings) -> Shape
 
 
 def read_pixels(
-    source: str | bytes, name: str, settings: Settings, expected: tuple[int, int] | None
+    source: str | bytes,
+    name: str,
+    settings: Settings,
+    expected: tuple[int, int] | None,
+    shape: Shape | None = None,
 ) -> Pixels:
     """Decodes, resizes and cuts a picture.
 
-    `expected`: H, W that its header gave when the shards were planned. Raises UnreadableImage where it is broken, is
+    `expected`: H, W that its header gave when the shards were planned; `shape`: of the latents of its shard, by which a
+    bucket stays the one that was planned, also by an earlier version. Raises UnreadableImage where it is broken, is
     smaller than `settings.min_side`, or has another size than `expected`.
     """
     x = decode_image(source, settings.image_channels, name=name)
@@ -107,6 +127,8 @@ def read_pixels(
             f"{name}: {original[0]} x {original[1]} pixels, a side below {settings.min_side} (min_side)"
         )
     size = target_size(original, settings)
+    if shape is not None and settings.area is not None:
+        size = shape[1] * settings.downsampling_factor, shape[2] * settings.downsampling_factor
     if max(size[0] / original[0], size[1] / original[1]) ** 2 * x[0].numel() > LARGEST_SHARE_CUT * math.prod(
         size
     ):

@@ -27,7 +27,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path, call):
     code, out, _ = call(*arguments, "--json")
     line = last(out)
     assert (code, line["items"], line["shards"], line["rejected"]) == (0, 5, 1, 0)
-    assert line["bytes"] == pytest.approx(5 * 4 * 64 * 2, rel=1)
+    assert 5 * 4 * 64 * 2 < line["bytes"] < 2 * (5 * 4 * 64 * 2)  # latents, and what a row has beside
     assert line["seconds"] >= 0
     assert not (tmp_path / "store").exists()
 
@@ -41,7 +41,7 @@ def test_a_dry_run_counts_what_is_still_to_do(place, store, tmp_path, call):
     next((tmp_path / "store").glob("shards/*/000002.arrow")).unlink()
     line = last(call(*arguments, "--out", tmp_path / "store")[1])
     assert (line["items"], line["shards"]) == (1, 1)
-    assert line["bytes"] == pytest.approx(4 * 64 * 2, rel=1)
+    assert 4 * 64 * 2 < line["bytes"] < 2 * (4 * 64 * 2)
     assert line["seconds"] > 0
 
 

@@ -58,7 +58,7 @@ def test_the_store_brings_its_codec(store, photos):
 
 def damaged(path, offset):
     content = bytearray(path.read_bytes())
-    content[offset] ^= 1 << random.randrange(8)
+    content[offset] ^= 1 << random.Random(offset).randrange(8)
     path.write_bytes(content)
 
 
