@@ -146,6 +146,16 @@ def train(trainer: Trainer, stop_at: int | None = None, kill_at: int | None = No
             return None
 
 
+def bad_draws(*draws):
+    """A `spoil` for `train`: a picture of these batches is not finite."""
+
+    def spoil(trainer, micro_batches):
+        if trainer.state.draw in draws:
+            micro_batches[0]["pixels"][0] = torch.nan
+
+    return spoil
+
+
 def metrics(output: Path) -> list[dict]:
     """metrics.jsonl without the clocks, floats as hexadecimal: equal means bit-identical."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from rounding import AMPLIFIED, assert_equal_but_for_rounding
 from small_runs import differing, everything, metrics, recorded, reset, small, write_config, write_images
-from test_trainer import AMPLIFIED, assert_equal_but_for_rounding
 from two_processes import LONGER
 
 from latentcodec import LatentCodec, load_image
