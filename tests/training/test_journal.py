@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from small_disk import small_disk
 from small_runs import metrics, reset, small, start, train, write_images
-from test_checkpoint import small_disk
 
 from latentcodec.quality.metrics import Evaluation, Score
 from latentcodec.training import checkpoint
