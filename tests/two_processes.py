@@ -1,4 +1,4 @@
-"""What two processes do, for test_loop.py: started by torchrun with the folders of the images and of the results.
+"""What two processes do, for test_two_processes.py: torchrun starts them with the folders of images and results.
 
 Each process writes what it has found to a file of its own; the test compares and judges. Then both train until a
 signal ends them.

@@ -1,6 +1,6 @@
 """What a step does with the weights: both players' gradients, precision, clipping, averages, the learning rate.
 
-Several processes are in test_loop.py.
+Several processes are in test_two_processes.py.
 """
 
 import json
