@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_bench import BENCH, CONFIG, last_line, references, save_white, script
+from bench_scripts import BENCH, CONFIG, last_line, references, save_white, script
 
 from latentcodec.adopt import build
 from latentcodec.codec import LatentCodec

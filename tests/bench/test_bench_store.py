@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from test_bench import last_line as strict_last_line
-from test_bench import save_white, script
+from bench_scripts import last_line as strict_last_line
+from bench_scripts import save_white, script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 from stores import tiny_codec, write_pictures
