@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from bench_scripts import script
+from tiny_codecs import tiny_vae
 
 from latentcodec.codec import LatentCodec
 from latentcodec.pixels import crop_middle, load_image, save_image, to_uint8
 from latentcodec.quality import image_codecs
 from latentcodec.quality.klt import KLT
 from latentcodec.quality.metrics import reconstruct
-from tests.test_codec import tiny_vae
 
 
 @pytest.fixture(scope="module")
