@@ -11,6 +11,8 @@ from diffusers import (
     AutoencoderKLWan,
 )
 
+from latentcodec.vae.families import family_of
+
 STAGES = 4
 KL = dict(
     block_out_channels=[8, 8, 16, 16],
@@ -75,3 +77,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if actual.shape != expected.shape:
         return float("inf")
     return ((actual - expected).abs().max() / (expected.max() - expected.min())).item()
+
+
+def images_for(vae, batch=2, height=3, width=2, frames=1):
+    """Random pictures and latents of so many latent cells, as the class takes them."""
+    family, config = family_of(vae), vae.config
+    f = family.raw_factor(config)
+    middle = (frames,) if family.has_frames else ()
+    x = torch.rand(batch, family.image_channels(config), *middle, height * f, width * f) * 2 - 1
+    z = torch.randn(batch, family.raw_channels(config), *middle, height, width)
+    return x, z
+
+
+def results(vae, x, z):
+    with torch.no_grad():
+        return vae.encode(x).latent_dist.parameters, vae.decode(z).sample
