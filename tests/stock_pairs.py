@@ -26,6 +26,7 @@ def config(channels=(16, 32), layers=1, latent=4, groups=8, down=None, up=None, 
 
 
 ALL_MAPS = 1 << 62  # bytes that a pass may hold of maps, where it shall make none again
+X, Z = (2, 3, 48, 32), (2, 4, 6, 4)  # shapes of an image batch and of its latents, for CONFIGS["sd"]
 
 FLUX = dict(
     latent=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
@@ -90,3 +91,8 @@ def differences(expected, actual):
         ((a - e).abs().max() / (e.max() - e.min())).item() if a.shape == e.shape else float("inf")
         for e, a in zip(expected, actual, strict=True)
     ]
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * (theirs.max() - theirs.min())
