@@ -28,7 +28,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from einops import rearrange
-from test_pipelines import (
+from tiny_pipelines import (
     FLUX,
     SD3,
     SDXL,
