@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from mutant import Mutant
 from mutants_of_codecs import CODECS
@@ -35,12 +36,20 @@ PASSED, FAILED = 0, 1  # of pytest's exit codes
 MUTANTS = [*LOSSES, *RUNS, *CODECS]
 
 
+def end(reason: str) -> NoReturn:
+    """With code 2."""
+    print(reason, file=sys.stderr)
+    sys.exit(2)
+
+
 def find(name: str, root: Path) -> str:
-    """test_file.py::test_name -> its path in tests/."""
+    """test_file.py::test_name -> its path in tests/. Ends with code 2 where there is no such file or test."""
     file, _, test = name.partition("::")
     found = list((root / "tests").rglob(file))
     if len(found) != 1:
-        sys.exit(f"{len(found)} files called {file} in {root / 'tests'}: mend the list, mutants_of_*.py")
+        end(f"{len(found)} files called {file} in {root / 'tests'}: mend the list, mutants_of_*.py")
+    if f"def {test}" not in found[0].read_text():
+        end(f"{file} has no test {test}: mend the list, mutants_of_*.py")
     return str(found[0].relative_to(root)) + (f"::{test}" if test else "")
 
 
@@ -54,8 +63,7 @@ def check(mutants: list[Mutant]) -> None:
         for name in mutant.tests.split():
             find(name, ROOT)
     if faults:
-        print(*faults, sep="\n", file=sys.stderr)
-        sys.exit(2)
+        end("\n".join(faults))
 
 
 def run(copy: Path, tests: str) -> int:

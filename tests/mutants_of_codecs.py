@@ -37,14 +37,14 @@ CODECS = [
         "latents.py",
         "Normalisation((1 / std).diag(), std.diag(),",
         "Normalisation((0.5 / std).diag(), (2 * std).diag(),",
-        "test_codec_folder.py",
+        "test_normalised_latents.py",
     ),
     Mutant(
         "whitened channels are ordered the wrong way round",
         "latents.py",
         ".eigenvectors.T.flip(0)",
         ".eigenvectors.T",
-        "test_codec_folder.py",
+        "test_normalised_latents.py",
     ),
     Mutant(
         "metrics see pixels that no file can hold",

@@ -51,7 +51,7 @@ RUNS = [
         "training/trainer.py",
         "state.scaler.update()",
         "pass",
-        "test_trainer.py::test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step",
+        "test_undisturbed_runs.py::test_an_overflow_in_fp16_halves_the_scale_and_is_no_bad_step",
     ),
     # ---- data
     Mutant(
@@ -59,7 +59,7 @@ RUNS = [
         "pixels/tensors.py",
         "max(length - side, 0) // 2 for",
         "max(length - side + 2, 0) // 2 for",
-        "test_pixels.py::test_the_middle_is_exactly_in_the_middle",
+        "test_pixel_tensors.py::test_the_middle_is_exactly_in_the_middle",
     ),
     Mutant(
         "no crop is mirrored",
@@ -87,14 +87,14 @@ RUNS = [
         "training/data/images.py",
         "train = _others(source, val_source, val)",
         "train = np.arange(len(source))",
-        "test_stream.py test_sources.py",
+        "test_validation_images.py test_sources.py",
     ),
     Mutant(
         "a JPEG XL picture is decoded before its size is judged",
         "pixels/containers.py",
         "refuse_bomb(*jxl.stated_size(file.read()))",
         "jxl.stated_size(file.read())",
-        "test_containers.py::test_a_picture_too_large_is_refused_before_its_pixels_are_decoded",
+        "test_extra_formats.py::test_a_picture_too_large_is_refused_before_its_pixels_are_decoded",
     ),
     # ---- what survives a restart
     Mutant(
@@ -123,7 +123,7 @@ RUNS = [
         "training/manifest.py",
         "if found != expected:",
         "if False:",
-        "test_checkpoint.py::test_every_damage_is_noticed_and_the_checkpoint_before_is_used",
+        "test_damaged_checkpoints.py::test_every_damage_is_noticed_and_the_checkpoint_before_is_used",
     ),
     Mutant(
         "a checkpoint is not flushed before its rename",
@@ -144,7 +144,7 @@ RUNS = [
         "training/lock.py",
         "for path in (_beside(folder), owner)",
         "for path in (owner,)",
-        "test_loop.py::test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone",
+        "test_mistakes.py::test_a_folder_in_which_another_run_writes_is_refused_until_that_one_is_gone",
     ),
     Mutant(
         "images that were left out do not show in the exit code",
@@ -180,20 +180,20 @@ RUNS = [
         "training/data/images.py",
         "for index, length in enumerate(source.lengths()):",
         "for index, length in ():",
-        "test_faults.py::test_a_folder_whose_images_were_exchanged_is_not_resumed_on",
+        "test_changes_before_a_resume.py::test_a_folder_whose_images_were_exchanged_is_not_resumed_on",
     ),
     Mutant(
         "an exchanged held-out image of the same length is not noticed",
         "training/data/images.py",
         'found.update(_digest(self.val_source, index) or b"unreadable")',
         "found.update(b'')",
-        "test_faults.py::test_a_held_out_image_that_was_exchanged_for_one_of_its_length_is_noticed",
+        "test_changes_before_a_resume.py::test_a_held_out_image_that_was_exchanged_for_one_of_its_length_is_noticed",
     ),
     Mutant(
         "null is taken for a value",
         "training/config.py",
         "elif value is None and type(None) not in",
         "elif value is None and type(None) in",
-        "test_faults.py::test_a_configuration_that_cannot_be_meant_is_refused_in_one_line",
+        "test_impossible_settings.py::test_a_configuration_that_cannot_be_meant_is_refused_in_one_line",
     ),
 ]

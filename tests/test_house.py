@@ -60,6 +60,13 @@ def room(module):
     return module.split(".")[0]
 
 
+def test_files_are_short_enough_to_be_read_at_once():
+    folders = ("latentcodec", "train", "bench", "examples", "experiments", "tests")
+    lines = {f: len(f.read_text().splitlines()) for folder in folders for f in (ROOT / folder).rglob("*.py")}
+    assert len(lines) > 300
+    assert [f"{file}: {count}" for file, count in lines.items() if count > 300] == []
+
+
 def test_mutants_follow_the_code():
     mutants.check(mutants.MUTANTS)
 

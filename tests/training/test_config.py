@@ -135,7 +135,7 @@ def test_a_section_in_braces_is_refused_by_the_setting_within(section, said, cap
     [
         (b"train:\n  lr: [1\n", "line 2: while parsing a flow sequence; line 3: expected"),
         (b"train:\n\tlr: 1\n", "line 2: a tab; indent with spaces"),
-        (b"train:\n  lr: 1\n lr: 2\n", "line 3: expected <block end>"),
+        (b"train:\n  lr: 1\n lr: 2\n", "line 1: while parsing a block mapping; line 3: expected <block end>"),
         (b"train: {lr: !!python/name:os.system }\n", "line 1"),
         (b"caf\xe9: 1\n", "utf-8"),
         (b"\na: '\x01'\n", "line 2: the character #x0001"),
@@ -151,8 +151,7 @@ def test_a_file_that_holds_no_settings_is_named_with_its_fault(capsys, tmp_path,
     (tmp_path / "a.yaml").write_bytes(content)
     said = refusal(capsys, "--config", str(tmp_path / "a.yaml"))
     assert str(tmp_path / "a.yaml") in said
-    assert "<unicode" not in said
-    assert reason in said
+    assert f"a.yaml: {reason}" in said if reason.startswith("line") else reason in said
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_runs import start, train
-from tiny_codecs import copy_of, crops, no_crops, reconstruction, run_of, saved, tiny
+from starting_codecs import copy_of, crops, no_crops, reconstruction, run_of, saved, tiny
 
 from latentcodec.codec import LatentCodec
 from latentcodec.latents import latent_statistics

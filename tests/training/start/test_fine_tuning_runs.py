@@ -6,7 +6,7 @@ import pytest
 import torch
 from clean_processes import ranks, start_process
 from small_runs import start, train
-from tiny_codecs import reported, run_of, saved, tiny
+from starting_codecs import reported, run_of, saved, tiny
 from torch import nn
 
 from latentcodec.codec import LatentCodec

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_runs import start, train
-from tiny_codecs import no_crops, run_of, saved, tiny
+from starting_codecs import no_crops, run_of, saved, tiny
 
 from latentcodec.codec import LatentCodec
 from latentcodec.training.export.codec_folder import FinishConfig

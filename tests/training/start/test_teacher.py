@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_runs import metrics, start, train
-from tiny_codecs import copy_of, crops, no_crops, reported, run_of, saved, tiny
+from starting_codecs import copy_of, crops, no_crops, reported, run_of, saved, tiny
 
 from latentcodec.codec import LatentCodec
 from latentcodec.latents import Normalisation, fold, latent_statistics
