@@ -93,7 +93,7 @@ def test_the_comparison_sees_a_constant_that_is_added():
     assert min(differences(expected, [y + 100 for y in actual])) > 1e-4
 
 
-def test_the_comparison_sees_a_missing_row(monkeypatch):
+def test_the_comparison_sees_a_missing_row():
     expected, actual = whole_and_strips(CONFIGS["sd"])
     assert min(differences(expected, [y[:, :, :-1] for y in actual])) > 1e-4
 

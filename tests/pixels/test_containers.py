@@ -101,8 +101,6 @@ def test_a_gif_of_40_bytes_has_no_canvas_of_80_million_pixels():
 
 def test_what_is_no_regular_file_is_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo.jpg")
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(tmp_path / "socket.jpg"))
     for path, kind in {
         tmp_path / "fifo.jpg": "FIFO",
         "/dev/zero": "device",
@@ -112,9 +110,10 @@ def test_what_is_no_regular_file_is_never_waited_for(tmp_path):
             load_image(path)
         with pytest.raises(UnreadableImage, match=f"a {kind}, not a file"):
             image_size(path)
-    with pytest.raises(UnreadableImage, match=r"socket\.jpg"):
-        load_image(tmp_path / "socket.jpg")
-    listening.close()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.jpg"))
+        with pytest.raises(UnreadableImage, match=r"socket\.jpg"):
+            load_image(tmp_path / "socket.jpg")
 
 
 # ---- memory

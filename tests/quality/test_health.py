@@ -89,9 +89,10 @@ def test_whitening_a_klt_makes_it_rough_and_its_own_variances_leave_it_unnormali
 
 
 def test_few_pictures_make_every_verdict_provisional_and_change_no_level():
-    few = measure_health(Planted(IMAGES, c=1, noise=0.05), IMAGES[:12])[0]
+    few, all_of_them = (measure_health(Planted(IMAGES, c=1, noise=0.05), x)[0] for x in (IMAGES[:12], IMAGES))
     for headline in ("diffusion", "sampling", "storage"):
         assert "provisional" in rules(few, headline, "notes")
+    assert levels(few) == levels(all_of_them)
     assert "provisional" not in rules(health_of(c=1), "diffusion", "notes")
 
 
