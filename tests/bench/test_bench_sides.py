@@ -62,7 +62,10 @@ def test_operations_are_those_of_diffusers_own_class_without_the_needless_taps(t
         assert fewest_operations(vae.config, case, kind.__name__) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["flux2-small-decoder", "qwen-deep", "wan22"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen-deep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux2-small-decoder", "wan22"))],
+)
 def test_every_covered_class_is_measured(throughput, name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(throughput, "use_cores", lambda threads: 1)
     monkeypatch.setattr(throughput, "PEAK_SIDE", {"cpu": 64})

@@ -113,7 +113,10 @@ def test_the_operations_are_those_of_every_convolution_forward_and_backward(trai
     assert training_operations(ARCHITECTURE, 32, part) == expected[part]
 
 
-@pytest.mark.parametrize("name", ["flux2-small-decoder", "qwen", "qwen21"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux2-small-decoder", "qwen21"))],
+)
 def test_a_run_of_every_covered_class_is_read(training, name, tmp_path):
     """Diffusers' own class costs as much, with three temporal taps more, since only one of them meets an image."""
     run = write_run(tmp_path / "run", [(1.0, 0.0, 0.1)])

@@ -188,8 +188,11 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("keep_packed", [True, False], ids=["packed weights stay", "they go"])
-@pytest.mark.parametrize("compiled", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize(
+    ("compiled", "keep_packed"),
+    [(True, True), (True, False), (False, True), pytest.param(False, False, marks=pytest.mark.slow)],
+    ids=["native-packed weights stay", "native-they go", "torch-packed weights stay", "torch-they go"],
+)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
     "configuration",
