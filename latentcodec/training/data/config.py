@@ -8,7 +8,6 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
-from latentcodec.training.data.text import FONT_SIZES
 from latentcodec.training.ranges import ShareAboveZero
 
 
@@ -46,8 +45,6 @@ class DataConfig:
     """Share of the training crops over which text is drawn with the fonts of this machine: half of them keep the
     photograph behind it, half are pages of one colour. Of the pages a quarter is empty, flat or shaded from one colour
     to another, and a quarter has line art, with or without text."""
-    text_sizes: tuple[PositiveInt, PositiveInt] = FONT_SIZES
-    """The smallest and the largest font of that text, in pixels. Sizes that a codec cannot keep are better left out."""
     text_fonts_left_out: list[str] = field(default_factory=list)
     """Fonts whose file names begin with one of these are not drawn with, so that a test can use them."""
     buckets: bool = False
@@ -76,11 +73,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for keys that contradict each other."""
-        smallest, largest = self.text_sizes
-        if smallest > largest:
-            raise ValueError(
-                f"data.text_sizes: the smallest font, {smallest}, is larger than the largest, {largest}"
-            )
         for key in ("label_column", "train_images"):
             if self.streaming and getattr(self, key) is not None:
                 raise ValueError(f"data.{key} needs a set that is wholly here, without data.streaming")

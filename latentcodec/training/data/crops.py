@@ -19,7 +19,7 @@ from latentcodec.randomness import Purpose, keyed_generator, numpy_generator
 from latentcodec.sources.images import ImageSource
 from latentcodec.sources.remote import Cell, RemoteSource
 from latentcodec.training.data.order import EpochOrder, Positions
-from latentcodec.training.data.text import FONT_SIZES, draw_text
+from latentcodec.training.data.text import draw_text
 
 PATIENCE_IMAGES = 1000  # as many unreadable images in a row mean that the whole set is broken
 _UNREADABLE_SET = "{} images in a row cannot be read, the last of them: {}"
@@ -58,8 +58,6 @@ class Cropping:
     """Share of the crops over which text or line art is drawn (`text.py`)."""
     fonts: tuple[str, ...] = ()
     """Font files to draw it with."""
-    text_sizes: tuple[int, int] = FONT_SIZES
-    """The smallest and the largest font, in pixels."""
     padding: int = 0
     """Pixels of its edge that are repeated around every image."""
 
@@ -77,9 +75,7 @@ class Cropping:
 
     def _with_text(self, crop: Tensor, position: int) -> Tensor:
         random = numpy_generator(self.seed, Purpose.TEXT, position)
-        if random.random() >= self.text_share:
-            return crop
-        return draw_text(crop, self.fonts, random, self.text_sizes)
+        return draw_text(crop, self.fonts, random) if random.random() < self.text_share else crop
 
 
 def random_crop(

@@ -100,9 +100,7 @@ def training_batches(
     positions = Positions(batch_size, accumulation, start_step, steps, rank, world_size)
     text_share = config.text_share if drawn else 0.0
     fonts = tuple(find_fonts(config.text_fonts_left_out)) if text_share else ()
-    cropping = Cropping(
-        images.seed, config.min_scale, config.flip, text_share, fonts, config.text_sizes, config.padding
-    )
+    cropping = Cropping(images.seed, config.min_scale, config.flip, text_share, fonts, config.padding)
     stream: Dataset[Batch | ValueError]
     far = False
     if isinstance(images.source, RemoteSource):

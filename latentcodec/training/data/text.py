@@ -38,8 +38,7 @@ SCRIPTS = (
     "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфОЕАИНТСРВЛКМДПУЯ",
     "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年",
 )
-FONT_SIZES = (7, 28)  # pixels; between two sizes they are drawn log-uniformly
-TRIED_SIZES = (16, 7, 28)  # pixels at which a font must open to be drawn with
+FONT_SIZES = (7, 28)  # pixels, drawn log-uniformly
 LARGEST_ANGLE = 20.0  # degrees, of the third of the crops whose text is turned
 LEAST_CONTRAST = 60  # levels between the brightness of text and that of its page
 PLAIN_SHARE = 0.5  # of the drawn crops: a page of one colour instead of the photograph
@@ -71,13 +70,8 @@ def find_fonts(exclude: Sequence[str] = ()) -> list[str]:
     return [path for _, path in fonts]
 
 
-def draw_text(
-    crop: Tensor, fonts: Sequence[str], random: Generator, sizes: tuple[int, int] = FONT_SIZES
-) -> Tensor:
-    """[C, H, W] -> the crop with text over it, or in its place a page: with text, line art or both, flat, or shaded.
-
-    `sizes`: the smallest and the largest font, in pixels.
-    """
+def draw_text(crop: Tensor, fonts: Sequence[str], random: Generator) -> Tensor:
+    """[C, H, W] -> the crop with text over it, or in its place a page: with text, line art or both, flat, or shaded."""
     channels, height, width = crop.shape
     size = (width, height)
     lines = False
@@ -93,27 +87,21 @@ def draw_text(
     ink = _colour(random)
     while abs(_brightness(ink) - brightness) < LEAST_CONTRAST:
         ink = _colour(random)
-    mask = _mask(size, fonts, sizes, lines, random)
+    mask = _mask(size, fonts, lines, random)
     return _pixels(Image.composite(Image.new("RGB", size, ink), page, mask), channels)
 
 
-def _mask(
-    size: tuple[int, int], fonts: Sequence[str], sizes: tuple[int, int], lines: bool, random: Generator
-) -> Image.Image:
+def _mask(size: tuple[int, int], fonts: Sequence[str], lines: bool, random: Generator) -> Image.Image:
     """Coverage of the crop by ink, 0 to 255: letters, or with `lines` line art, and in half of the cases both."""
     if not lines:
-        return _letters(size, fonts, sizes, random)
+        return _letters(size, fonts, random)
     drawing = line_art(size, random)
-    if random.random() < 0.5:
-        return drawing
-    return ImageChops.lighter(drawing, _letters(size, fonts, sizes, random))
+    return drawing if random.random() < 0.5 else ImageChops.lighter(drawing, _letters(size, fonts, random))
 
 
-def _letters(
-    size: tuple[int, int], fonts: Sequence[str], sizes: tuple[int, int], random: Generator
-) -> Image.Image:
+def _letters(size: tuple[int, int], fonts: Sequence[str], random: Generator) -> Image.Image:
     """Coverage of the crop by letters, 0 to 255: lines of words of one font and size, one crop in three turned."""
-    low, high = np.log(sizes)
+    low, high = np.log(FONT_SIZES)
     points = round(float(np.exp(random.uniform(low, high))))
     letters: list[str] = []
     while not letters:  # many fonts hold one script of their own and no other
@@ -173,7 +161,7 @@ def _letters_of(path: str) -> list[str]:
     None of a file that is broken, and of a font of pictures of fixed sizes, as those of emoji are.
     """
     try:
-        fonts = [_font(path, points) for points in TRIED_SIZES]
+        fonts = [_font(path, points) for points in (16, *FONT_SIZES)]
         drawn = {script: {bytes(fonts[0].getmask(letter)) for letter in script[:4]} for script in SCRIPTS}
     except OSError:
         return []

@@ -49,7 +49,7 @@ def test_the_lines_of_a_hatching_are_a_pitch_apart(pitch, monkeypatch):
 
 def test_some_pages_of_training_have_line_art(monkeypatch):
     """With letters that leave no ink, what is left on a page with contrast is line art."""
-    empty = lambda size, fonts, sizes, random: line_art.Image.new("L", size)  # noqa: E731
+    empty = lambda size, fonts, random: line_art.Image.new("L", size)  # noqa: E731
     monkeypatch.setattr(text, "_letters", empty)
     monkeypatch.setattr(text, "_shaded", lambda page, random: page)
     pages = [text.draw_text(torch.zeros(3, 64, 64), (), np.random.default_rng(seed)) for seed in range(600)]

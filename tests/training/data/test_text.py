@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from latentcodec.training.data import text
-from latentcodec.training.data.config import DataConfig
 from latentcodec.training.data.crops import Cropping
-from latentcodec.training.data.images import open_images
-from latentcodec.training.data.stream import training_batches
 
 SIZE = (64, 64)
 
@@ -21,10 +18,6 @@ def fonts():
         return tuple(text.find_fonts())
     except ValueError:
         pytest.skip("this machine has no fonts")
-
-
-def config_of_text(sizes):
-    return DataConfig(resolution=64, val_images=0, workers=0, text_share=1.0, text_sizes=sizes)
 
 
 def crops(share, fonts, positions, channels=3):
@@ -54,24 +47,6 @@ def test_text_stands_out_from_its_page_in_any_number_of_channels(fonts, channels
     lettered = drawn[:, :3].diff(dim=-1).abs().amax((1, 2, 3)) * 127.5 > 8
     assert lettered.float().mean() > 0.7
     assert contrast[lettered].min() > 30
-
-
-def test_text_is_drawn_in_the_sizes_of_the_settings(fonts, monkeypatch):
-    drawn, font = [], text._font
-    monkeypatch.setattr(text, "_letters_of", lambda path: list(text.SCRIPTS[0]))
-    monkeypatch.setattr(text, "_font", lambda path, points: drawn.append(points) or font(path, points))
-    images = open_images(config_of_text((12, 30)), 3, 0)
-    for _ in training_batches(images, 8, steps=10):
-        pass
-    assert len(drawn) > 40
-    assert (min(drawn), max(drawn)) == pytest.approx((12, 30), abs=2)
-    assert min(drawn) >= 12
-    assert max(drawn) <= 30
-
-
-def test_the_smallest_font_is_no_larger_than_the_largest():
-    with pytest.raises(ValueError, match=r"data\.text_sizes: .* 30, .* 12"):
-        config_of_text((30, 12))
 
 
 def test_fonts_can_be_left_out_by_the_beginning_of_their_names(fonts):
