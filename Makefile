@@ -31,7 +31,7 @@ demo: install ## train a small codec, put it into a pipeline, measure it; PHOTOS
 experiments: install ## the classic VAE experiments on digits, and a page that explains them; DATA=mnist for your own
 	@$(BIN)/python experiments/classic_vae/run.py $${DATA:+--data "$$DATA"} $${LABELS:+--label-column "$$LABELS"}
 
-test: install ## the test suite, under five minutes on two cores
+test: install ## the test suite, four to ten minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: install ## what takes longer: real kills, large images, compilers, the bundled codecs on photographs
