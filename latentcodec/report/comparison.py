@@ -243,8 +243,8 @@ def _score(row: Mapping[str, Any], metric: str) -> float | None:
 def _seed_noises(a: Result, b: Result) -> dict[str, float]:
     """Of a mean over seeds: half of the 95 % interval of the difference, and no less than where nothing is known.
 
-    Student's, with as many degrees of freedom as there are seeds in both runs, less two: of two seeds each it is 4.3
-    standard errors wide.
+    Student's, with as many degrees of freedom as there are seeds in both runs, less two: with two seeds each, half
+    of it is 4.3 standard errors.
     """
     noises: dict[str, float] = {}
     for name, pair in _pairs(a, b).items():

@@ -112,9 +112,11 @@ def read_pixels(
 ) -> Pixels:
     """Decodes, resizes and cuts a picture.
 
-    `expected`: H, W that its header gave when the shards were planned; `shape`: of the latents of its shard, by which a
-    bucket stays the one that was planned, also by an earlier version. Raises UnreadableImage where it is broken, is
-    smaller than `settings.min_side`, or has another size than `expected`.
+    `expected`: H, W that its header gave when the shards were planned; `shape`: of its shard's latents, which says the
+    bucket: an earlier version may have planned another than this one would.
+
+    Raises UnreadableImage where the picture is broken, is smaller than `settings.min_side`, or has another size than
+    `expected`.
     """
     x = decode_image(source, settings.image_channels, name=name)
     original = (x.shape[-2], x.shape[-1])
@@ -126,8 +128,9 @@ def read_pixels(
         raise UnreadableImage(
             f"{name}: {original[0]} x {original[1]} pixels, a side below {settings.min_side} (min_side)"
         )
-    size = target_size(original, settings)
-    if shape is not None and settings.area is not None:
+    if shape is None or settings.area is None:
+        size = target_size(original, settings)
+    else:
         size = shape[1] * settings.downsampling_factor, shape[2] * settings.downsampling_factor
     if max(size[0] / original[0], size[1] / original[1]) ** 2 * x[0].numel() > LARGEST_SHARE_CUT * math.prod(
         size
